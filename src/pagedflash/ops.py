@@ -1,0 +1,64 @@
+"""The operators torch sees, so that ``torch.compile`` and ``torch.export`` hold one node a call and no graph breaks.
+
+Each operator's argument list *is* the description it carries: the schema is spelled from the fields of
+:class:`~pagedflash.call.AttentionCall` and :class:`~pagedflash.call.CacheWrite`. The operators that write to a cache
+declare it. The fake kernels stand beside the real ones.
+"""
+
+from __future__ import annotations
+
+from typing import Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from pagedflash import dispatch
+from pagedflash.call import AttentionCall, CacheWrite
+
+_library = torch.library.Library("pagedflash", "DEF")
+
+
+def _schema(description: type, mutates: dict[str, str]) -> str:
+    """Spell the fields of a description as operator arguments; ``mutates`` maps a field to its alias set."""
+    arguments = []
+    for field, hint in get_type_hints(description).items():
+        optional = get_origin(hint) is Union and type(None) in get_args(hint)
+        kind = get_args(hint)[0] if optional else hint
+        word = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool"}[kind]
+        alias = f"({mutates[field]}!)" if field in mutates else ""
+        arguments.append(f"{word}{alias}{'?' if optional else ''} {field}")
+    return ", ".join(arguments)
+
+
+def _define(name: str, description: type, returns: str, kernel, fake, mutates: dict[str, str]):  # type: ignore[no-untyped-def]
+    _library.define(f"{name}({_schema(description, mutates)}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pagedflash::{name}", fake, lib=_library)
+    return getattr(torch.ops.pagedflash, name).default
+
+
+def _attention(*fields: object) -> tuple[Tensor, Tensor]:
+    return dispatch.attention(AttentionCall(*fields))  # type: ignore[arg-type]
+
+
+def _attention_fake(*fields: object) -> tuple[Tensor, Tensor]:
+    call = AttentionCall(*fields)  # type: ignore[arg-type]
+    return call.q.new_empty(call.out_shape), call.q.new_empty(call.lse_shape, dtype=torch.float32)
+
+
+def _write_cache(*fields: object) -> None:
+    dispatch.kv_write(CacheWrite(*fields))  # type: ignore[arg-type]
+
+
+def _write_cache_fake(*fields: object) -> None:
+    return None
+
+
+attention = _define("attention", AttentionCall, "(Tensor, Tensor)", _attention, _attention_fake, {})
+attention_with_append = _define(
+    "attention_with_append", AttentionCall, "(Tensor, Tensor)", _attention, _attention_fake, {"k": "a", "v": "b"}
+)
+write_cache = _define(
+    "write_cache", CacheWrite, "()", _write_cache, _write_cache_fake, {"k_cache": "a", "v_cache": "b"}
+)
+
