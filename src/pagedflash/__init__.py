@@ -3,8 +3,8 @@
 See the functions' docstrings for shapes and semantics, :mod:`pagedflash.transformers` for Hugging Face transformers.
 """
 
-from pagedflash.dispatch import CallKind, availability, count_calls, use_backend
-from pagedflash.interface import (
+from .dispatch import CallKind, availability, count_calls, use_backend
+from .interface import (
     flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,

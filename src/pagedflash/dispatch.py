@@ -18,17 +18,17 @@ from typing import NamedTuple, Optional, Protocol
 
 from torch import Tensor
 
-from pagedflash import reference
-from pagedflash.call import AttentionCall, CacheWrite, check_values, check_write_values
+from . import reference
+from .call import AttentionCall, CacheWrite, check_values, check_write_values
 
 CHECK_VARIABLE = "PAGEDFLASH_CHECK"
 """Set to 1, this environment variable has lengths and table entries checked on every device, not only on CPUs."""
 
 BACKEND_MODULES = {
-    "reference": "pagedflash.reference",
-    "cpu": "pagedflash.backends.cpu",
-    "metal": "pagedflash.backends.metal",
-    "triton": "pagedflash.backends.triton",
+    "reference": ".reference",
+    "cpu": ".backends.cpu",
+    "metal": ".backends.metal",
+    "triton": ".backends.triton",
 }
 DEVICE_BACKENDS = {"cpu": "cpu", "mps": "metal", "cuda": "triton", "xpu": "triton"}
 """Device type -> the backend written for it. Any other device runs the reference."""
@@ -141,7 +141,7 @@ def _backend_for(device_type: str) -> Backend:
 @lru_cache(maxsize=None)
 def _load(name: str) -> tuple[Optional[Backend], bool, str]:
     try:
-        backend: Backend = import_module(BACKEND_MODULES[name])  # type: ignore[assignment]
+        backend: Backend = import_module(BACKEND_MODULES[name], __package__)  # type: ignore[assignment]
     except ImportError as error:
         return None, False, f"it cannot be imported: {error}"
     return (backend, *backend.available())

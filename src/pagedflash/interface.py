@@ -24,8 +24,8 @@ from typing import NoReturn, Optional, Union
 import torch
 from torch import Tensor
 
-from pagedflash import reference
-from pagedflash.call import (
+from . import reference
+from .call import (
     FLOAT_DTYPES,
     KVCACHE_NAMES,
     AttentionCall,
@@ -37,7 +37,7 @@ from pagedflash.call import (
     check_write_tensors,
     refuse,
 )
-from pagedflash.ops import attention, attention_with_append, write_cache
+from .ops import attention, attention_with_append, write_cache
 
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 

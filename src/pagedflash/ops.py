@@ -12,10 +12,13 @@ from typing import Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from pagedflash import dispatch
-from pagedflash.call import AttentionCall, CacheWrite
+from . import dispatch
+from .call import AttentionCall, CacheWrite
 
-_library = torch.library.Library("pagedflash", "DEF")
+NAMESPACE = __name__.rpartition(".")[0]
+"""The package's own name: "pagedflash", or that of a copy written by ``pagedflash hub``, so that both can be loaded."""
+
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def _schema(description: type, mutates: dict[str, str]) -> str:
@@ -33,8 +36,8 @@ def _schema(description: type, mutates: dict[str, str]) -> str:
 def _define(name: str, description: type, returns: str, kernel, fake, mutates: dict[str, str]):  # type: ignore[no-untyped-def]
     _library.define(f"{name}({_schema(description, mutates)}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pagedflash::{name}", fake, lib=_library)
-    return getattr(torch.ops.pagedflash, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def _attention(*fields: object) -> tuple[Tensor, Tensor]:

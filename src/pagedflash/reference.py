@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pagedflash.call import AttentionCall, CacheWrite, key_lengths
+from .call import AttentionCall, CacheWrite, key_lengths
 
 NAME = "reference"
 CHECKS_VALUES = False
