@@ -12,9 +12,10 @@ import random
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from pagedflash import reference
 from pagedflash.call import AttentionCall, check, check_values
-from torch import Tensor
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 192, 256)
 GROUPS = (1, 2, 3, 4, 7, 8, 16)
@@ -84,7 +85,12 @@ def assert_matches_reference(call: AttentionCall, run: Run) -> None:
         # Bit for bit, except that rotated keys may round differently.
         step = torch.finfo(cache.dtype).eps if rotary else 0.0
         torch.testing.assert_close(
-            _whole_storage(cache), _whole_storage(want), rtol=2 * step, atol=step, equal_nan=True, msg=f"{name}: {message}"
+            _whole_storage(cache),
+            _whole_storage(want),
+            rtol=2 * step,
+            atol=step,
+            equal_nan=True,
+            msg=f"{name}: {message}",
         )
 
 
@@ -156,7 +162,9 @@ class _Draw:
         batch = rng.choice((0, 1, 1, 2, 3, 4))
         kv_heads = rng.choice((1, 2, 3)) if group < 8 else 1
         heads = group * kv_heads
-        v_head_dim = rng.choice([d for d in (32, 64, 72, 128) if d < head_dim] or [head_dim]) if self.maybe(0.2) else head_dim
+        v_head_dim = (
+            rng.choice([d for d in (32, 64, 72, 128) if d < head_dim] or [head_dim]) if self.maybe(0.2) else head_dim
+        )
         fields: dict[str, object] = dict.fromkeys(AttentionCall._fields)
         fields |= self.scores(batch, heads, head_dim)
 
@@ -216,7 +224,11 @@ class _Draw:
                 q = self.normal(batch, tokens, heads, head_dim)
             return dict(q=q, max_seqlen_q=tokens)
         total = sum(lengths) + (self.rng.choice((1, 7)) if self.maybe(0.2) else 0)
-        q = self.normal(total, heads + 1, head_dim)[:, :heads] if self.maybe(0.3) else self.normal(total, heads, head_dim)
+        q = (
+            self.normal(total, heads + 1, head_dim)[:, :heads]
+            if self.maybe(0.3)
+            else self.normal(total, heads, head_dim)
+        )
         used = [self.rng.randint(0, n) for n in lengths] if self.maybe(0.2) else None
         return dict(
             q=q,
@@ -278,7 +290,14 @@ class _Draw:
         return fields
 
     def dense_cache(
-        self, lengths: list[int], firsts: list[int], kv_heads: int, head_dim: int, v_head_dim: int, new: int, most: int
+        self,
+        lengths: list[int],
+        firsts: list[int],
+        kv_heads: int,
+        head_dim: int,
+        v_head_dim: int,
+        new: int,
+        most: int,
     ) -> dict[str, object]:
         batch = len(lengths)
         rows = list(range(batch))
@@ -297,7 +316,14 @@ class _Draw:
         return fields | dict(k=k, v=v)
 
     def pages(
-        self, lengths: list[int], firsts: list[int], kv_heads: int, head_dim: int, v_head_dim: int, new: int, page_size: int
+        self,
+        lengths: list[int],
+        firsts: list[int],
+        kv_heads: int,
+        head_dim: int,
+        v_head_dim: int,
+        new: int,
+        page_size: int,
     ) -> dict[str, object]:
         needed = [-(-(max(n, 0) + new) // page_size) if n >= 0 else 0 for n in lengths]
         width = max([*needed, 1]) + self.rng.choice((0, 1, 3))
@@ -322,7 +348,9 @@ class _Draw:
     def poisoned(self, *shape: int) -> Tensor:
         return torch.full(shape, math.nan, dtype=self.dtype, device=self.device)
 
-    def poisoned_pair(self, rows: int, tokens: int, heads: int, head_dim: int, v_head_dim: int) -> tuple[Tensor, Tensor]:
+    def poisoned_pair(
+        self, rows: int, tokens: int, heads: int, head_dim: int, v_head_dim: int
+    ) -> tuple[Tensor, Tensor]:
         """Two caches full of NaN: contiguous, head-major, or fused in one allocation along the head dim."""
         kind = self.rng.choice(("contiguous", "head-major", "fused"))
         if kind == "head-major":

@@ -12,7 +12,8 @@ run before anything is written.
 
 from __future__ import annotations
 
-from typing import Mapping, NamedTuple, NoReturn, Optional
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,10 +31,10 @@ class CacheWrite(NamedTuple):
     k_cache: Tensor  # pages (num_pages, page_size, Hkv, D) with a block table, else (B_cache, capacity, Hkv, D)
     v_cache: Tensor  # the same with Dv
     seq_lens: Tensor  # (B,) int32, tokens in the cache before the write; -1 writes nothing
-    block_table: Optional[Tensor]  # (B, max_pages) int32
-    cache_batch_idx: Optional[Tensor]  # (B,) int32, row of an unpaged cache; None = row b
-    rotary_cos: Optional[Tensor]  # (seqlen_ro, rotary_dim / 2), applied to k at position seq_lens[b] + i
-    rotary_sin: Optional[Tensor]
+    block_table: Tensor | None  # (B, max_pages) int32
+    cache_batch_idx: Tensor | None  # (B,) int32, row of an unpaged cache; None = row b
+    rotary_cos: Tensor | None  # (seqlen_ro, rotary_dim / 2), applied to k at position seq_lens[b] + i
+    rotary_sin: Tensor | None
     rotary_interleaved: bool  # True: pairs (0, 1), (2, 3), ... (GPT-J); False: halves (GPT-NeoX)
 
     @property
@@ -56,19 +57,19 @@ class AttentionCall(NamedTuple):
     q: Tensor
     k: Tensor  # pages (num_pages, page_size, Hkv, D) | ragged (total_k, Hkv, D) | dense (B or B_cache, Sk, Hkv, D)
     v: Tensor  # the same with Dv <= D
-    k_new: Optional[Tensor]  # (B, S_new, Hkv, D), appended to k before attention
-    v_new: Optional[Tensor]
-    cu_seqlens_q: Optional[Tensor]  # (B + 1,) int32
-    cu_seqlens_k: Optional[Tensor]  # (B + 1,) int32; with a block table only its differences count
-    seqused_q: Optional[Tensor]  # (B,) int32, queries used of each ragged sequence
-    seqused_k: Optional[Tensor]  # (B,) int32, keys of each sequence, before the append; -1 = skip the sequence
-    cache_batch_idx: Optional[Tensor]  # (B,) int32, row of a dense cache
-    cache_leftpad: Optional[Tensor]  # (B,) int32, first valid slot of each sequence
-    block_table: Optional[Tensor]  # (B, max_pages) int32
-    rotary_cos: Optional[Tensor]  # (seqlen_ro, rotary_dim / 2), q.dtype
-    rotary_sin: Optional[Tensor]
-    alibi_slopes: Optional[Tensor]  # (Hq,) or (B, Hq) float32
-    sinks: Optional[Tensor]  # (Hq,) float32, one extra logit per head in the softmax denominator
+    k_new: Tensor | None  # (B, S_new, Hkv, D), appended to k before attention
+    v_new: Tensor | None
+    cu_seqlens_q: Tensor | None  # (B + 1,) int32
+    cu_seqlens_k: Tensor | None  # (B + 1,) int32; with a block table only its differences count
+    seqused_q: Tensor | None  # (B,) int32, queries used of each ragged sequence
+    seqused_k: Tensor | None  # (B,) int32, keys of each sequence, before the append; -1 = skip the sequence
+    cache_batch_idx: Tensor | None  # (B,) int32, row of a dense cache
+    cache_leftpad: Tensor | None  # (B,) int32, first valid slot of each sequence
+    block_table: Tensor | None  # (B, max_pages) int32
+    rotary_cos: Tensor | None  # (seqlen_ro, rotary_dim / 2), q.dtype
+    rotary_sin: Tensor | None
+    alibi_slopes: Tensor | None  # (Hq,) or (B, Hq) float32
+    sinks: Tensor | None  # (Hq,) float32, one extra logit per head in the softmax denominator
     max_seqlen_q: int  # most queries of any sequence
     max_seqlen_k: int  # most keys of any sequence that the caller promises, a hint for splitting
     scale: float
@@ -135,6 +136,8 @@ def cache_capacity(keys: Tensor, block_table: Tensor | None) -> int:
 
 Names = Mapping[str, str]
 """Field of a description -> the caller's name of that argument, where the two differ."""
+
+Namer = Callable[[str], str]
 
 KVCACHE_NAMES: Names = {
     "k": "k_cache",
@@ -220,16 +223,14 @@ def check(call: AttentionCall, names: Names) -> None:
         refuse(name("k"), f"of shape {tuple(k.shape)}", "pages of at least one token")
 
     if call.k_new is not None or call.v_new is not None:
-        check_write_tensors(
-            call.k_new, call.v_new, k, v, batch, (name("k_new"), name("v_new")), (name("k"), name("v"))
-        )
+        _check_new_tokens(call.k_new, call.v_new, k, v, batch, name)
         if call.seqused_k is None:
             refuse(name("seqused_k"), "None", f"tokens in the cache before the append, with {name('k_new')}")
     _check_rotary(call, name)
     _check_scores(call, name, batch)
 
 
-def _check_lengths(call: AttentionCall, name, batch: int) -> None:  # type: ignore[no-untyped-def]
+def _check_lengths(call: AttentionCall, name: Namer, batch: int) -> None:
     """Every tensor of lengths or indices: int32, one entry a sequence."""
     for field, dims, shape in (
         ("cu_seqlens_q", "B + 1", (batch + 1,)),
@@ -255,29 +256,36 @@ def _check_lengths(call: AttentionCall, name, batch: int) -> None:  # type: igno
             refuse("max_seqlen_k", call.max_seqlen_k, "at least 0")
 
 
-def check_write_tensors(
-    k: object,
-    v: object,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: int,
-    new_names: tuple[str, str],
-    cache_names: tuple[str, str],
+def check_write(write: CacheWrite) -> None:
+    """:func:`check` for a write of its own."""
+    k_cache, v_cache = write.k_cache, write.v_cache
+    check_tensor("k_cache", k_cache, "num_pages, page_size, Hkv, D", k_cache, FLOAT_DTYPES)
+    check_tensor("v_cache", v_cache, "num_pages, page_size, Hkv, D", k_cache, (k_cache.dtype,))
+    check_shape("v_cache", v_cache, (*k_cache.shape[:3], None), "num_pages, page_size, Hkv, Dv")
+    if k_cache.shape[1] == 0:
+        refuse("k_cache", f"of shape {tuple(k_cache.shape)}", "pages of at least one token")
+    batch = write.k.shape[0]
+    _check_new_tokens(write.k, write.v, k_cache, v_cache, batch, lambda field: KVCACHE_NAMES[field])
+    for field, dims, shape in (("seq_lens", "B", (batch,)), ("block_table", "B, max_pages", (batch, None))):
+        tensor = getattr(write, field)
+        check_tensor(field, tensor, dims, k_cache, (torch.int32,))
+        check_shape(field, tensor, shape, dims)
+
+
+def _check_new_tokens(
+    k_new: Tensor | None, v_new: Tensor | None, k: Tensor, v: Tensor, batch: int, name: Namer
 ) -> None:
-    """New keys and values must come together and fit the caches they go to."""
-    for mine, other, one, two in ((k, v, *new_names), (v, k, *reversed(new_names))):
-        if mine is None and other is not None:
-            refuse(one, "None", f"a tensor, since {two} is given")
-    new_tokens = None
-    for new, cache, new_name, cache_name in zip((k, v), (k_cache, v_cache), new_names, cache_names):
-        check_tensor(new_name, new, "B, S_new, Hkv, D", cache, (cache.dtype,))
-        assert isinstance(new, Tensor)
-        check_shape(new_name, new, (batch, new_tokens, *cache.shape[-2:]), "B, S_new, Hkv, D")
-        _check_last_axis(cache_name, cache)
-        new_tokens = new.shape[1]
+    """New keys and values come together and fit the caches they go to."""
+    if k_new is None or v_new is None:
+        missing, given = ("k_new", "v_new") if k_new is None else ("v_new", "k_new")
+        refuse(name(missing), "None", f"a tensor, since {name(given)} is given")
+    for field, new, cache in (("k", k_new, k), ("v", v_new, v)):
+        check_tensor(name(f"{field}_new"), new, "B, S_new, Hkv, D", cache, (cache.dtype,))
+        check_shape(name(f"{field}_new"), new, (batch, k_new.shape[1], *cache.shape[-2:]), "B, S_new, Hkv, D")
+        _check_last_axis(name(field), cache)
 
 
-def _check_rotary(call: AttentionCall, name) -> None:  # type: ignore[no-untyped-def]
+def _check_rotary(call: AttentionCall, name: Namer) -> None:
     cos, sin = call.rotary_cos, call.rotary_sin
     if cos is None and sin is None:
         return
@@ -300,7 +308,7 @@ def check_rotary_tables(cos: Tensor, sin: Tensor, like: Tensor, capacity: int) -
         refuse("rotary_cos", f"for rotary_dim {2 * cos.shape[1]}", f"at most head_dim = {like.shape[-1]}")
 
 
-def _check_scores(call: AttentionCall, name, batch: int) -> None:  # type: ignore[no-untyped-def]
+def _check_scores(call: AttentionCall, name: Namer, batch: int) -> None:
     """Scale, window, softcap, ALiBi, sinks, splits."""
     heads = call.q.shape[-2]
     if not -float("inf") < call.scale < float("inf"):
@@ -415,9 +423,7 @@ def _check_fit(name: str, lengths: list[int], new_tokens: int, capacity: int) ->
             refuse(name, f"{length} somewhere{more}", f"at most {capacity} in all, what the cache or table holds")
 
 
-def _check_table(
-    table: Tensor, firsts: list[int], lengths: list[int], new_tokens: int, pages: Tensor
-) -> None:
+def _check_table(table: Tensor, firsts: list[int], lengths: list[int], new_tokens: int, pages: Tensor) -> None:
     """Entries that a call reads or writes must be pages; no two sequences may append to one slot."""
     page_size, num_pages = pages.shape[1], pages.shape[0]
     rows = table.tolist()

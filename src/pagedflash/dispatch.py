@@ -12,9 +12,9 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
-from typing import NamedTuple, Optional, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -138,20 +138,20 @@ def _backend_for(device_type: str) -> Backend:
     return backend
 
 
-@lru_cache(maxsize=None)
-def _load(name: str) -> tuple[Optional[Backend], bool, str]:
+@cache
+def _load(name: str) -> tuple[Backend | None, bool, str]:
     try:
-        backend: Backend = import_module(BACKEND_MODULES[name], __package__)  # type: ignore[assignment]
+        backend: Backend = import_module(BACKEND_MODULES[name], __package__)
     except ImportError as error:
         return None, False, f"it cannot be imported: {error}"
     return (backend, *backend.available())
 
 
 def _reference() -> Backend:
-    return reference  # type: ignore[return-value]
+    return reference
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(name: str, reason: str) -> None:
     warnings.warn(f"pagedflash: the slow reference runs instead of {name}: {reason}", RuntimeWarning, stacklevel=2)
 

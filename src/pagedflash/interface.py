@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import NoReturn, Optional, Union
+from typing import Any, NoReturn, Union, cast
 
 import torch
 from torch import Tensor
@@ -34,12 +34,15 @@ from .call import (
     check,
     check_shape,
     check_tensor,
-    check_write_tensors,
+    check_write,
     refuse,
 )
 from .ops import attention, attention_with_append, write_cache
 
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
+
+Given = Any
+"""An argument as it came: what is not the tensor it should be is passed on to :func:`~pagedflash.call.check`."""
 
 Output = Union[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -49,16 +52,16 @@ def flash_attn_func(
     k: Tensor,
     v: Tensor,
     dropout_p: float = 0.0,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-    alibi_slopes: Optional[Tensor] = None,
+    alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
-    s_aux: Optional[Tensor] = None,
-    learnable_sink: Optional[Tensor] = None,
+    s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
 ) -> Output:
     """Attention of dense queries over dense keys.
@@ -91,8 +94,8 @@ def flash_attn_func(
     """
     call = _describe(
         q,
-        k,
-        v,
+        _contiguous_rows(k),
+        _contiguous_rows(v),
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,
         causal=causal,
@@ -110,24 +113,24 @@ def flash_attn_varlen_func(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Optional[Tensor],
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     dropout_p: float = 0.0,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-    alibi_slopes: Optional[Tensor] = None,
+    alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    block_table: Optional[Tensor] = None,
+    block_table: Tensor | None = None,
     *,
-    page_table: Optional[Tensor] = None,
-    seqused_q: Optional[Tensor] = None,
-    seqused_k: Optional[Tensor] = None,
-    s_aux: Optional[Tensor] = None,
-    learnable_sink: Optional[Tensor] = None,
+    page_table: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
 ) -> Output:
     """Attention of sequences of different lengths packed one after another, over packed or paged keys.
@@ -152,10 +155,11 @@ def flash_attn_varlen_func(
     Returns:
         ``out (total_q, Hq, Dv)`` in q's dtype, or a tuple with ``lse (Hq, total_q)`` float32.
     """
+    table = _one_of("block_table", block_table, "page_table", page_table)
     call = _describe(
         q,
-        k,
-        v,
+        _contiguous_rows(k) if table is None else k,
+        _contiguous_rows(v) if table is None else v,
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,
         causal=causal,
@@ -169,7 +173,7 @@ def flash_attn_varlen_func(
         seqused_q=seqused_q,
         seqused_k=seqused_k,
         max_seqlens=(_integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)),
-        block_table=_one_of("block_table", block_table, "page_table", page_table),
+        block_table=table,
     )
     if call.cu_seqlens_k is None and (call.block_table is None or call.seqused_k is None):
         refuse("cu_seqlens_k", "None", "offsets of the keys (None only with block_table and seqused_k)")
@@ -181,26 +185,26 @@ def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k: Optional[Tensor] = None,
-    v: Optional[Tensor] = None,
-    rotary_cos: Optional[Tensor] = None,
-    rotary_sin: Optional[Tensor] = None,
-    cache_seqlens: Optional[Union[int, Tensor]] = None,
-    cache_batch_idx: Optional[Tensor] = None,
-    cache_leftpad: Optional[Tensor] = None,
-    block_table: Optional[Tensor] = None,
-    softmax_scale: Optional[float] = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     rotary_interleaved: bool = True,
-    alibi_slopes: Optional[Tensor] = None,
+    alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
     *,
-    page_table: Optional[Tensor] = None,
-    s_aux: Optional[Tensor] = None,
-    learnable_sink: Optional[Tensor] = None,
+    page_table: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
 ) -> Output:
     """Append new keys and values to a cache in place, then attend to the cache including them.
 
@@ -265,7 +269,7 @@ def flash_attn_with_kvcache(
 
 
 def kv_paged_write(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Union[int, Tensor]
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: int | Tensor
 ) -> None:
     """Write new keys and values into their pages, in place: what ``flash_attn_with_kvcache`` does before it attends.
 
@@ -282,28 +286,26 @@ def kv_paged_write(
         TypeError, ValueError: naming the argument; the caches are untouched then. Lengths and table entries are checked
             on a CPU always, on other devices under ``PAGEDFLASH_CHECK=1``.
     """
-    check_tensor("k_cache", k_cache, "num_pages, page_size, Hkv, D", _tensor("k_cache", k_cache), FLOAT_DTYPES)
-    check_tensor("v_cache", v_cache, "num_pages, page_size, Hkv, D", k_cache, (k_cache.dtype,))
-    check_shape("v_cache", v_cache, (*k_cache.shape[:3], None), "num_pages, page_size, Hkv, Dv")
-    if k_cache.shape[1] == 0:
-        refuse("k_cache", f"of shape {tuple(k_cache.shape)}", "pages of at least one token")
-    batch = _tensor("k", k).shape[0] if k.dim() else 0
-    check_write_tensors(k, v, k_cache, v_cache, batch, ("k", "v"), ("k_cache", "v_cache"))
-    table = _int32("block_table", _required("block_table", block_table))
-    check_tensor("block_table", table, "B, max_pages", k_cache, (torch.int32,))
-    check_shape("block_table", table, (batch, None), "B, max_pages")
-    lengths = _lengths("seq_lens", _required("seq_lens", seq_lens), batch, k_cache.device)
-    check_tensor("seq_lens", lengths, "B", k_cache, (torch.int32,))
-    check_shape("seq_lens", lengths, (batch,), "B")
+    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if _tensor(name, tensor).dim() != 4:
+            refuse(name, f"of shape {tuple(tensor.shape)}", "four axes")
     write = CacheWrite(
-        _contiguous_rows(k), _contiguous_rows(v), k_cache, v_cache, lengths, table, None, None, None, False
+        k=_contiguous_rows(k),
+        v=_contiguous_rows(v),
+        k_cache=k_cache,
+        v_cache=v_cache,
+        seq_lens=_lengths("seq_lens", _required("seq_lens", seq_lens), k.shape[0], k_cache.device),
+        block_table=_int32("block_table", _required("block_table", block_table)),
+        cache_batch_idx=None,
+        rotary_cos=None,
+        rotary_sin=None,
+        rotary_interleaved=False,
     )
+    check_write(write)
     write_cache(*write)
 
 
-def merge_attention_states(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor]:
+def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Merge attention over two disjoint sets of keys into attention over their union.
 
     Args:
@@ -322,7 +324,13 @@ def merge_attention_states(
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); FlashInfer's ``merge_state``.
     """
-    check_tensor("out_a", out_a, "..., Hq, Dv" if _tensor("out_a", out_a).dim() == 3 else "B, Sq, Hq, Dv", out_a, FLOAT_DTYPES)
+    check_tensor(
+        "out_a",
+        out_a,
+        "..., Hq, Dv" if _tensor("out_a", out_a).dim() == 3 else "B, Sq, Hq, Dv",
+        out_a,
+        FLOAT_DTYPES,
+    )
     dense = out_a.dim() == 4
     check_tensor("out_b", out_b, "B, Sq, Hq, Dv" if dense else "total_q, Hq, Dv", out_a, (out_a.dtype,))
     check_shape("out_b", out_b, tuple(out_a.shape), "as out_a")
@@ -345,27 +353,27 @@ def _describe(
     k: Tensor,
     v: Tensor,
     *,
-    softmax_scale: Optional[float],
+    softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
     softcap: float,
-    alibi_slopes: Optional[Tensor],
-    s_aux: Optional[Tensor],
-    learnable_sink: Optional[Tensor],
+    alibi_slopes: Tensor | None,
+    s_aux: Tensor | None,
+    learnable_sink: Tensor | None,
     dropout_p: float = 0.0,
-    k_new: Optional[Tensor] = None,
-    v_new: Optional[Tensor] = None,
-    cu_seqlens_q: Optional[Tensor] = None,
-    cu_seqlens_k: Optional[Tensor] = None,
-    seqused_q: Optional[Tensor] = None,
-    seqused_k: Optional[Tensor] = None,
-    max_seqlens: Optional[tuple[int, int]] = None,
-    cache_seqlens: Optional[Union[int, Tensor]] = None,
-    cache_batch_idx: Optional[Tensor] = None,
-    cache_leftpad: Optional[Tensor] = None,
-    block_table: Optional[Tensor] = None,
-    rotary_cos: Optional[Tensor] = None,
-    rotary_sin: Optional[Tensor] = None,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    max_seqlens: tuple[int, int] | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
     num_splits: int = 0,
     names: Names = {},
@@ -381,15 +389,18 @@ def _describe(
         if q.dim() != 4 or k.dim() != 4:
             wrong, shape = ("q", q.shape) if q.dim() != 4 else (names.get("k", "k"), k.shape)
             refuse(wrong, f"of shape {tuple(shape)}", "four axes, (B, S, H, D)")
-        max_seqlens = (q.shape[1], k.shape[1] * (1 if block_table is None else _tensor("block_table", block_table).shape[-1]))
+        max_seqlens = (
+            q.shape[1],
+            k.shape[1] * (1 if block_table is None else _tensor("block_table", block_table).shape[-1]),
+        )
     if cache_seqlens is not None:
         seqused_k = _lengths("cache_seqlens", cache_seqlens, q.shape[0], q.device)
     window_left, window_right = _window(window_size)
     sinks = _one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
     return AttentionCall(
         q=_contiguous_rows(q),
-        k=k if k_new is not None or names else _contiguous_rows(k),
-        v=v if k_new is not None or names else _contiguous_rows(v),
+        k=k,
+        v=v,
         k_new=_contiguous_rows(k_new),
         v_new=_contiguous_rows(v_new),
         cu_seqlens_q=_int32("cu_seqlens_q", cu_seqlens_q),
@@ -433,24 +444,24 @@ def _tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def _required(name: str, value: Tensor) -> Tensor:
+def _required(name: str, value: Given) -> Given:
     if value is None:
         refuse(name, "None", "a tensor")
     return value
 
 
-def _one_of(name: str, value: Optional[Tensor], other_name: str, other: Optional[Tensor]) -> Optional[Tensor]:
+def _one_of(name: str, value: Tensor | None, other_name: str, other: Tensor | None) -> Tensor | None:
     """Two names of one argument: at most one may be given."""
     if value is not None and other is not None:
         refuse(other_name, f"given together with {name}", "one of the two: they name the same thing")
     return other if value is None else value
 
 
-def _sinks_name(s_aux: Optional[Tensor]) -> str:
+def _sinks_name(s_aux: Tensor | None) -> str:
     return "learnable_sink" if s_aux is None else "s_aux"
 
 
-def _table_name(block_table: Optional[Tensor]) -> str:
+def _table_name(block_table: Tensor | None) -> str:
     return "page_table" if block_table is None else "block_table"
 
 
@@ -462,8 +473,10 @@ def _number(name: str, value: object) -> float:
 
 def _integer(name: str, value: object) -> int:
     """Ints, SymInts while tracing, and whatever else is an exact integer (NumPy's, 0-dim tensors)."""
-    if isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, int):
         return value
+    if isinstance(value, torch.SymInt):
+        return cast(int, value)
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -480,17 +493,17 @@ def _window(window_size: tuple[int, int]) -> tuple[int, int]:
     return _integer("window_size", window_size[0]), _integer("window_size", window_size[1])
 
 
-def _lengths(name: str, lengths: Union[int, Tensor], batch: int, device: torch.device) -> Optional[Tensor]:
+def _lengths(name: str, lengths: Given, batch: int, device: torch.device) -> Given:
     """One length for all sequences becomes a tensor of them."""
     if isinstance(lengths, (int, torch.SymInt)) and not isinstance(lengths, bool):
-        return torch.full((batch,), lengths, dtype=torch.int32, device=device)
+        return torch.full((batch,), cast(int, lengths), dtype=torch.int32, device=device)
     return _int32(name, lengths)
 
 
-def _int32(name: str, tensor: Optional[Tensor]) -> Optional[Tensor]:
+def _int32(name: str, tensor: Given) -> Given:
     """Lengths and tables come as int32 or int64; backends read contiguous int32. Values past int32 stay invalid."""
     if tensor is None:
-        return None
+        return tensor
     dtype = _tensor(name, tensor).dtype
     if dtype == torch.int64:
         tensor = tensor.clamp(_INT32_MIN, _INT32_MAX).to(torch.int32)
@@ -499,7 +512,7 @@ def _int32(name: str, tensor: Optional[Tensor]) -> Optional[Tensor]:
     return tensor.contiguous()
 
 
-def _float32(name: str, tensor: Optional[Tensor]) -> Optional[Tensor]:
+def _float32(name: str, tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     if not _tensor(name, tensor).is_floating_point():
@@ -509,11 +522,11 @@ def _float32(name: str, tensor: Optional[Tensor]) -> Optional[Tensor]:
     return tensor.to(torch.float32).contiguous()
 
 
-def _contiguous(tensor: Optional[Tensor]) -> Optional[Tensor]:
+def _contiguous(tensor: Given) -> Given:
     return tensor.contiguous() if isinstance(tensor, Tensor) else tensor
 
 
-def _contiguous_rows(tensor: Optional[Tensor]) -> Optional[Tensor]:
+def _contiguous_rows(tensor: Given) -> Given:
     """Inputs (never caches) whose last axis is strided are copied, as flash-attn does."""
     if isinstance(tensor, Tensor) and tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         return tensor.contiguous()

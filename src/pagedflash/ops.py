@@ -7,7 +7,7 @@ declare it. The fake kernels stand beside the real ones.
 
 from __future__ import annotations
 
-from typing import Union, get_args, get_origin, get_type_hints
+from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ def _schema(description: type, mutates: dict[str, str]) -> str:
     """Spell the fields of a description as operator arguments; ``mutates`` maps a field to its alias set."""
     arguments = []
     for field, hint in get_type_hints(description).items():
-        optional = get_origin(hint) is Union and type(None) in get_args(hint)
-        kind = get_args(hint)[0] if optional else hint
+        kind, optional = (get_args(hint)[0], True) if type(None) in get_args(hint) else (hint, False)
         word = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool"}[kind]
         alias = f"({mutates[field]}!)" if field in mutates else ""
         arguments.append(f"{word}{alias}{'?' if optional else ''} {field}")
@@ -64,4 +63,3 @@ attention_with_append = _define(
 write_cache = _define(
     "write_cache", CacheWrite, "()", _write_cache, _write_cache_fake, {"k_cache": "a", "v_cache": "b"}
 )
-
