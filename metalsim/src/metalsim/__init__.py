@@ -1,0 +1,21 @@
+"""Runs Metal compute kernels on a CPU, with the interface of `torch.mps.compile_shader`, and checks them."""
+
+from .counters import Counters, Dispatch
+from .errors import CompileError, KernelError, LaunchError, MetalError
+from .library import Kernel, Library, compile_shader
+from .settings import ORDERS, Simulation, simulate
+
+__all__ = [
+    "ORDERS",
+    "CompileError",
+    "Counters",
+    "Dispatch",
+    "Kernel",
+    "KernelError",
+    "LaunchError",
+    "Library",
+    "MetalError",
+    "Simulation",
+    "compile_shader",
+    "simulate",
+]

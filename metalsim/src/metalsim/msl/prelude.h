@@ -1,0 +1,3 @@
+// Everything a translated kernel sees.
+#pragma once
+#include "kernel.h"
