@@ -1,3 +1,5 @@
 // Everything a translated kernel sees.
 #pragma once
+#include "atomic.h"
 #include "kernel.h"
+#include "matrix.h"
