@@ -21,6 +21,7 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 HEAD_DIM_MULTIPLE = 8
+NO_BACKWARD = "one that does not: there is no backward yet; call under torch.no_grad()"
 
 
 class CacheWrite(NamedTuple):
@@ -31,11 +32,11 @@ class CacheWrite(NamedTuple):
     k_cache: Tensor  # pages (num_pages, page_size, Hkv, D) with a block table, else (B_cache, capacity, Hkv, D)
     v_cache: Tensor  # the same with Dv
     seq_lens: Tensor  # (B,) int32, tokens in the cache before the write; -1 writes nothing
-    block_table: Tensor | None  # (B, max_pages) int32
-    cache_batch_idx: Tensor | None  # (B,) int32, row of an unpaged cache; None = row b
-    rotary_cos: Tensor | None  # (seqlen_ro, rotary_dim / 2), applied to k at position seq_lens[b] + i
-    rotary_sin: Tensor | None
-    rotary_interleaved: bool  # True: pairs (0, 1), (2, 3), ... (GPT-J); False: halves (GPT-NeoX)
+    block_table: Tensor | None = None  # (B, max_pages) int32
+    cache_batch_idx: Tensor | None = None  # (B,) int32, row of an unpaged cache; None = row b
+    rotary_cos: Tensor | None = None  # (seqlen_ro, rotary_dim / 2), applied to k at position seq_lens[b] + i
+    rotary_sin: Tensor | None = None
+    rotary_interleaved: bool = True  # True: pairs (0, 1), (2, 3), ... (GPT-J); False: halves (GPT-NeoX)
 
     @property
     def capacity(self) -> int:
@@ -57,27 +58,27 @@ class AttentionCall(NamedTuple):
     q: Tensor
     k: Tensor  # pages (num_pages, page_size, Hkv, D) | ragged (total_k, Hkv, D) | dense (B or B_cache, Sk, Hkv, D)
     v: Tensor  # the same with Dv <= D
-    k_new: Tensor | None  # (B, S_new, Hkv, D), appended to k before attention
-    v_new: Tensor | None
-    cu_seqlens_q: Tensor | None  # (B + 1,) int32
-    cu_seqlens_k: Tensor | None  # (B + 1,) int32; with a block table only its differences count
-    seqused_q: Tensor | None  # (B,) int32, queries used of each ragged sequence
-    seqused_k: Tensor | None  # (B,) int32, keys of each sequence, before the append; -1 = skip the sequence
-    cache_batch_idx: Tensor | None  # (B,) int32, row of a dense cache
-    cache_leftpad: Tensor | None  # (B,) int32, first valid slot of each sequence
-    block_table: Tensor | None  # (B, max_pages) int32
-    rotary_cos: Tensor | None  # (seqlen_ro, rotary_dim / 2), q.dtype
-    rotary_sin: Tensor | None
-    alibi_slopes: Tensor | None  # (Hq,) or (B, Hq) float32
-    sinks: Tensor | None  # (Hq,) float32, one extra logit per head in the softmax denominator
-    max_seqlen_q: int  # most queries of any sequence
-    max_seqlen_k: int  # most keys of any sequence that the caller promises, a hint for splitting
-    scale: float
-    window_left: int  # -1 = unbounded
-    window_right: int  # -1 = unbounded, 0 = causal
-    softcap: float  # 0 = none
-    rotary_interleaved: bool
-    num_splits: int  # 0 = the backend decides
+    k_new: Tensor | None = None  # (B, S_new, Hkv, D), appended to k before attention
+    v_new: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None  # (B + 1,) int32
+    cu_seqlens_k: Tensor | None = None  # (B + 1,) int32; with a block table only its differences count
+    seqused_q: Tensor | None = None  # (B,) int32, queries used of each ragged sequence
+    seqused_k: Tensor | None = None  # (B,) int32, keys of each sequence, before the append; -1 = skip the sequence
+    cache_batch_idx: Tensor | None = None  # (B,) int32, row of a dense cache
+    cache_leftpad: Tensor | None = None  # (B,) int32, first valid slot of each sequence
+    block_table: Tensor | None = None  # (B, max_pages) int32
+    rotary_cos: Tensor | None = None  # (seqlen_ro, rotary_dim / 2), q.dtype
+    rotary_sin: Tensor | None = None
+    alibi_slopes: Tensor | None = None  # (Hq,) or (B, Hq) float32
+    sinks: Tensor | None = None  # (Hq,) float32, one extra logit per head in the softmax denominator
+    max_seqlen_q: int = 0  # most queries of any sequence
+    max_seqlen_k: int = 0  # most keys of any sequence that the caller promises, a hint for splitting
+    scale: float = 1.0
+    window_left: int = -1  # -1 = unbounded
+    window_right: int = -1  # -1 = unbounded, 0 = causal
+    softcap: float = 0.0  # 0 = none
+    rotary_interleaved: bool = True
+    num_splits: int = 0  # 0 = the backend decides
 
     @property
     def batch_size(self) -> int:
@@ -139,7 +140,9 @@ Names = Mapping[str, str]
 
 Namer = Callable[[str], str]
 
+NAMES: Names = {"sinks": "s_aux"}
 KVCACHE_NAMES: Names = {
+    **NAMES,
     "k": "k_cache",
     "v": "v_cache",
     "k_new": "k",
@@ -165,7 +168,7 @@ def check_tensor(name: str, tensor: object, dims: str, like: Tensor, dtypes: tup
     if tensor.device != like.device:
         refuse(name, f"on {tensor.device}", f"{like.device}, where q or the cache is")
     if tensor.is_floating_point() and tensor.requires_grad and torch.is_grad_enabled():
-        refuse(name, "a tensor that requires grad", "none: there is no backward yet; call under torch.no_grad()")
+        refuse(name, "a tensor that requires grad", NO_BACKWARD)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], words: str) -> None:
@@ -181,12 +184,43 @@ def _check_last_axis(name: str, tensor: Tensor) -> None:
         refuse(name, f"strided by {tensor.stride(-1)} in its last axis", "stride 1 there (a cache is never copied)")
 
 
+_passed: set[tuple[object, ...]] = set()
+"""Signatures of calls that have passed :func:`check`. Decoding makes the same call thousands of times."""
+_PASSED_AT_MOST = 4096
+
+
 def check(call: AttentionCall, names: Names) -> None:
     """Check everything about a call but the values of its lengths and tables.
 
+    A call with the signature of one that has passed is not looked at again: that keeps a call's overhead low.
+
     Raises TypeError (wrong type or dtype) or ValueError, naming the argument, what came and what is expected.
     """
+    signature = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else _signature(call)
+    if signature is None:
+        _check_fields(call, names)
+    elif signature not in _passed:
+        _check_fields(call, names)
+        if len(_passed) == _PASSED_AT_MOST:
+            _passed.clear()
+        _passed.add(signature)
 
+
+def _signature(call: AttentionCall) -> tuple[object, ...] | None:
+    """All that :func:`check` looks at while grad mode is off; None where that cannot be remembered."""
+    parts: list[object] = [call.k.stride() if isinstance(call.k, Tensor) else None]
+    parts.append(call.v.stride() if isinstance(call.v, Tensor) else None)
+    for value in call:
+        if value.__class__ is Tensor:
+            parts.append((value.shape, value.dtype, value.device))
+        elif value is None or value.__class__ in (int, float, bool):
+            parts.append(value)
+        else:
+            return None  # wrong types, tensor subclasses, symbolic sizes
+    return tuple(parts)
+
+
+def _check_fields(call: AttentionCall, names: Names) -> None:
     def name(field: str) -> str:
         return names.get(field, field)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, NoReturn, Union, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from . import reference
 from .call import (
     FLOAT_DTYPES,
     KVCACHE_NAMES,
+    NAMES,
+    NO_BACKWARD,
     AttentionCall,
     CacheWrite,
     Names,
@@ -44,7 +46,7 @@ _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 Given = Any
 """An argument as it came: what is not the tensor it should be is passed on to :func:`~pagedflash.call.check`."""
 
-Output = Union[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Output = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
 def flash_attn_func(
@@ -92,20 +94,23 @@ def flash_attn_func(
 
     Source: Dao, "FlashAttention-2" (2023); flash-attn's ``flash_attn_func``.
     """
-    call = _describe(
-        q,
-        _contiguous_rows(k),
-        _contiguous_rows(v),
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        s_aux=s_aux,
-        learnable_sink=learnable_sink,
+    _check_dropout(dropout_p)
+    _check_dims(4, q=q, k=k, v=v)
+    window_left, window_right = _window(window_size, causal)
+    call = AttentionCall(
+        q=_rows(q),
+        k=_rows(k),
+        v=_rows(v),
+        alibi_slopes=_contiguous(alibi_slopes),
+        sinks=_sinks(s_aux, learnable_sink),
+        max_seqlen_q=q.shape[1],
+        max_seqlen_k=k.shape[1],
+        scale=_scale(softmax_scale, q),
+        window_left=window_left,
+        window_right=window_right,
+        softcap=_number("softcap", softcap),
     )
-    return _run(call, {"sinks": _sinks_name(s_aux)}, return_attn_probs, return_softmax_lse)
+    return _run(call, _names(NAMES, learnable_sink=learnable_sink), return_attn_probs, return_softmax_lse)
 
 
 def flash_attn_varlen_func(
@@ -155,29 +160,32 @@ def flash_attn_varlen_func(
     Returns:
         ``out (total_q, Hq, Dv)`` in q's dtype, or a tuple with ``lse (Hq, total_q)`` float32.
     """
+    _check_dropout(dropout_p)
     table = _one_of("block_table", block_table, "page_table", page_table)
-    call = _describe(
-        q,
-        _contiguous_rows(k) if table is None else k,
-        _contiguous_rows(v) if table is None else v,
-        dropout_p=dropout_p,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        s_aux=s_aux,
-        learnable_sink=learnable_sink,
-        cu_seqlens_q=_required("cu_seqlens_q", cu_seqlens_q),
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        max_seqlens=(_integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)),
-        block_table=table,
-    )
-    if call.cu_seqlens_k is None and (call.block_table is None or call.seqused_k is None):
+    _check_dims(3, q=q)
+    _check_dims(3 if table is None else 4, k=k, v=v)
+    if cu_seqlens_k is None and (table is None or seqused_k is None):
         refuse("cu_seqlens_k", "None", "offsets of the keys (None only with block_table and seqused_k)")
-    names = {"sinks": _sinks_name(s_aux), "block_table": _table_name(block_table)}
+    window_left, window_right = _window(window_size, causal)
+    call = AttentionCall(
+        q=_rows(q),
+        k=_rows(k) if table is None else k,
+        v=_rows(v) if table is None else v,
+        cu_seqlens_q=_int32("cu_seqlens_q", _required("cu_seqlens_q", cu_seqlens_q)),
+        cu_seqlens_k=_int32("cu_seqlens_k", cu_seqlens_k),
+        seqused_q=_int32("seqused_q", seqused_q),
+        seqused_k=_int32("seqused_k", seqused_k),
+        block_table=_int32("block_table", table),
+        alibi_slopes=_contiguous(alibi_slopes),
+        sinks=_sinks(s_aux, learnable_sink),
+        max_seqlen_q=_integer("max_seqlen_q", max_seqlen_q),
+        max_seqlen_k=_integer("max_seqlen_k", max_seqlen_k),
+        scale=_scale(softmax_scale, q),
+        window_left=window_left,
+        window_right=window_right,
+        softcap=_number("softcap", softcap),
+    )
+    names = _names(NAMES, learnable_sink=learnable_sink, page_table=page_table)
     return _run(call, names, return_attn_probs, return_softmax_lse)
 
 
@@ -241,30 +249,33 @@ def flash_attn_with_kvcache(
 
     Source: flash-attn's ``flash_attn_with_kvcache``; Kwon et al., "PagedAttention" (2023); Su et al., "RoFormer" (2021).
     """
-    call = _describe(
-        q,
-        k_cache,
-        v_cache,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        s_aux=s_aux,
-        learnable_sink=learnable_sink,
-        k_new=k,
-        v_new=v,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
-        cache_seqlens=cache_seqlens,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        block_table=_one_of("block_table", block_table, "page_table", page_table),
-        num_splits=num_splits,
-        names=KVCACHE_NAMES,
+    table = _one_of("block_table", block_table, "page_table", page_table)
+    _check_dims(4, q=q, k_cache=k_cache, v_cache=v_cache)
+    window_left, window_right = _window(window_size, causal)
+    call = AttentionCall(
+        q=_rows(q),
+        k=k_cache,
+        v=v_cache,
+        k_new=_rows(k),
+        v_new=_rows(v),
+        seqused_k=_lengths("cache_seqlens", cache_seqlens, q),
+        cache_batch_idx=_int32("cache_batch_idx", cache_batch_idx),
+        cache_leftpad=_int32("cache_leftpad", cache_leftpad),
+        block_table=_int32("block_table", table),
+        rotary_cos=_contiguous(rotary_cos),
+        rotary_sin=_contiguous(rotary_sin),
+        alibi_slopes=_contiguous(alibi_slopes),
+        sinks=_sinks(s_aux, learnable_sink),
+        max_seqlen_q=q.shape[1],
+        max_seqlen_k=_capacity(k_cache, table),
+        scale=_scale(softmax_scale, q),
+        window_left=window_left,
+        window_right=window_right,
+        softcap=_number("softcap", softcap),
+        rotary_interleaved=bool(rotary_interleaved),
+        num_splits=_integer("num_splits", num_splits),
     )
-    names = {**KVCACHE_NAMES, "sinks": _sinks_name(s_aux), "block_table": _table_name(block_table)}
+    names = _names(KVCACHE_NAMES, learnable_sink=learnable_sink, page_table=page_table)
     return _run(call, names, False, return_softmax_lse)
 
 
@@ -286,20 +297,14 @@ def kv_paged_write(
         TypeError, ValueError: naming the argument; the caches are untouched then. Lengths and table entries are checked
             on a CPU always, on other devices under ``PAGEDFLASH_CHECK=1``.
     """
-    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if _tensor(name, tensor).dim() != 4:
-            refuse(name, f"of shape {tuple(tensor.shape)}", "four axes")
+    _check_dims(4, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     write = CacheWrite(
-        k=_contiguous_rows(k),
-        v=_contiguous_rows(v),
+        k=_rows(k),
+        v=_rows(v),
         k_cache=k_cache,
         v_cache=v_cache,
-        seq_lens=_lengths("seq_lens", _required("seq_lens", seq_lens), k.shape[0], k_cache.device),
+        seq_lens=_lengths("seq_lens", _required("seq_lens", seq_lens), k),
         block_table=_int32("block_table", _required("block_table", block_table)),
-        cache_batch_idx=None,
-        rotary_cos=None,
-        rotary_sin=None,
-        rotary_interleaved=False,
     )
     check_write(write)
     write_cache(*write)
@@ -348,83 +353,6 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _describe(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    s_aux: Tensor | None,
-    learnable_sink: Tensor | None,
-    dropout_p: float = 0.0,
-    k_new: Tensor | None = None,
-    v_new: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    max_seqlens: tuple[int, int] | None = None,
-    cache_seqlens: int | Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    block_table: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    rotary_interleaved: bool = False,
-    num_splits: int = 0,
-    names: Names = {},
-) -> AttentionCall:
-    """Bring every argument to the one form that a description holds, refusing what has no such form."""
-    for field, tensor in (("q", q), ("k", k), ("v", v)):
-        _tensor(names.get(field, field), tensor)
-    if q.dim() < 3:
-        refuse("q", f"of shape {tuple(q.shape)}", "(B, Sq, Hq, D), or (total_q, Hq, D) for varlen")
-    if not isinstance(dropout_p, (int, float)) or dropout_p != 0.0:
-        refuse("dropout_p", dropout_p, "0: there is no dropout without a backward")
-    if max_seqlens is None:
-        if q.dim() != 4 or k.dim() != 4:
-            wrong, shape = ("q", q.shape) if q.dim() != 4 else (names.get("k", "k"), k.shape)
-            refuse(wrong, f"of shape {tuple(shape)}", "four axes, (B, S, H, D)")
-        max_seqlens = (
-            q.shape[1],
-            k.shape[1] * (1 if block_table is None else _tensor("block_table", block_table).shape[-1]),
-        )
-    if cache_seqlens is not None:
-        seqused_k = _lengths("cache_seqlens", cache_seqlens, q.shape[0], q.device)
-    window_left, window_right = _window(window_size)
-    sinks = _one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
-    return AttentionCall(
-        q=_contiguous_rows(q),
-        k=k,
-        v=v,
-        k_new=_contiguous_rows(k_new),
-        v_new=_contiguous_rows(v_new),
-        cu_seqlens_q=_int32("cu_seqlens_q", cu_seqlens_q),
-        cu_seqlens_k=_int32("cu_seqlens_k", cu_seqlens_k),
-        seqused_q=_int32("seqused_q", seqused_q),
-        seqused_k=_int32("seqused_k", seqused_k),
-        cache_batch_idx=_int32("cache_batch_idx", cache_batch_idx),
-        cache_leftpad=_int32("cache_leftpad", cache_leftpad),
-        block_table=_int32("block_table", block_table),
-        rotary_cos=_contiguous(rotary_cos),
-        rotary_sin=_contiguous(rotary_sin),
-        alibi_slopes=_contiguous(alibi_slopes),
-        sinks=_float32(_sinks_name(s_aux), sinks),
-        max_seqlen_q=max_seqlens[0],
-        max_seqlen_k=max_seqlens[1],
-        scale=_number("softmax_scale", softmax_scale) if softmax_scale is not None else _default_scale(q.shape[-1]),
-        window_left=window_left,
-        window_right=0 if causal else window_right,
-        softcap=_number("softcap", softcap),
-        rotary_interleaved=bool(rotary_interleaved),
-        num_splits=_integer("num_splits", num_splits),
-    )
-
-
 def _run(call: AttentionCall, names: Names, return_attn_probs: bool, return_softmax_lse: bool) -> Output:
     check(call, names)
     operation = attention if call.k_new is None else attention_with_append
@@ -434,11 +362,19 @@ def _run(call: AttentionCall, names: Names, return_attn_probs: bool, return_soft
     return (out, lse) if return_softmax_lse else out
 
 
+def _names(names: Names, **aliases: Given) -> Names:
+    """The caller's names of a description's fields, where it used the newer aliases of some."""
+    if all(value is None for value in aliases.values()):
+        return names
+    used = {"learnable_sink": "sinks", "page_table": "block_table"}
+    return {**names, **{used[alias]: alias for alias, value in aliases.items() if value is not None}}
+
+
 def _type_error(name: str, came: object, expected: str) -> NoReturn:
     raise TypeError(f"pagedflash: {name} is of type {type(came).__name__}, expected {expected}")
 
 
-def _tensor(name: str, value: object) -> Tensor:
+def _tensor(name: str, value: Given) -> Tensor:
     if not isinstance(value, Tensor):
         _type_error(name, value, "a torch.Tensor")
     return value
@@ -450,60 +386,72 @@ def _required(name: str, value: Given) -> Given:
     return value
 
 
-def _one_of(name: str, value: Tensor | None, other_name: str, other: Tensor | None) -> Tensor | None:
+def _check_dims(dims: int, **tensors: Given) -> None:
+    """What comes before a description can be built: tensors of the right rank."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            _type_error(name, tensor, f"a torch.Tensor of {dims} axes")
+        if tensor.dim() != dims:
+            refuse(name, f"of shape {tuple(tensor.shape)}", f"{dims} axes")
+
+
+def _check_dropout(dropout_p: Given) -> None:
+    if not isinstance(dropout_p, (int, float)) or dropout_p != 0.0:
+        refuse("dropout_p", dropout_p, "0: there is no dropout without a backward")
+
+
+def _one_of(name: str, value: Given, other_name: str, other: Given) -> Given:
     """Two names of one argument: at most one may be given."""
     if value is not None and other is not None:
         refuse(other_name, f"given together with {name}", "one of the two: they name the same thing")
     return other if value is None else value
 
 
-def _sinks_name(s_aux: Tensor | None) -> str:
-    return "learnable_sink" if s_aux is None else "s_aux"
-
-
-def _table_name(block_table: Tensor | None) -> str:
-    return "page_table" if block_table is None else "block_table"
-
-
-def _number(name: str, value: object) -> float:
+def _number(name: str, value: Given) -> float:
     if isinstance(value, (float, int)):
         return float(value)
     _type_error(name, value, "a number")
 
 
-def _integer(name: str, value: object) -> int:
+def _integer(name: str, value: Given) -> int:
     """Ints, SymInts while tracing, and whatever else is an exact integer (NumPy's, 0-dim tensors)."""
-    if isinstance(value, int):
-        return value
-    if isinstance(value, torch.SymInt):
+    if isinstance(value, (int, torch.SymInt)):
         return cast(int, value)
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)
     except TypeError:
         _type_error(name, value, "an int")
 
 
-def _default_scale(head_dim: int) -> float:
-    return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+def _scale(softmax_scale: Given, q: Tensor) -> float:
+    if softmax_scale is None:
+        return 1.0 / math.sqrt(q.shape[-1] or 1)
+    return _number("softmax_scale", softmax_scale)
 
 
-def _window(window_size: tuple[int, int]) -> tuple[int, int]:
+def _window(window_size: Given, causal: Given) -> tuple[int, int]:
+    """``(left, right)``; causal is a right window of 0."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         refuse("window_size", window_size, "a pair (left, right)")
-    return _integer("window_size", window_size[0]), _integer("window_size", window_size[1])
+    left, right = _integer("window_size", window_size[0]), _integer("window_size", window_size[1])
+    return left, 0 if causal and right >= -1 else right
 
 
-def _lengths(name: str, lengths: Given, batch: int, device: torch.device) -> Given:
+def _capacity(k_cache: Tensor, table: Given) -> int:
+    return k_cache.shape[1] * (1 if table is None else _tensor("block_table", table).shape[-1])
+
+
+def _lengths(name: str, lengths: Given, batched: Tensor) -> Given:
     """One length for all sequences becomes a tensor of them."""
     if isinstance(lengths, (int, torch.SymInt)) and not isinstance(lengths, bool):
-        return torch.full((batch,), cast(int, lengths), dtype=torch.int32, device=device)
+        return torch.full((batched.shape[0],), cast(int, lengths), dtype=torch.int32, device=batched.device)
     return _int32(name, lengths)
 
 
 def _int32(name: str, tensor: Given) -> Given:
     """Lengths and tables come as int32 or int64; backends read contiguous int32. Values past int32 stay invalid."""
     if tensor is None:
-        return tensor
+        return None
     dtype = _tensor(name, tensor).dtype
     if dtype == torch.int64:
         tensor = tensor.clamp(_INT32_MIN, _INT32_MAX).to(torch.int32)
@@ -512,21 +460,24 @@ def _int32(name: str, tensor: Given) -> Given:
     return tensor.contiguous()
 
 
-def _float32(name: str, tensor: Tensor | None) -> Tensor | None:
-    if tensor is None:
+def _sinks(s_aux: Given, learnable_sink: Given) -> Given:
+    """Sinks come in the model's dtype; backends read contiguous float32."""
+    sinks = _one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
+    if sinks is None:
         return None
-    if not _tensor(name, tensor).is_floating_point():
-        raise TypeError(f"pagedflash: {name} is of dtype {tensor.dtype}, expected a floating point dtype")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        refuse(name, "a tensor that requires grad", "none: there is no backward yet; call under torch.no_grad()")
-    return tensor.to(torch.float32).contiguous()
+    name = "learnable_sink" if s_aux is None else "s_aux"
+    if not _tensor(name, sinks).is_floating_point():
+        raise TypeError(f"pagedflash: {name} is of dtype {sinks.dtype}, expected a floating point dtype")
+    if sinks.requires_grad and torch.is_grad_enabled():
+        refuse(name, "a tensor that requires grad", NO_BACKWARD)
+    return sinks.to(torch.float32).contiguous()
 
 
 def _contiguous(tensor: Given) -> Given:
     return tensor.contiguous() if isinstance(tensor, Tensor) else tensor
 
 
-def _contiguous_rows(tensor: Given) -> Given:
+def _rows(tensor: Given) -> Given:
     """Inputs (never caches) whose last axis is strided are copied, as flash-attn does."""
     if isinstance(tensor, Tensor) and tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         return tensor.contiguous()
