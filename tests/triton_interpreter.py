@@ -1,0 +1,53 @@
+"""Switches Triton's interpreter on, and mends what of it the kernels trip over. Import before the kernels.
+
+In Triton 3.6 the interpreter multiplies the bit patterns of bfloat16 matrices, rounds float32 to bfloat16 towards zero,
+and calls ``int`` on arrays of one element, which NumPy 2.4 refuses.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import numpy as np  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+INTERPRETING = os.environ["TRITON_INTERPRET"] == "1"
+
+
+def _to_float32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+class _Builder(interpreter.InterpreterBuilder):
+    def cast_impl(self, src, dst_type):  # type: ignore[no-untyped-def]
+        kinds = (src.dtype.scalar, dst_type.scalar)
+        if kinds == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle(_to_float32(src.data), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            return interpreter.TensorHandle(_to_bfloat16(src.data), tl.bfloat16)
+        return super().cast_impl(src, dst_type)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
+
+
+def _patch_lang_tensor(tensor: type, scope: interpreter._LangPatchScope) -> None:
+    _patch_lang_tensor_of_triton(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+if INTERPRETING:
+    _patch_lang_tensor_of_triton = interpreter._patch_lang_tensor
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+    interpreter.interpreter_builder.__class__ = _Builder
