@@ -196,28 +196,35 @@ def check(call: AttentionCall, names: Names) -> None:
 
     Raises TypeError (wrong type or dtype) or ValueError, naming the argument, what came and what is expected.
     """
-    signature = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else _signature(call)
-    if signature is None:
-        _check_fields(call, names)
-    elif signature not in _passed:
-        _check_fields(call, names)
-        if len(_passed) == _PASSED_AT_MOST:
-            _passed.clear()
-        _passed.add(signature)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return _check_fields(call, names)
+    signature = _signature(call)
+    try:
+        if signature in _passed:
+            return
+    except TypeError:  # unhashable: not to be remembered
+        return _check_fields(call, names)
+    _check_fields(call, names)
+    if len(_passed) == _PASSED_AT_MOST:
+        _passed.clear()
+    _passed.add(signature)
 
 
-def _signature(call: AttentionCall) -> tuple[object, ...] | None:
-    """All that :func:`check` looks at while grad mode is off; None where that cannot be remembered."""
-    parts: list[object] = [call.k.stride() if isinstance(call.k, Tensor) else None]
-    parts.append(call.v.stride() if isinstance(call.v, Tensor) else None)
-    for value in call:
-        if value.__class__ is Tensor:
-            parts.append((value.shape, value.dtype, value.device))
-        elif value is None or value.__class__ in (int, float, bool):
-            parts.append(value)
-        else:
-            return None  # wrong types, tensor subclasses, symbolic sizes
-    return tuple(parts)
+_PLAIN = frozenset((int, float, bool, type(None)))
+
+
+def _signature(call: AttentionCall) -> tuple[object, ...]:
+    """All that :func:`check` looks at while grad mode is off. Unhashable with wrong types, subclasses or symbolic sizes."""
+    return (
+        call.k.stride(),
+        call.v.stride(),
+        *[
+            (value.shape, value.dtype, value.device)
+            if value.__class__ is Tensor
+            else (value if value.__class__ in _PLAIN else [])
+            for value in call
+        ],
+    )
 
 
 def _check_fields(call: AttentionCall, names: Names) -> None:

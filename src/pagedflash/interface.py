@@ -95,7 +95,9 @@ def flash_attn_func(
     Source: Dao, "FlashAttention-2" (2023); flash-attn's ``flash_attn_func``.
     """
     _check_dropout(dropout_p)
-    _check_dims(4, q=q, k=k, v=v)
+    _check_dims("q", q, 4)
+    _check_dims("k", k, 4)
+    _check_dims("v", v, 4)
     window_left, window_right = _window(window_size, causal)
     call = AttentionCall(
         q=_rows(q),
@@ -110,7 +112,7 @@ def flash_attn_func(
         window_right=window_right,
         softcap=_number("softcap", softcap),
     )
-    return _run(call, _names(NAMES, learnable_sink=learnable_sink), return_attn_probs, return_softmax_lse)
+    return _run(call, _names(NAMES, learnable_sink), return_attn_probs, return_softmax_lse)
 
 
 def flash_attn_varlen_func(
@@ -162,8 +164,9 @@ def flash_attn_varlen_func(
     """
     _check_dropout(dropout_p)
     table = _one_of("block_table", block_table, "page_table", page_table)
-    _check_dims(3, q=q)
-    _check_dims(3 if table is None else 4, k=k, v=v)
+    _check_dims("q", q, 3)
+    _check_dims("k", k, 3 if table is None else 4)
+    _check_dims("v", v, 3 if table is None else 4)
     if cu_seqlens_k is None and (table is None or seqused_k is None):
         refuse("cu_seqlens_k", "None", "offsets of the keys (None only with block_table and seqused_k)")
     window_left, window_right = _window(window_size, causal)
@@ -185,7 +188,7 @@ def flash_attn_varlen_func(
         window_right=window_right,
         softcap=_number("softcap", softcap),
     )
-    names = _names(NAMES, learnable_sink=learnable_sink, page_table=page_table)
+    names = _names(NAMES, learnable_sink, page_table)
     return _run(call, names, return_attn_probs, return_softmax_lse)
 
 
@@ -250,7 +253,9 @@ def flash_attn_with_kvcache(
     Source: flash-attn's ``flash_attn_with_kvcache``; Kwon et al., "PagedAttention" (2023); Su et al., "RoFormer" (2021).
     """
     table = _one_of("block_table", block_table, "page_table", page_table)
-    _check_dims(4, q=q, k_cache=k_cache, v_cache=v_cache)
+    _check_dims("q", q, 4)
+    _check_dims("k_cache", k_cache, 4)
+    _check_dims("v_cache", v_cache, 4)
     window_left, window_right = _window(window_size, causal)
     call = AttentionCall(
         q=_rows(q),
@@ -275,7 +280,7 @@ def flash_attn_with_kvcache(
         rotary_interleaved=bool(rotary_interleaved),
         num_splits=_integer("num_splits", num_splits),
     )
-    names = _names(KVCACHE_NAMES, learnable_sink=learnable_sink, page_table=page_table)
+    names = _names(KVCACHE_NAMES, learnable_sink, page_table)
     return _run(call, names, False, return_softmax_lse)
 
 
@@ -297,7 +302,8 @@ def kv_paged_write(
         TypeError, ValueError: naming the argument; the caches are untouched then. Lengths and table entries are checked
             on a CPU always, on other devices under ``PAGEDFLASH_CHECK=1``.
     """
-    _check_dims(4, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_dims(name, tensor, 4)
     write = CacheWrite(
         k=_rows(k),
         v=_rows(v),
@@ -362,12 +368,13 @@ def _run(call: AttentionCall, names: Names, return_attn_probs: bool, return_soft
     return (out, lse) if return_softmax_lse else out
 
 
-def _names(names: Names, **aliases: Given) -> Names:
+def _names(names: Names, learnable_sink: Given, page_table: Given = None) -> Names:
     """The caller's names of a description's fields, where it used the newer aliases of some."""
-    if all(value is None for value in aliases.values()):
-        return names
-    used = {"learnable_sink": "sinks", "page_table": "block_table"}
-    return {**names, **{used[alias]: alias for alias, value in aliases.items() if value is not None}}
+    if learnable_sink is not None:
+        names = {**names, "sinks": "learnable_sink"}
+    if page_table is not None:
+        names = {**names, "block_table": "page_table"}
+    return names
 
 
 def _type_error(name: str, came: object, expected: str) -> NoReturn:
@@ -386,13 +393,12 @@ def _required(name: str, value: Given) -> Given:
     return value
 
 
-def _check_dims(dims: int, **tensors: Given) -> None:
-    """What comes before a description can be built: tensors of the right rank."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            _type_error(name, tensor, f"a torch.Tensor of {dims} axes")
-        if tensor.dim() != dims:
-            refuse(name, f"of shape {tuple(tensor.shape)}", f"{dims} axes")
+def _check_dims(name: str, tensor: Given, dims: int) -> None:
+    """What comes before a description can be built: a tensor of the right rank."""
+    if not isinstance(tensor, Tensor):
+        _type_error(name, tensor, f"a torch.Tensor of {dims} axes")
+    if tensor.dim() != dims:
+        refuse(name, f"of shape {tuple(tensor.shape)}", f"{dims} axes")
 
 
 def _check_dropout(dropout_p: Given) -> None:
@@ -453,11 +459,11 @@ def _int32(name: str, tensor: Given) -> Given:
     if tensor is None:
         return None
     dtype = _tensor(name, tensor).dtype
-    if dtype == torch.int64:
-        tensor = tensor.clamp(_INT32_MIN, _INT32_MAX).to(torch.int32)
-    elif dtype != torch.int32:
-        raise TypeError(f"pagedflash: {name} is of dtype {dtype}, expected torch.int32 or torch.int64")
-    return tensor.contiguous()
+    if dtype is torch.int32:
+        return tensor.contiguous()
+    if dtype is torch.int64:
+        return tensor.clamp(_INT32_MIN, _INT32_MAX).to(torch.int32).contiguous()
+    raise TypeError(f"pagedflash: {name} is of dtype {dtype}, expected torch.int32 or torch.int64")
 
 
 def _sinks(s_aux: Given, learnable_sink: Given) -> Given:
@@ -479,6 +485,6 @@ def _contiguous(tensor: Given) -> Given:
 
 def _rows(tensor: Given) -> Given:
     """Inputs (never caches) whose last axis is strided are copied, as flash-attn does."""
-    if isinstance(tensor, Tensor) and tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        return tensor.contiguous()
-    return tensor
+    if tensor is None or not isinstance(tensor, Tensor) or tensor.is_contiguous():
+        return tensor
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
