@@ -1,0 +1,99 @@
+"""Which backend runs a call, and that falling back is never silent."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from types import ModuleType
+
+import pagedflash
+import pytest
+import torch
+from pagedflash import CallKind, count_calls, dispatch, flash_attn_func, flash_attn_with_kvcache, kv_paged_write, use_backend
+
+Q, K, V = torch.randn(1, 3, 4, 32), torch.randn(1, 5, 2, 32), torch.randn(1, 5, 2, 32)
+
+
+@pytest.fixture
+def picky(monkeypatch):
+    """A backend that is there, and supports nothing with a softcap."""
+    module = ModuleType("picky_backend")
+    vars(module).update(
+        NAME="picky",
+        CHECKS_VALUES=False,
+        available=lambda: (True, ""),
+        supports=lambda call: (call.softcap == 0, "softcap is not supported"),
+        attention=lambda call: (torch.full(call.out_shape, 7.0), torch.zeros(call.lse_shape)),
+        kv_write=lambda write: None,
+    )
+    monkeypatch.setitem(sys.modules, "picky_backend", module)
+    monkeypatch.setitem(dispatch.BACKEND_MODULES, "picky", "picky_backend")
+    yield module
+    dispatch._load.cache_clear()
+    dispatch._warn_once.cache_clear()
+
+
+def test_a_forced_backend_runs_what_it_supports(picky):
+    with use_backend("picky"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (flash_attn_func(Q, K, V) == 7).all()
+
+
+def test_an_unsupported_call_runs_on_the_reference_and_warns_once(picky):
+    with use_backend("reference"):
+        want = flash_attn_func(Q, K, V, softcap=2.0)
+    with use_backend("picky"):
+        with pytest.warns(RuntimeWarning, match="reference runs instead of picky: softcap is not supported"):
+            assert torch.equal(flash_attn_func(Q, K, V, softcap=2.0), want)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            flash_attn_func(Q, K, V, softcap=2.0)
+
+
+def test_an_unavailable_backend_says_why(picky):
+    picky.available = lambda: (False, "its library is missing")
+    with use_backend("picky"), pytest.warns(RuntimeWarning, match="its library is missing"):
+        flash_attn_func(Q, K, V)
+    assert pagedflash.availability()["picky"] == (False, "its library is missing")
+    assert pagedflash.availability()["reference"] == (True, "")
+
+
+def test_a_backend_that_cannot_be_imported_says_why(monkeypatch):
+    monkeypatch.setitem(dispatch.BACKEND_MODULES, "absent", "no_such_module_anywhere")
+    with use_backend("absent"), pytest.warns(RuntimeWarning, match="no_such_module_anywhere"):
+        flash_attn_func(Q, K, V)
+    dispatch._load.cache_clear()
+
+
+def test_unknown_backends_are_refused():
+    with pytest.raises(ValueError, match="backend is 'fpga', expected one of"), use_backend("fpga"):
+        pass
+
+
+def test_calls_are_counted_by_kind_in_all_threads():
+    pages = torch.randn(2, 4, 4, 2, 32)
+    table, lengths = torch.tensor([[1, 2]]), torch.tensor([3])
+    with use_backend("reference"), count_calls() as calls:
+        flash_attn_func(Q, K, V)
+        thread = threading.Thread(
+            target=lambda: flash_attn_with_kvcache(Q, pages[0], pages[1], cache_seqlens=lengths, block_table=table)
+        )
+        thread.start()
+        thread.join()
+        kv_paged_write(K[:, :1], V[:, :1], pages[0], pages[1], table, lengths)
+    flash_attn_func(Q, K, V)
+    assert calls == {
+        CallKind("dense", "reference", "cpu"): 1,
+        CallKind("paged", "reference", "cpu"): 1,
+        CallKind("write", "reference", "cpu"): 1,
+    }
+
+
+def test_other_devices_check_values_when_asked_to(monkeypatch):
+    class Elsewhere:
+        device = torch.device("meta")
+
+    assert dispatch._values_wanted(Q) and not dispatch._values_wanted(Elsewhere)
+    monkeypatch.setenv(dispatch.CHECK_VARIABLE, "1")
+    assert dispatch._values_wanted(Elsewhere)
