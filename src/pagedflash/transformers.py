@@ -62,7 +62,7 @@ def enable(decode_fast_path_for: Iterable[str] = ()) -> None:
     """
     if isinstance(decode_fast_path_for, str):
         raise TypeError("pagedflash: decode_fast_path_for is of type str, expected several names, as a list or tuple")
-    if not _undo:
+    if not is_enabled():
         try:
             _add_implementation()
             _allow_where_sinks_are_listed()
@@ -78,6 +78,11 @@ def disable() -> None:
     while _undo:
         _undo.pop()()
     _decodes_through_block_tables.clear()
+
+
+def is_enabled() -> bool:
+    """Whether :func:`enable` is in force."""
+    return bool(_undo)
 
 
 def decode_fast_path_is_open() -> bool:

