@@ -3,7 +3,7 @@
 from .counters import Counters, Dispatch
 from .errors import CompileError, KernelError, LaunchError, MetalError
 from .library import Kernel, Library, compile_shader
-from .settings import ORDERS, Simulation, simulate
+from .settings import ORDERS, Order, Simulation, simulate
 
 __all__ = [
     "ORDERS",
@@ -15,6 +15,7 @@ __all__ = [
     "LaunchError",
     "Library",
     "MetalError",
+    "Order",
     "Simulation",
     "compile_shader",
     "simulate",

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
+import shutil
 import struct
+import subprocess
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .counters import Counters, Dispatch
-from .errors import KernelError, LaunchError, MetalError
+from .errors import KernelError, LaunchError
+from .memory import GuardedMemory
 from .settings import ORDERS, Simulation
 from .toolchain import RUNTIME, build_shared_object, cached
 
@@ -34,7 +39,9 @@ class _Region(ctypes.Structure):
         ("begin", ctypes.c_void_p),
         ("end", ctypes.c_void_p),
         ("name", ctypes.c_char_p),
+        ("constant", ctypes.c_uint32),
         ("written", ctypes.c_uint32),
+        ("cells", ctypes.c_void_p),
     )
 
 
@@ -56,6 +63,7 @@ class _Dispatch(ctypes.Structure):
         ("region_count", ctypes.c_uint64),
         ("threadgroup_bytes", ctypes.c_uint64),
         ("counters", _Counters),
+        ("site", ctypes.c_uint64),
         ("failed", ctypes.c_uint32),
         ("message", ctypes.c_char * 1020),
     )
@@ -65,7 +73,7 @@ class _Dispatch(ctypes.Structure):
 def runtime() -> ctypes.CDLL:
     """The runtime, compiled once. Kernels find its functions among the process's global symbols."""
 
-    def build(folder: Any) -> None:
+    def build(folder: Path) -> None:
         source = f'#include "{RUNTIME / "runtime.cpp"}"\n'
         build_shared_object(source, ["-O2"], folder / "runtime.so")
 
@@ -77,9 +85,10 @@ _one_dispatch_at_a_time = threading.Lock()
 
 @dataclass(frozen=True)
 class BoundKernel:
-    """What a launch needs of a compiled kernel: its entry and, for each parameter, its name and buffer index."""
+    """What a launch needs of a compiled kernel: its entry, and the buffer index of each parameter."""
 
     name: str
+    library: Path
     entry: int
     buffers: dict[str, int]
 
@@ -148,7 +157,7 @@ def launch(
     grid, group = _sizes(kernel, arguments, threads, group_size)
     if 0 in grid:
         return
-    keep_alive: list[Any] = []
+    bound = [_bindable(kernel, index, argument, arg_casts) for index, argument in enumerate(arguments)]
     dispatch = _Dispatch(
         entry=kernel.entry,
         threads_per_grid=_Uint3(*grid),
@@ -158,15 +167,52 @@ def launch(
         checked=simulation.check,
         seed=simulation.seed,
     )
-    for index, argument in enumerate(arguments):
-        dispatch.buffers[index] = _address(kernel, index, argument, arg_casts, keep_alive)
+    if simulation.check:
+        _run_checked(kernel, dispatch, bound)
+        counters = Counters(*(getattr(dispatch.counters, f.name) for f in fields(Counters)))
+        simulation.dispatches.append(Dispatch(kernel.name, grid, group, dispatch.threadgroup_bytes, counters))
+    else:
+        # The runtime reads these bytes while it runs: the list keeps them.
+        constants = [None if isinstance(b, torch.Tensor) else ctypes.create_string_buffer(b, len(b)) for b in bound]
+        for index, (tensor, constant) in enumerate(zip(bound, constants, strict=True)):
+            dispatch.buffers[index] = (
+                tensor.data_ptr() if isinstance(tensor, torch.Tensor) else ctypes.addressof(constant)  # type: ignore[arg-type]
+            )
+        _run(kernel, dispatch)
+
+
+def _run(kernel: BoundKernel, dispatch: _Dispatch) -> None:
     with _one_dispatch_at_a_time:
         runtime().metalsim_dispatch(ctypes.byref(dispatch))
     if dispatch.failed:
-        raise KernelError(f"kernel '{kernel.name}': {dispatch.message.decode()}")
-    if simulation.check:
-        counters = Counters(*(getattr(dispatch.counters, f.name) for f in fields(Counters)))
-        simulation.dispatches.append(Dispatch(kernel.name, grid, group, dispatch.threadgroup_bytes, counters))
+        where = source_line(kernel.library, dispatch.site)
+        raise KernelError(f"kernel '{kernel.name}'{where}: {dispatch.message.decode()}")
+
+
+def _run_checked(kernel: BoundKernel, dispatch: _Dispatch, bound: list[torch.Tensor | bytes]) -> None:
+    memory = GuardedMemory(bound, {index: name for name, index in kernel.buffers.items()})
+    regions = (_Region * max(1, len(memory.areas)))()
+    for region, area in zip(regions, memory.areas, strict=False):
+        region.begin, region.end = area.begin, area.end
+        region.name, region.constant = area.name.encode(), area.constant
+    dispatch.regions, dispatch.region_count = regions, len(memory.areas)
+    for index, address in enumerate(memory.addresses):
+        dispatch.buffers[index] = address
+    _run(kernel, dispatch)
+    for region, area in zip(regions, memory.areas, strict=False):
+        if region.written:
+            area.copy_back()
+
+
+def source_line(library: Path, site: int) -> str:
+    """` at line N` for an address in a library, or nothing when no addr2line is installed to tell."""
+    tool = shutil.which("addr2line")
+    if not site or not tool:
+        return ""
+    done = subprocess.run([tool, "-e", str(library), "-i", hex(site)], capture_output=True, text=True, check=False)
+    # The innermost frame that lies in the kernel's own source, not in the simulator's headers.
+    lines = re.findall(r"<stdin>:(\d+)", done.stdout)
+    return f" at line {lines[0]}" if lines else ""
 
 
 def _sizes(
@@ -192,22 +238,16 @@ def _sizes(
     return grid, group
 
 
-def _address(
-    kernel: BoundKernel,
-    index: int,
-    argument: Any,
-    arg_casts: str | dict[int, str] | None,
-    keep_alive: list[Any],
-) -> int:
+def _bindable(
+    kernel: BoundKernel, index: int, argument: Any, arg_casts: str | dict[int, str] | None
+) -> torch.Tensor | bytes:
+    """An argument as what Metal binds: a tensor's memory, or the bytes of numbers."""
     if isinstance(argument, torch.Tensor):
         if argument.device.type != "cpu":
             raise LaunchError(f"kernel '{kernel.name}', argument {index}: the simulator takes CPU tensors")
-        return argument.data_ptr()
+        return argument
     cast = arg_casts.get(index) if isinstance(arg_casts, dict) else arg_casts
     try:
-        data = constant_bytes(argument, cast)
-    except MetalError as error:
+        return constant_bytes(argument, cast)
+    except LaunchError as error:
         raise LaunchError(f"kernel '{kernel.name}', argument {index}: {error}") from None
-    constant = ctypes.create_string_buffer(data, len(data) + 16)
-    keep_alive.append(constant)
-    return ctypes.addressof(constant)

@@ -14,7 +14,16 @@ from .settings import current
 from .toolchain import MSL, build_shared_object, cached, preprocess
 from .translate import translate
 
-_FAST = ("-O2", "-fvisibility=hidden")
+_UNCHECKED = ("-O2", "-fvisibility=hidden")
+# Every load and store calls the runtime, as the source writes it: nothing is vectorised or combined.
+_CHECKED = (
+    "-O2", "-fvisibility=hidden", "-gline-tables-only", "-fno-vectorize", "-fno-slp-vectorize",
+    "-fsanitize=kernel-address",
+    *(word for option in (
+        "asan-instrumentation-with-call-threshold=0", "asan-stack=0", "asan-globals=0",
+        "asan-kernel-mem-intrinsic-prefix=1", "asan-instrument-atomics=0", "disable-vector-combine",
+    ) for word in ("-mllvm", f"-{option}")),
+)  # fmt: skip
 
 
 def compile_shader(source: str) -> Library:
@@ -49,7 +58,8 @@ class Library:
     def _program(self, checked: bool) -> dict[str, BoundKernel]:
         """The kernels as compiled for unchecked or checked runs."""
         runtime()
-        return _load(cached("library", self._source, functools.partial(_build, self._source)))
+        kind = "checked" if checked else "unchecked"
+        return _load(cached(kind, self._source, functools.partial(_build, self._source, checked)))
 
 
 class Kernel:
@@ -87,10 +97,12 @@ class Kernel:
         launch(kernel, args, threads, group_size, arg_casts, simulation)
 
 
-def _build(source: str, folder: Path) -> None:
+def _build(source: str, checked: bool, folder: Path) -> None:
     translation = translate(preprocess(source))
-    cpp = f'#include "{MSL / "prelude.h"}"\n{translation.source}'
-    build_shared_object(cpp, _FAST, folder / "library.so")
+    headers = ("prelude.h", "checked.h") if checked else ("prelude.h",)
+    includes = "".join(f'#include "{MSL / header}"\n' for header in headers)
+    options = _CHECKED if checked else _UNCHECKED
+    build_shared_object(includes + translation.source, options, folder / "library.so")
     entries = [[k.name, k.symbol, [p.name for p in k.parameters]] for k in translation.kernels]
     (folder / "kernels.json").write_text(json.dumps(entries))
 
@@ -104,5 +116,5 @@ def _load(folder: Path) -> dict[str, BoundKernel]:
         buffers = {p: i for p, i in zip(parameters, indices, strict=False) if i >= 0}
         entry = ctypes.cast(library[f"metalsim_kernel_{symbol}"], ctypes.c_void_p).value
         assert entry is not None
-        kernels[name] = BoundKernel(name, entry, buffers)
+        kernels[name] = BoundKernel(name, folder / "library.so", entry, buffers)
     return kernels

@@ -5,9 +5,16 @@
 
 namespace metal {
 
-enum memory_order { memory_order_relaxed, memory_order_acquire, memory_order_release, memory_order_acq_rel,
-                    memory_order_seq_cst };
-enum thread_scope { thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup, thread_scope_device };
+// The only order that Metal's atomic operations take.
+enum memory_order { memory_order_relaxed };
+
+template <class T>
+struct identity {
+    using type = T;
+};
+/// T where it is not to be deduced.
+template <class T>
+using identity_t = typename identity<T>::type;
 
 template <class T>
 struct atomic {
@@ -22,53 +29,66 @@ typedef atomic<bool> atomic_bool;
 typedef atomic<ulong> atomic_ulong;
 typedef atomic<float> atomic_float;
 
-METAL_FUNC void atomic_thread_fence(mem_flags flags, memory_order, thread_scope scope = thread_scope_device) {
-    metalsim_fence(uint(flags), uint(scope));
+}  // namespace metal
+
+namespace metalsim {
+// Not part of what a checked run watches as plain accesses.
+#define METALSIM_RAW __attribute__((noinline, no_sanitize("kernel-address")))
+template <class T>
+METALSIM_RAW T raw_load(const volatile T* from) {
+    return *from;
 }
+template <class T>
+METALSIM_RAW void raw_store(volatile T* to, T value) {
+    *to = value;
+}
+#undef METALSIM_RAW
+
+template <class T>
+METAL_FUNC void note_atomic(const volatile metal::atomic<T>* object, AtomicAccess access) {
+    metalsim_atomic(const_cast<const metal::atomic<T>*>(object), sizeof(T), access);
+}
+}  // namespace metalsim
+
+namespace metal {
 
 template <class T>
 METAL_FUNC T atomic_load_explicit(const volatile atomic<T>* object, memory_order) {
-    metalsim_atomic(const_cast<const atomic<T>*>(object), sizeof(T), 0);
-    T value;
-    __atomic_load(&object->value, &value, __ATOMIC_RELAXED);
-    return value;
+    metalsim::note_atomic(object, metalsim::kAtomicLoad);
+    return metalsim::raw_load(&object->value);
 }
 template <class T>
-METAL_FUNC void atomic_store_explicit(volatile atomic<T>* object, T desired, memory_order) {
-    metalsim_atomic(const_cast<atomic<T>*>(object), sizeof(T), 1);
-    __atomic_store(&object->value, &desired, __ATOMIC_RELAXED);
+METAL_FUNC void atomic_store_explicit(volatile atomic<T>* object, identity_t<T> desired, memory_order) {
+    metalsim::note_atomic(object, metalsim::kAtomicStore);
+    metalsim::raw_store(&object->value, desired);
 }
 template <class T>
-METAL_FUNC T atomic_exchange_explicit(volatile atomic<T>* object, T desired, memory_order) {
-    metalsim_atomic(const_cast<atomic<T>*>(object), sizeof(T), 2);
-    T before;
-    __atomic_exchange(&object->value, &desired, &before, __ATOMIC_RELAXED);
-    return before;
-}
-template <class T>
-METAL_FUNC bool atomic_compare_exchange_weak_explicit(volatile atomic<T>* object, T* expected, T desired, memory_order,
-                                                      memory_order) {
-    metalsim_atomic(const_cast<atomic<T>*>(object), sizeof(T), 2);
-    return __atomic_compare_exchange(&object->value, expected, &desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+METAL_FUNC bool atomic_compare_exchange_weak_explicit(volatile atomic<T>* object, T* expected, identity_t<T> desired,
+                                                      memory_order, memory_order) {
+    metalsim::note_atomic(object, metalsim::kAtomicBoth);
+    T before = metalsim::raw_load(&object->value);
+    bool equal = before == *expected;
+    if (equal) metalsim::raw_store(&object->value, desired);
+    *expected = before;
+    return equal;
 }
 
-#define METALSIM_FETCH(name, expression)                                                                      \
+#define METALSIM_READ_MODIFY_WRITE(name, expression)                                                          \
     template <class T>                                                                                        \
-    METAL_FUNC T atomic_fetch_##name##_explicit(volatile atomic<T>* object, T operand, memory_order) {        \
-        metalsim_atomic(const_cast<atomic<T>*>(object), sizeof(T), 2);                                        \
-        T before, after;                                                                                      \
-        __atomic_load(&object->value, &before, __ATOMIC_RELAXED);                                             \
-        after = T(expression);                                                                                \
-        __atomic_store(&object->value, &after, __ATOMIC_RELAXED);                                             \
+    METAL_FUNC T atomic_##name##_explicit(volatile atomic<T>* object, identity_t<T> operand, memory_order) {  \
+        metalsim::note_atomic(object, metalsim::kAtomicBoth);                                                 \
+        T before = metalsim::raw_load(&object->value);                                                        \
+        metalsim::raw_store(&object->value, T(expression));                                                   \
         return before;                                                                                        \
     }
-METALSIM_FETCH(add, before + operand)
-METALSIM_FETCH(sub, before - operand)
-METALSIM_FETCH(and, before & operand)
-METALSIM_FETCH(or, before | operand)
-METALSIM_FETCH(xor, before ^ operand)
-METALSIM_FETCH(min, before < operand ? before : operand)
-METALSIM_FETCH(max, before > operand ? before : operand)
-#undef METALSIM_FETCH
+METALSIM_READ_MODIFY_WRITE(exchange, operand)
+METALSIM_READ_MODIFY_WRITE(fetch_add, before + operand)
+METALSIM_READ_MODIFY_WRITE(fetch_sub, before - operand)
+METALSIM_READ_MODIFY_WRITE(fetch_and, before & operand)
+METALSIM_READ_MODIFY_WRITE(fetch_or, before | operand)
+METALSIM_READ_MODIFY_WRITE(fetch_xor, before ^ operand)
+METALSIM_READ_MODIFY_WRITE(fetch_min, before < operand ? before : operand)
+METALSIM_READ_MODIFY_WRITE(fetch_max, before > operand ? before : operand)
+#undef METALSIM_READ_MODIFY_WRITE
 
 }  // namespace metal

@@ -46,6 +46,11 @@ METAL_FUNC constexpr T metalsim_make(A a) {
     else
         return T(a);
 }
+// Packed vectors come by reference: by value they would be loaded in pieces.
+template <class T, class E, int N>
+METAL_FUNC T metalsim_make(const packed_vec<E, N>& a) {
+    return metalsim_make<T>(vec<E, N>(a));
+}
 template <class T, class A, class B, class... More>
 METAL_FUNC constexpr T metalsim_make(A a, B b, More... more) {
     if constexpr (metalsim::is_vector<T>) {
@@ -70,6 +75,11 @@ METAL_FUNC constexpr T metalsim_cast(A a) {
         return static_cast<T>(a);
 }
 
+template <class T, class E, int N>
+METAL_FUNC T metalsim_cast(const packed_vec<E, N>& a) {
+    return metalsim_cast<T>(vec<E, N>(a));
+}
+
 template <class T>
 struct metalsim_cast_to {};
 template <class T, class A>
@@ -78,6 +88,10 @@ METAL_FUNC constexpr T operator->*(metalsim_cast_to<T>, A a) {
         return metalsim::convert<T>(a);
     else
         return (T)a;
+}
+template <class T, class E, int N>
+METAL_FUNC T operator->*(metalsim_cast_to<T>, const packed_vec<E, N>& a) {
+    return metalsim_cast<T>(vec<E, N>(a));
 }
 
 namespace metal {

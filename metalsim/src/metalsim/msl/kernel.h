@@ -56,13 +56,14 @@ METAL_FUNC T& threadgroup_variable(u32 site, const char* name, u64 align) {
 
 }  // namespace metalsim
 
-/// The entry of kernel `n`, and its buffer indices for the host.
+/// The entry of kernel `n`, and its buffer indices for the host: not part of what a checked run watches.
+#define METALSIM_HOST                                                                                         \
+    extern "C" __attribute__((visibility("default"), no_sanitize("kernel-address")))
 #define METALSIM_ENTRY(n, ...)                                                                                \
     static_assert(metalsim::buffers_in_range(metalsim_bindings_##n), "buffer indices are 0 to 30");           \
-    extern "C" __attribute__((visibility("default"))) void metalsim_kernel_##n(                               \
-        void* const* buffers, const metalsim::Position* position) {                                           \
+    METALSIM_HOST void metalsim_kernel_##n(void* const* buffers, const metalsim::Position* position) {        \
         metalsim::enter<&__VA_ARGS__, metalsim_bindings_##n>(&__VA_ARGS__, buffers, position);                \
     }                                                                                                         \
-    extern "C" __attribute__((visibility("default"))) void metalsim_buffers_##n(int* out) {                   \
+    METALSIM_HOST void metalsim_buffers_##n(int* out) {                                                       \
         for (const metalsim::Binding& b : metalsim_bindings_##n) *out++ = b.buffer;                           \
     }

@@ -42,15 +42,17 @@ struct packed_vec {
 
 #define METALSIM_PACKED_OPERATOR(op)                                                                          \
     template <class T, int N>                                                                                 \
-    vec<T, N> operator op(packed_vec<T, N> a, packed_vec<T, N> b) { return vec<T, N>(a) op vec<T, N>(b); }    \
+    vec<T, N> operator op(const packed_vec<T, N>& a, const packed_vec<T, N>& b) {                             \
+        return vec<T, N>(a) op vec<T, N>(b);                                                                  \
+    }                                                                                                         \
     template <class T, int N>                                                                                 \
-    vec<T, N> operator op(packed_vec<T, N> a, vec<T, N> b) { return vec<T, N>(a) op b; }                      \
+    vec<T, N> operator op(const packed_vec<T, N>& a, vec<T, N> b) { return vec<T, N>(a) op b; }               \
     template <class T, int N>                                                                                 \
-    vec<T, N> operator op(vec<T, N> a, packed_vec<T, N> b) { return a op vec<T, N>(b); }                      \
+    vec<T, N> operator op(vec<T, N> a, const packed_vec<T, N>& b) { return a op vec<T, N>(b); }               \
     template <class T, int N>                                                                                 \
-    vec<T, N> operator op(packed_vec<T, N> a, T b) { return vec<T, N>(a) op b; }                              \
+    vec<T, N> operator op(const packed_vec<T, N>& a, T b) { return vec<T, N>(a) op b; }                       \
     template <class T, int N>                                                                                 \
-    vec<T, N> operator op(T a, packed_vec<T, N> b) { return a op vec<T, N>(b); }
+    vec<T, N> operator op(T a, const packed_vec<T, N>& b) { return a op vec<T, N>(b); }
 METALSIM_PACKED_OPERATOR(+)
 METALSIM_PACKED_OPERATOR(-)
 METALSIM_PACKED_OPERATOR(*)

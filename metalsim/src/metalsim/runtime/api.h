@@ -22,6 +22,8 @@ typedef void (*Collective)(Slot* slots, u32 active);
 /// Kinds of meeting, for the counters and the checks.
 enum Meeting : u32 { kSimd, kMatrix, kSimdgroupBarrier };
 
+enum AtomicAccess : u32 { kAtomicLoad, kAtomicStore, kAtomicBoth };
+
 struct Uint3 {
     u32 x, y, z;
 };
@@ -51,6 +53,5 @@ __attribute__((convergent, nomerge)) void metalsim_barrier(metalsim::u32 flags);
 void* metalsim_threadgroup_variable(metalsim::u32 site, const char* name, metalsim::u64 size, metalsim::u64 align);
 /// A shuffle reads from a lane that takes no part.
 void metalsim_inactive_source(metalsim::u32 lane, metalsim::u32 source, const char* operation);
-void metalsim_atomic(const void* address, metalsim::u32 size, metalsim::u32 is_write);
-void metalsim_fence(metalsim::u32 flags, metalsim::u32 scope);
+void metalsim_atomic(const void* address, metalsim::u32 size, metalsim::u32 access);
 }

@@ -20,7 +20,9 @@ enum Order : u32 { kForward, kReverse, kRandom };
 struct Region {
     u8 *begin, *end;
     const char* name;
-    u32 written;  // set when the kernel stores into it
+    u32 constant;        // numbers that the host passed: neither counted nor written
+    u32 written;         // out: the kernel stores into it
+    struct Cell* cells;  // the runtime's record of accesses, one for each byte
 };
 
 /// What one dispatch cost. Python reads them by position: launch.py names the same fields in the same order.
@@ -46,6 +48,7 @@ struct Dispatch {
     u64 region_count;
     u64 threadgroup_bytes;  // out: the threadgroup memory that the kernel declares
     Counters counters;
+    u64 site;  // out: where in the library the failure is, 0 when unknown
     u32 failed;
     char message[1020];
 
@@ -82,7 +85,9 @@ bool is_private(uptr address);
 void observe_dispatch(Dispatch* dispatch);
 void observe_threadgroup(u32 threads, u32 simdgroups);
 void observe_meeting(u32 simdgroup, u32 active, u32 existing, u32 kind, u32 flags);
-void observe_barrier(u32 simdgroups, u32 flags);
+void observe_barrier(u32 flags);
+/// The lanes of the running simdgroup have all stopped, at a barrier or their end.
+void observe_simdgroup_stops();
 void observe_end();
 
 }  // namespace metalsim

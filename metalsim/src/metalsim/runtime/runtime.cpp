@@ -1,4 +1,4 @@
 // The runtime as one translation unit.
 #include "scheduler.cpp"
-#include "observe.cpp"
+#include "watch.cpp"
 #include "arithmetic.cpp"

@@ -176,7 +176,7 @@ struct Scheduler {
             g.runnable = g.at_barrier;
             g.at_barrier = 0;
         }
-        observe_barrier(simdgroup_count, waiting->flags);
+        observe_barrier(waiting->flags);
         return true;
     }
 
@@ -193,6 +193,7 @@ struct Scheduler {
                     metalsim_switch(&main_stack_pointer, lane->stack_pointer);
                 }
                 if (dispatch->failed) return;
+                observe_simdgroup_stops();
             }
         } while (open_barrier());
         for (u32 i = 0; i < thread_count && !dispatch->failed; ++i)

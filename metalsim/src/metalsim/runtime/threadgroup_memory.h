@@ -37,8 +37,8 @@ struct ThreadgroupMemory {
         if (!v.begin) {
             used = (used + align - 1) / align * align + size;
             if (used > kLimit) {
-                dispatch->fail("threadgroup memory: '%s' brings it to %llu bytes, more than the limit of %llu", name,
-                               (unsigned long long)used, (unsigned long long)kLimit);
+                dispatch->fail("threadgroup memory: '%s' brings it to %llu bytes, more than the limit of %llu; by %s", name,
+                               (unsigned long long)used, (unsigned long long)kLimit, Words(*running_position()).text);
                 abandon();
             }
             u64 step = align > kGap ? align : kGap;
@@ -57,6 +57,15 @@ struct ThreadgroupMemory {
             if (address - uptr(v.begin) < v.size) return &v;
         }
         return nullptr;
+    }
+    /// The variable that an address outside of all belongs to most likely.
+    const Variable* nearest(uptr address) const {
+        const Variable* best = nullptr;
+        for (u32 i = 0; i < count; ++i) {
+            const Variable& v = variables[declared[i]];
+            if (!best || (uptr(v.begin) <= address && (v.begin > best->begin || uptr(best->begin) > address))) best = &v;
+        }
+        return best;
     }
 };
 
