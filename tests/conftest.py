@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import random
 
 import pytest
@@ -14,6 +15,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", default="cpu", help="device of the backend tests: cpu (simulated for Metal), mps or cuda"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") != "cuda":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 
 def _seed(config: pytest.Config) -> int:

@@ -1,4 +1,4 @@
-"""Switches Triton's interpreter on, and mends what of it the kernels trip over. Import before the kernels.
+"""Mends what the kernels trip over in Triton's interpreter, which ``conftest.py`` switches on where there is no GPU.
 
 In Triton 3.6 the interpreter multiplies the bit patterns of bfloat16 matrices, rounds float32 to bfloat16 towards zero,
 and calls ``int`` on arrays of one element, which NumPy 2.4 refuses.
@@ -6,15 +6,10 @@ and calls ``int`` on arrays of one element, which NumPy 2.4 refuses.
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import numpy as np  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-
-INTERPRETING = os.environ["TRITON_INTERPRET"] == "1"
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
 
 
 def _to_float32(bits: np.ndarray) -> np.ndarray:
@@ -47,7 +42,7 @@ def _patch_lang_tensor(tensor: type, scope: interpreter._LangPatchScope) -> None
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
-if INTERPRETING:
+if triton.knobs.runtime.interpret:
     _patch_lang_tensor_of_triton = interpreter._patch_lang_tensor
     interpreter._patch_lang_tensor = _patch_lang_tensor
     interpreter.interpreter_builder.__class__ = _Builder

@@ -17,6 +17,9 @@ from .launch import ArrivalCounters, Kernel, Shape, alignment, decode_shape, pre
 MAX_DECODE_ROWS = 64
 """Queries times group up to which a call goes to ``decode``, which holds them all in one tile of rows."""
 
+MAX_BLOCK_B = 1024
+"""Lengths that a program of ``decode`` looks at in one step."""
+
 LOG2E = 1 / math.log(2)
 
 _decode = Kernel(decode)
@@ -62,7 +65,7 @@ def _launch_decode(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
     tensors, numbers, constants, aligned = _arguments(call)
     tensors = (q, call.k, call.v, out, lse, partials, arrivals, *tensors)
     block_parts = max(1, min(16, 8192 // (rows * block_dv)))
-    block_b = min(next_power_of_2(batch), 1024)
+    block_b = min(next_power_of_2(batch), MAX_BLOCK_B)
     constants += (rows, shape.block_m, shape.block_n, block_d, block_dv, block_b, block_parts)
     _decode((programs, 1, 1), tensors, numbers, constants, shape, aligned)
 

@@ -1,4 +1,4 @@
-"""``prefill``: many queries a sequence. Bound by the matrix units.
+r"""``prefill``: many queries a sequence. Bound by the matrix units.
 
 A program takes BLOCK_M queries of one head and walks the tiles of keys that any of them sees. Only the tiles at the
 edges of what they see are masked::
