@@ -1,0 +1,402 @@
+// decode: few queries a sequence against many keys. Split-KV online softmax over pages; all query heads that share a KV
+// head, and all queries, are the ROWS of one threadgroup, so every element of the cache is loaded once.
+//
+// A threadgroup has one sequence, one KV head, one range of keys (split). Its simdgroups take tiles of 32 keys in turn.
+// Within a tile lane l owns key l: it looks up its page and ends up with its score and weight. The elements of K are
+// spread differently, so that each load reads whole lines: K_LANES lanes side by side hold one key, CHUNK elements each,
+// and step s of K_LANES steps covers one key in each group of K_LANES lanes (here K_LANES = 16, as for D = 128, CHUNK = 8):
+//
+//              lanes 0 .. 15                            lanes 16 .. 31
+//   step  0    key  0: [0..7] [8..15] ... [120..127]    key 16: [0..7] [8..15] ... [120..127]
+//   step  1    key  1: [0..7] [8..15] ... [120..127]    key 17: ...
+//     ...
+//   step 15    key 15: ...                              key 31: ...
+//
+// Each lane multiplies its part of a key with its part of the query; a transposed sum over the K_LANES lanes then leaves
+// in lane l the score of key l (K_LANES - 1 shuffles for 32 scores). V is read in the same shape with V_LANES; there a
+// key's weight comes from the lane that owns it (one shuffle a step), and each lane adds up its CHUNK columns of the output.
+//
+// Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP (query heads a KV head), ROWS, SIMDGROUPS, PAGE_SIZE, PAGED;
+// K_LANES and K_CHUNKS (chunks a lane holds of one key), V_LANES and V_CHUNKS; K_STEPS, V_STEPS (steps loaded at once),
+// KEY_BLOCK (steps multiplied at once), MERGE_ROWS (rows merged at once); K_RUN, V_RUN (steps in one page for sure).
+
+#define THREADS (SIMDGROUPS * 32)
+#define K_DIMS (K_CHUNKS * CHUNK)                  // elements of a key that a lane holds
+#define V_DIMS (V_CHUNKS * CHUNK)
+#define QUERY_FLOATS (K_LANES * K_DIMS)            // a query, padded to what the lanes hold
+#define MERGE_FLOATS (SIMDGROUPS * MERGE_ROWS * V_HEAD_DIM)
+#define QUADS_OF(floats) (((floats) + 3) / 4)
+#define MAX_OF(a, b) ((a) > (b) ? (a) : (b))
+#define SLICE (CHUNK < 4 ? CHUNK : 4)              // elements of a query that a lane reads at once
+
+// Sums of N values over N lanes, lanes that differ in bits of (N - 1) * SPACING: lane l gets the sum of value
+// (l / SPACING) % N. Half of the values are exchanged, then half of those that are left, ...: N - 1 shuffles.
+template <int N, int SPACING>
+struct TransposedSum {
+    static float of(thread const float* values, uint lane) {
+        const bool upper = (lane & (N / 2 * SPACING)) != 0;
+        float half_of_them[N / 2];
+        UNROLL
+        for (int i = 0; i < N / 2; i++) {
+            const float kept = upper ? values[i + N / 2] : values[i];
+            const float sent = upper ? values[i] : values[i + N / 2];
+            half_of_them[i] = kept + simd_shuffle_xor(sent, ushort(N / 2 * SPACING));
+        }
+        return TransposedSum<N / 2, SPACING>::of(half_of_them, lane);
+    }
+};
+
+template <int SPACING>
+struct TransposedSum<1, SPACING> {
+    static float of(thread const float* values, uint lane) { return values[0]; }
+};
+
+// One tile of 32 keys, and which of them are there to be read.
+struct Tile {
+    int first_key;
+    int page;  // of the key this lane owns
+    Visible present;
+};
+
+// Steps `first_step` to `first_step + STEPS` of a tile of K or V, as this lane holds them; 0 where no key is present.
+template <int STEPS, int LANES, int CHUNKS, int RUN, int DIMS>
+inline void load_steps(
+    thread Packed* chunks, int first_step, device const T* pages, Tile tile, long page_stride, int token_stride, int lane
+) {
+    const int group_lane = lane & ~(LANES - 1);  // the first lane of this lane's group, which owns the key of step 0
+    const int column = (lane - group_lane) * CHUNK;
+    device const T* row = pages;
+    UNROLL
+    for (int i = 0; i < STEPS; i++) {
+        const int step = first_step + i;
+        const int key = tile.first_key + group_lane + step;
+        if (step % RUN == 0 || i == 0) {
+            const int page = RUN == LANES ? tile.page : simd_shuffle(tile.page, ushort(group_lane + step));
+            row = token_at(pages, page, key, page_stride, token_stride) + column;
+        } else {
+            row += token_stride;
+        }
+        const bool present = key >= tile.present.first && key <= tile.present.last;
+        UNROLL
+        for (int c = 0; c < CHUNKS; c++) {
+            const bool inside = (c + 1) * LANES * CHUNK <= DIMS || column + c * LANES * CHUNK < DIMS;
+            chunks[i * CHUNKS + c] = present && inside ? load_chunk(row + c * LANES * CHUNK) : Packed(0);
+        }
+    }
+}
+
+// Where the slice of a query that begins at element d lies: slices that neighbouring lanes read lie side by side.
+inline int slice_index(int d) {
+    const int chunk = d / CHUNK;
+    const int slice = (chunk / K_LANES) * (CHUNK / SLICE) + d % CHUNK / SLICE;
+    return (slice * K_LANES + chunk % K_LANES) * SLICE;
+}
+
+// A row of this threadgroup without any key: what combine needs to skip it, or the final 0.
+inline void write_empty_row(
+    device T* out, device float* lse, device float* partial_sums, constant Sizes& sizes, int row, int head, int split, int thread_index
+) {
+    const long out_row = long(row) * sizes.heads + head;
+    if (sizes.splits > 1) {
+        device float* sums = partial_sums + (out_row * sizes.splits + split) * 2;
+        if (thread_index < 2) sums[thread_index] = thread_index == 0 ? LOWEST : 0.0f;
+        return;
+    }
+    for (int d = thread_index; d < V_HEAD_DIM; d += THREADS) out[out_row * V_HEAD_DIM + d] = T(0.0f);
+    if (thread_index == 0) lse[lse_index(sizes, row, head)] = INFINITY;
+}
+
+[[max_total_threads_per_threadgroup(THREADS)]]
+kernel void decode(
+    device const T* q [[buffer(0)]],
+    device T* k [[buffer(1)]],
+    device T* v [[buffer(2)]],
+    device T* out [[buffer(3)]],
+    device float* lse [[buffer(4)]],
+    device const T* k_new [[buffer(5)]],
+    device const T* v_new [[buffer(6)]],
+    device const int* query_offsets [[buffer(7)]],
+    device const int* key_offsets [[buffer(8)]],
+    device const int* queries_used [[buffer(9)]],
+    device const int* keys_used [[buffer(10)]],
+    device const int* cache_rows [[buffer(11)]],
+    device const int* left_padding [[buffer(12)]],
+    device const int* tables [[buffer(13)]],
+    device const T* cosines [[buffer(14)]],
+    device const T* sines [[buffer(15)]],
+    device const float* slopes [[buffer(16)]],
+    device const float* sinks [[buffer(17)]],
+    device float* partial_out [[buffer(18)]],
+    device float* partial_sums [[buffer(19)]],
+    constant Sizes& sizes [[buffer(20)]],
+    constant Numbers& numbers [[buffer(21)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup_index [[simdgroup_index_in_threadgroup]],
+    uint lane_index [[thread_index_in_simdgroup]]
+) {
+    threadgroup float4 scratch_quads[QUADS_OF(MAX_OF(ROWS * QUERY_FLOATS, MERGE_FLOATS))];
+    threadgroup float row_slope[ROWS];
+    threadgroup float row_maximum[SIMDGROUPS * ROWS];
+    threadgroup float row_sum[SIMDGROUPS * ROWS];
+    threadgroup float* scratch = reinterpret_cast<threadgroup float*>(scratch_quads);
+
+    const int lane = int(lane_index);
+    const int simdgroup = int(simdgroup_index);
+    const int thread_index = simdgroup * 32 + lane;
+    const int splits = int(sizes.splits);
+    const int kv_head = int(group.x);
+    const int split = int(group.y) % splits;
+    const int first_of_rows = int(group.y) / splits * ROWS;  // row r is query r / GROUP, head r % GROUP of this KV head
+    const int b = int(group.z);
+    const int first_head = kv_head * GROUP;
+
+    // ---- Rows of q behind all sequences: the last threadgroups clear them -----------------------------------------------
+    if (b == int(sizes.batch)) {
+        if (first_of_rows > 0) return;
+        for (int row = query_offsets[b]; row < int(sizes.queries); row++) {
+            for (int g = 0; g < GROUP; g++) {
+                write_empty_row(out, lse, partial_sums, sizes, row, first_head + g, split, thread_index);
+            }
+        }
+        return;
+    }
+    const Sequence s = sequence_at(
+        b, sizes, query_offsets, key_offsets, queries_used, keys_used, cache_rows, left_padding
+    );
+    if (first_of_rows >= s.rows * GROUP) return;
+
+    // ---- The queries, turned and scaled, into threadgroup memory --------------------------------------------------------
+    device const T* queries = q + first_head * sizes.q_head_stride
+        + (sizes.has_query_offsets ? s.first_row * sizes.q_token_stride : b * sizes.q_batch_stride);
+    for (int i = thread_index; i < ROWS * QUERY_FLOATS; i += THREADS) {
+        const int r = i / QUERY_FLOATS, d = i % QUERY_FLOATS;
+        const int query = (first_of_rows + r) / GROUP, head = (first_of_rows + r) % GROUP;
+        float x = 0.0f;
+        if (query < s.queries && d < HEAD_DIM) {
+            device const T* row = queries + query * sizes.q_token_stride + head * sizes.q_head_stride;
+            x = float(
+                sizes.rotary_half
+                    ? rotated(row, d, rotary_position(s, sizes, query), cosines, sines, sizes)
+                    : row[d]
+            );
+        }
+        scratch[r * QUERY_FLOATS + slice_index(d) + d % SLICE] = x * numbers.scale;
+    }
+    for (int r = thread_index; r < ROWS; r += THREADS) {
+        const int head = first_head + (first_of_rows + r) % GROUP;
+        row_slope[r] = sizes.has_slopes ? slopes[b * sizes.slope_batch_stride + head] * LOG2_E : 0.0f;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    // ---- Which keys: those any row sees, plus the new ones, which must be written; of them the tiles of this split ------
+    const int first_query = first_of_rows / GROUP;
+    const int last_query = min((first_of_rows + ROWS - 1) / GROUP, s.queries - 1);
+    Visible wanted;
+    wanted.first = visible_from(s, sizes, first_query).first;
+    wanted.last = visible_from(s, sizes, last_query).last;
+    if (s.queries <= first_query) wanted.last = wanted.first - 1;
+    const int append_begin = sizes.appends ? s.append_begin : s.key_end;
+    const int begin = min(wanted.first, append_begin);
+    const int end = append_begin < s.key_end ? s.key_end : wanted.last + 1;
+    const int first_tile = begin / 32;
+    const int tiles = end > begin ? (end + 31) / 32 - first_tile : 0;
+    const int tiles_per_split = (tiles + splits - 1) / splits;
+    const int tiles_begin = first_tile + split * tiles_per_split;
+    const int tiles_end = min(tiles_begin + tiles_per_split, first_tile + tiles);
+
+    device T* k_pages = k + s.keys_row * sizes.k_row_stride + kv_head * sizes.k_head_stride;
+    device T* v_pages = v + s.keys_row * sizes.v_row_stride + kv_head * sizes.v_head_stride;
+    device const int* table = tables + long(b) * sizes.table_width;
+    const int k_token_stride = int(sizes.k_token_stride), v_token_stride = int(sizes.v_token_stride);
+
+    float maximum[ROWS], sum[ROWS];  // of each row: over all keys so far; over the keys this lane owned
+    float output[ROWS][V_DIMS];
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+        maximum[r] = LOWEST;
+        sum[r] = 0.0f;
+        UNROLL
+        for (int d = 0; d < V_DIMS; d++) output[r][d] = 0.0f;
+    }
+
+    // ---- The tiles ------------------------------------------------------------------------------------------------------
+    const int first_of_tiles = tiles_begin + simdgroup;
+    int page = first_of_tiles < tiles_end ? page_of(table, clamp(first_of_tiles * 32 + lane, begin, end - 1)) : 0;
+    for (int t = first_of_tiles; t < tiles_end; t += SIMDGROUPS) {
+        Tile tile;
+        tile.first_key = t * 32;
+        tile.page = page;
+        tile.present = wanted;
+        const int key = tile.first_key + lane;
+        if (t + SIMDGROUPS < tiles_end) {  // on its way while this tile is worked on
+            page = page_of(table, clamp(key + SIMDGROUPS * 32, begin, end - 1));
+        }
+
+        // New keys of this tile go to the cache first; then they are keys like all others.
+        if (tile.first_key + 32 > append_begin && append_begin < s.key_end) {
+            for (int slot = max(append_begin, tile.first_key); slot < min(s.key_end, tile.first_key + 32); slot++) {
+                const int token = slot - s.append_begin;
+                const int slot_page = simd_shuffle(tile.page, ushort(slot - tile.first_key));
+                append_token(
+                    slot_at(k_pages, slot_page, slot, sizes.k_page_stride, sizes.k_token_stride),
+                    slot_at(v_pages, slot_page, slot, sizes.v_page_stride, sizes.v_token_stride),
+                    k_new + b * sizes.k_new_batch_stride + token * sizes.k_new_token_stride
+                        + kv_head * sizes.k_new_head_stride,
+                    v_new + b * sizes.v_new_batch_stride + token * sizes.v_new_token_stride
+                        + kv_head * sizes.v_new_head_stride,
+                    slot, cosines, sines, sizes, lane
+                );
+            }
+            simdgroup_barrier(mem_flags::mem_device);
+        }
+
+        // Scores: products of a few keys at a time with all rows, summed over lanes.
+        float partial[ROWS][K_LANES / KEY_BLOCK];
+        UNROLL
+        for (int step = 0; step < K_LANES; step += K_STEPS) {
+            Packed chunks[K_STEPS * K_CHUNKS];
+            load_steps<K_STEPS, K_LANES, K_CHUNKS, K_RUN, HEAD_DIM>(
+                chunks, step, k_pages, tile, sizes.k_page_stride, k_token_stride, lane
+            );
+            UNROLL
+            for (int block = 0; block < K_STEPS; block += KEY_BLOCK) {
+                float keys[KEY_BLOCK][K_DIMS];
+                UNROLL
+                for (int i = 0; i < KEY_BLOCK * K_CHUNKS; i++) {
+                    unpack(chunks[block * K_CHUNKS + i], &keys[i / K_CHUNKS][i % K_CHUNKS * CHUNK]);
+                }
+                UNROLL
+                for (int r = 0; r < ROWS; r++) {
+                    float dots[KEY_BLOCK];
+                    UNROLL
+                    for (int i = 0; i < KEY_BLOCK; i++) dots[i] = 0.0f;
+                    UNROLL
+                    for (int d = 0; d < K_DIMS; d += SLICE) {
+                        const int slice = (d / SLICE * K_LANES + (lane & (K_LANES - 1))) * SLICE;
+                        const vec<float, SLICE> query =
+                            *reinterpret_cast<threadgroup const vec<float, SLICE>*>(scratch + r * QUERY_FLOATS + slice);
+                        UNROLL
+                        for (int i = 0; i < KEY_BLOCK; i++) {
+                            UNROLL
+                            for (int e = 0; e < SLICE; e++) dots[i] += query[e] * keys[i][d + e];
+                        }
+                    }
+                    partial[r][(step + block) / KEY_BLOCK] = TransposedSum<KEY_BLOCK, 1>::of(dots, lane_index);
+                }
+            }
+        }
+
+        // The first values travel while the softmax is worked out.
+        Packed values[V_STEPS * V_CHUNKS];
+        load_steps<V_STEPS, V_LANES, V_CHUNKS, V_RUN, V_HEAD_DIM>(
+            values, 0, v_pages, tile, sizes.v_page_stride, v_token_stride, lane
+        );
+
+        // Online softmax: once a tile, one key a lane.
+        float weight[ROWS];
+        UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            const float dot = TransposedSum<K_LANES / KEY_BLOCK, KEY_BLOCK>::of(partial[r], lane_index);
+            const int query = (first_of_rows + r) / GROUP;
+            const Visible visible = visible_from(s, sizes, query);
+            const bool seen = query < s.queries && key >= visible.first && key <= visible.last;
+            const float score = score_of(dot, numbers, row_slope[r], position_of(s, query) - key);
+            const float new_maximum = max(maximum[r], simd_max(seen ? score : LOWEST));
+            const float shrink = fast::exp2(maximum[r] - new_maximum);
+            weight[r] = seen ? fast::exp2(score - new_maximum) : 0.0f;
+            maximum[r] = new_maximum;
+            sum[r] = sum[r] * shrink + weight[r];
+            UNROLL
+            for (int d = 0; d < V_DIMS; d++) output[r][d] *= shrink;
+        }
+
+        // Output: weights times values.
+        UNROLL
+        for (int step = 0; step < V_LANES; step += V_STEPS) {
+            if (tile.first_key + step > wanted.last) break;
+            if (step > 0) {
+                load_steps<V_STEPS, V_LANES, V_CHUNKS, V_RUN, V_HEAD_DIM>(
+                    values, step, v_pages, tile, sizes.v_page_stride, v_token_stride, lane
+                );
+            }
+            UNROLL
+            for (int i = 0; i < V_STEPS; i++) {
+                float value[V_DIMS];
+                UNROLL
+                for (int c = 0; c < V_CHUNKS; c++) unpack(values[i * V_CHUNKS + c], &value[c * CHUNK]);
+                const ushort owner = ushort((lane & ~(V_LANES - 1)) + step + i);
+                UNROLL
+                for (int r = 0; r < ROWS; r++) {
+                    const float w = simd_shuffle(weight[r], owner);
+                    UNROLL
+                    for (int d = 0; d < V_DIMS; d++) output[r][d] += w * value[d];
+                }
+            }
+        }
+    }
+
+    // ---- Merge: the lane groups of a simdgroup, then the simdgroups -----------------------------------------------------
+    UNROLL
+    for (int r = 0; r < ROWS; r++) {
+        UNROLL
+        for (int other = V_LANES; other < 32; other *= 2) {
+            UNROLL
+            for (int d = 0; d < V_DIMS; d++) output[r][d] += simd_shuffle_xor(output[r][d], ushort(other));
+        }
+        sum[r] = simd_sum(sum[r]);
+        if (lane == 0) {
+            row_maximum[simdgroup * ROWS + r] = maximum[r];
+            row_sum[simdgroup * ROWS + r] = sum[r];
+        }
+    }
+
+    UNROLL
+    for (int block = 0; block < ROWS; block += MERGE_ROWS) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        UNROLL
+        for (int i = 0; i < MERGE_ROWS; i++) {
+            const int r = block + i;
+            if (r < ROWS && lane < V_LANES) {
+                float top = LOWEST;
+                for (int other = 0; other < SIMDGROUPS; other++) top = max(top, row_maximum[other * ROWS + r]);
+                const float shrink = exp2(maximum[r] - top);
+                UNROLL
+                for (int c = 0; c < V_CHUNKS; c++) {
+                    const int column = (c * V_LANES + lane) * CHUNK;
+                    if (column < V_HEAD_DIM) {
+                        UNROLL
+                        for (int e = 0; e < CHUNK; e++) {
+                            scratch[(simdgroup * MERGE_ROWS + i) * V_HEAD_DIM + column + e] = output[r][c * CHUNK + e] * shrink;
+                        }
+                    }
+                }
+            }
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+
+        // ---- Write: the output, or this split's part of it ----------------------------------------------------------------
+        for (int i = thread_index; i < MERGE_ROWS * V_HEAD_DIM; i += THREADS) {
+            const int r = block + i / V_HEAD_DIM, d = i % V_HEAD_DIM;
+            const int query = (first_of_rows + r) / GROUP, head = first_head + (first_of_rows + r) % GROUP;
+            if (r >= ROWS || query >= s.rows) break;
+
+            float top = LOWEST, total = 0.0f, x = 0.0f;
+            for (int other = 0; other < SIMDGROUPS; other++) top = max(top, row_maximum[other * ROWS + r]);
+            for (int other = 0; other < SIMDGROUPS; other++) {
+                total += row_sum[other * ROWS + r] * exp2(row_maximum[other * ROWS + r] - top);
+                x += scratch[other * MERGE_ROWS * V_HEAD_DIM + i];
+            }
+            const int row = s.first_row + query;
+            const long out_row = long(row) * sizes.heads + head;
+            if (splits > 1) {
+                const long part = out_row * splits + split;
+                if (d < 2) partial_sums[part * 2 + d] = d == 0 ? top : total;
+                if (total > 0.0f) partial_out[part * V_HEAD_DIM + d] = x;
+            } else {
+                const Normaliser n = normaliser_of(top, total, sizes.has_sinks, sizes.has_sinks ? sinks[head] : 0.0f);
+                out[out_row * V_HEAD_DIM + d] = T(x * n.factor);
+                if (d == 0) lse[lse_index(sizes, row, head)] = n.lse;
+            }
+        }
+    }
+}

@@ -1,0 +1,131 @@
+"""How a call is laid out on the GPU: rows, lanes, tiles, splits. From shapes, dtypes and the core count alone.
+
+The numbers chosen here go to the shader as definitions, so host and kernel cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 192, 256)
+
+LANES = 32  # of a simdgroup
+TILE_KEYS = 32  # keys a simdgroup of decode works on at a time: one a lane
+LOAD_BYTES = 16  # the widest load of a lane
+MIN_LOAD_BYTES = 4
+
+DECODE_MAX_QUERIES = 8  # longer sequences of queries fill the tiles of prefill
+DECODE_SIMDGROUPS = 4
+OUTPUT_REGISTERS = 32  # that a lane spends on the output if narrower loads allow it; each halving doubles the shuffles
+MAX_OUTPUT_REGISTERS = 64  # at most; more rows go to a threadgroup of their own, which reads the keys again
+KEY_REGISTERS = 32  # for keys unpacked and multiplied at once
+LOAD_REGISTERS = 32  # for loads under way; twice that where there are few rows
+FEW_ROWS = 2
+MERGE_ROWS = 4
+
+SIMDGROUPS_PER_CORE = 16  # in flight, to hide the memory's latency
+MIN_SIMDGROUPS = 512  # in flight even on small GPUs
+NEEDLESS_SPLIT = 0.2  # a further split must add more than this share of a full GPU
+MAX_SPLITS = 128
+
+PREFILL_SIMDGROUPS = 4
+THREADGROUP_BYTES = 32 * 1024
+
+
+class DecodePlan(NamedTuple):
+    """Layout of decode. Names in capitals in decode.metal."""
+
+    rows: int  # rows (queries x query heads of a KV head) of a threadgroup
+    chunk: int  # elements of one load
+    k_lanes: int  # lanes side by side that hold one key
+    k_chunks: int  # chunks of one key in each of them
+    v_lanes: int
+    v_chunks: int
+    k_steps: int  # steps whose loads are issued together
+    v_steps: int
+    key_block: int  # steps multiplied together
+    merge_rows: int  # rows that the simdgroups merge together
+    simdgroups: int  # of a threadgroup
+    k_run: int  # steps for which the page stays the same
+    v_run: int
+
+
+def plan_decode(
+    group: int, max_queries: int, max_keys: int, head_dim: int, v_head_dim: int, element_bytes: int, page_size: int
+) -> DecodePlan:
+    """Lay out decode for ``group * max_queries`` rows a KV head."""
+    total_rows = group * max_queries
+    least_dims = -(-head_dim // LANES)
+    least_dims = max(1 << (least_dims - 1).bit_length(), MIN_LOAD_BYTES // element_bytes)
+    row_tiles = -(-total_rows // max(1, MAX_OUTPUT_REGISTERS // least_dims))
+    rows = -(-total_rows // row_tiles)
+
+    chunk = LOAD_BYTES // element_bytes
+    while (
+        rows * _dims(head_dim, chunk) > OUTPUT_REGISTERS
+        and _lanes(head_dim, chunk) < LANES
+        and chunk * element_bytes > MIN_LOAD_BYTES
+    ):
+        chunk //= 2
+    k_lanes, v_lanes = _lanes(head_dim, chunk), _lanes(v_head_dim, chunk)
+    k_chunks, v_chunks = (_dims(d, chunk) // chunk for d in (head_dim, v_head_dim))
+    registers = LOAD_REGISTERS * (2 if rows <= FEW_ROWS else 1)
+    k_steps, v_steps = (
+        min(lanes, _power_of_two(registers * 4 // (chunks * chunk * element_bytes)))
+        for lanes, chunks in ((k_lanes, k_chunks), (v_lanes, v_chunks))
+    )
+    return DecodePlan(
+        rows=rows,
+        chunk=chunk,
+        k_lanes=k_lanes,
+        k_chunks=k_chunks,
+        v_lanes=v_lanes,
+        v_chunks=v_chunks,
+        k_steps=k_steps,
+        v_steps=v_steps,
+        key_block=min(k_steps, _power_of_two(KEY_REGISTERS // (k_chunks * chunk))),
+        merge_rows=min(rows, MERGE_ROWS),
+        simdgroups=min(DECODE_SIMDGROUPS, _power_of_two(max(1, -(-max_keys // TILE_KEYS)))),
+        k_run=math.gcd(page_size, k_lanes),
+        v_run=math.gcd(page_size, v_lanes),
+    )
+
+
+def plan_splits(threadgroups: int, simdgroups: int, max_keys: int, cores: int) -> int:
+    """How many parts to split the keys into: enough simdgroups to fill the GPU, each with a tile of its own."""
+    wanted = max(MIN_SIMDGROUPS, SIMDGROUPS_PER_CORE * cores) / max(1, threadgroups * simdgroups)
+    useful = max_keys // (TILE_KEYS * simdgroups)
+    return max(1, min(math.ceil(wanted - NEEDLESS_SPLIT), useful, MAX_SPLITS))
+
+
+class PrefillPlan(NamedTuple):
+    """Layout of prefill. Names in capitals in prefill.metal."""
+
+    chunk: int
+    key_tile: int
+    simdgroups: int
+
+
+def plan_prefill(head_dim: int, v_head_dim: int, element_bytes: int) -> PrefillPlan:
+    """Lay out prefill: the largest tile of keys that fits threadgroup memory, 16 from head dim 128 on."""
+    key_tile = 32 if head_dim < 128 else 16
+    row_bytes = (head_dim + v_head_dim) * element_bytes + 2 * LOAD_BYTES
+    while key_tile * row_bytes > THREADGROUP_BYTES:
+        key_tile //= 2
+    return PrefillPlan(LOAD_BYTES // element_bytes, key_tile, PREFILL_SIMDGROUPS)
+
+
+def _lanes(head_dim: int, chunk: int) -> int:
+    """Lanes that hold one key, a power of two."""
+    return min(LANES, 1 << (-(-head_dim // chunk) - 1).bit_length())
+
+
+def _dims(head_dim: int, chunk: int) -> int:
+    """Elements of one key in one lane."""
+    return -(-head_dim // (chunk * _lanes(head_dim, chunk))) * chunk
+
+
+def _power_of_two(n: int) -> int:
+    """The largest power of two up to n."""
+    return 1 << (n.bit_length() - 1)
