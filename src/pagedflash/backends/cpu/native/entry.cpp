@@ -1,0 +1,109 @@
+// The C functions that ../launch.py calls, and torch's thread pool.
+//
+//   pagedflash_attention     screen -> kv_write -> plan -> decode and prefill tasks -> combine
+//   pagedflash_kv_write      screen -> kv_write
+#include <stdlib.h>
+
+#include "kernels.h"
+#include "screen.h"
+
+#if defined(_WIN32)
+#define PAGEDFLASH_EXPORT extern "C" __declspec(dllexport)
+#else
+#define PAGEDFLASH_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace pagedflash {
+namespace {
+
+// torch/csrc/stable/c/shim.h, since torch 2.10. Their addresses are handed in: this library links to nothing of torch.
+using ParallelFunction = void (*)(int64_t begin, int64_t end, void* context);
+using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, ParallelFunction, void* context);
+using TorchNumThreads = int32_t (*)(uint32_t*);
+TorchParallelFor torch_parallel_for = nullptr;
+TorchNumThreads torch_get_num_threads = nullptr;
+
+// Runs body(range) over parts of 0 .. count of at least `grain`, on the threads torch is set to use.
+template <class Body>
+void parallel(int64_t count, int64_t grain, const Body& body) {
+  if (count <= grain) return body(Range{0, count});
+  torch_parallel_for(
+      0, count, grain,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(Range{begin, end}); },
+      const_cast<Body*>(&body));
+}
+
+constexpr int64_t GRAIN_BYTES = 64 << 10;  // less is not worth waking a thread for
+constexpr int64_t ALIGNMENT = 64;
+
+void kv_write(const Kernels& kernels, const CacheWrite& write) {
+  const int64_t token_bytes = write.kv_heads * (write.head_dim + write.v_head_dim) * element_size(write.dtype);
+  parallel(write.batch * write.new_tokens, GRAIN_BYTES / greater(1, token_bytes) + 1,
+           [&](Range tokens) { kernels.kv_write(write, tokens); });
+}
+
+void run_tasks(const Kernels& kernels, const Plan& plan, int64_t workers, char* scratch, int64_t scratch_bytes) {
+  int64_t next = 0;
+  parallel(workers, 1, [&](Range mine) {
+    char* my_scratch = scratch + mine.begin * scratch_bytes;
+    for (;;) {
+      const int64_t t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (t >= plan.tasks.size()) return;
+      const Task& task = plan.tasks[t];
+      (task.kernel == DECODE ? kernels.decode : kernels.prefill)(plan, task, my_scratch);
+    }
+  });
+}
+
+Status attend(const Kernels& kernels, const AttentionCall& call) {
+  Plan plan;
+  if (!plan.make(call)) return OUT_OF_MEMORY;
+  if (!plan.tasks.size()) return DONE;
+
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  const int64_t workers = lesser(threads, plan.tasks.size());
+  const int64_t scratch_bytes = round_up(kernels.scratch_bytes(call), ALIGNMENT);
+  const int64_t partial_floats = plan.partial_rows * (call.write.v_head_dim + 1);
+  char* memory = static_cast<char*>(malloc(workers * scratch_bytes + partial_floats * sizeof(float) + ALIGNMENT));
+  if (!memory) return OUT_OF_MEMORY;
+  char* scratch = memory + (ALIGNMENT - reinterpret_cast<uintptr_t>(memory) % ALIGNMENT);
+  plan.partial_out = reinterpret_cast<float*>(scratch + workers * scratch_bytes);
+  plan.partial_lse = plan.partial_out + plan.partial_rows * call.write.v_head_dim;
+
+  run_tasks(kernels, plan, workers, scratch, scratch_bytes);
+  if (plan.merged_rows) {
+    const int64_t row_bytes = plan.partial_rows / plan.merged_rows * call.write.v_head_dim * sizeof(float);
+    parallel(plan.merged_rows, GRAIN_BYTES / greater(1, row_bytes) + 1, [&](Range rows) { kernels.combine(plan, rows); });
+  }
+  free(memory);
+  return DONE;
+}
+
+}  // namespace
+}  // namespace pagedflash
+
+using namespace pagedflash;
+
+PAGEDFLASH_EXPORT void pagedflash_use_pool(void* parallel_for, void* get_num_threads) {
+  torch_parallel_for = reinterpret_cast<TorchParallelFor>(parallel_for);
+  torch_get_num_threads = reinterpret_cast<TorchNumThreads>(get_num_threads);
+}
+
+PAGEDFLASH_EXPORT const char* pagedflash_isa_name(int64_t isa) { return isa_name(isa); }
+PAGEDFLASH_EXPORT int64_t pagedflash_isa_present(int64_t isa) { return kernels_of(isa) != nullptr; }
+PAGEDFLASH_EXPORT int64_t pagedflash_sizeof_attention() { return sizeof(AttentionCall); }
+PAGEDFLASH_EXPORT int64_t pagedflash_sizeof_write() { return sizeof(CacheWrite); }
+
+PAGEDFLASH_EXPORT int64_t pagedflash_attention(const AttentionCall* call, int64_t isa) {
+  if (!values_are_good(*call)) return BAD_VALUES;
+  const Kernels& kernels = *kernels_of(isa);
+  if (call->write.k_new.data) kv_write(kernels, call->write);
+  return attend(kernels, *call);
+}
+
+PAGEDFLASH_EXPORT int64_t pagedflash_kv_write(const CacheWrite* write, int64_t isa) {
+  if (!values_are_good(*write)) return BAD_VALUES;
+  kv_write(*kernels_of(isa), *write);
+  return DONE;
+}

@@ -1,0 +1,87 @@
+// The online softmax, in base 2: dot products of one query row with a tile of keys become probabilities.
+#pragma once
+
+#include "plan.h"
+#include "vec.h"
+
+namespace pagedflash {
+namespace PAGEDFLASH_ISA {
+
+constexpr float LOG2_E = 1.44269504088896f, LN_2 = 0.693147180559945f;
+
+// 2^x for x <= 127, relative error below 1e-7; exactly 0 for x <= -127, and for -inf. The polynomial is the minimax one
+// on [-1/2, 1/2].
+PAGEDFLASH_INLINE Vec exp2(Vec x) {
+  x = max(splat(-127.0f), x);
+  const Vec n = round_nearest(x), f = sub(x, n);
+  Vec y = splat(0.001327647263f);
+  y = fma(y, f, splat(0.009675541343f));
+  y = fma(y, f, splat(0.05550713272f));
+  y = fma(y, f, splat(0.2402211972f));
+  y = fma(y, f, splat(0.6931469671f));
+  y = fma(y, f, splat(1.000000072f));
+  return times_power_of_two(y, n);
+}
+
+// How a dot product becomes a score (times log2(e)).
+struct ScoreRule {
+  explicit ScoreRule(const AttentionCall& call)
+      : capped(call.softcap > 0),
+        scale(call.scale * LOG2_E),
+        cap(call.softcap * LOG2_E),
+        cap_exponent(capped ? 2 * call.scale / call.softcap * LOG2_E : 0) {}
+
+  bool capped;
+  float scale, cap, cap_exponent;
+};
+
+// One query row against one tile, in keys counted from the tile's first.
+struct TileRow {
+  Range visible;
+  float position;  // of the query
+  float slope;     // ALiBi, times log2(e); 0 = none
+};
+
+struct RowState {
+  float highest = -INFINITY;  // score
+  float sum = 0;              // of 2^(score - highest)
+};
+
+// Scores from `row` on, in place: dot products in, 2^(score - highest) out, zeros where the mask hides the key, up to the
+// next multiple of LANES behind `count`. Returns the factor that brings earlier sums to the new highest score.
+PAGEDFLASH_INLINE float softmax_tile(float* row, int64_t count, const ScoreRule& rule, const TileRow& tile, RowState& state) {
+  const Vec hidden = splat(-INFINITY);
+  const bool all_visible = tile.visible.begin <= 0 && tile.visible.end >= round_up(count, LANES);
+  const Vec lo = splat((float)greater(tile.visible.begin, -1)), hi = splat((float)greater(lesser(tile.visible.end, count), 0));
+  Vec top = hidden;
+  Vec index = iota();
+  for (int64_t i = 0; i < count; i += LANES, index = add(index, splat(LANES))) {
+    Vec score = load(row + i);
+    if (rule.capped) {  // cap * tanh(x) = cap - 2 * cap / (exp(2x) + 1)
+      const Vec e = exp2(min(splat(126.0f), mul(score, splat(rule.cap_exponent))));
+      score = sub(splat(rule.cap), div(splat(2 * rule.cap), add(e, splat(1.0f))));
+    } else {
+      score = mul(score, splat(rule.scale));
+    }
+    if (tile.slope != 0) score = sub(score, mul(splat(tile.slope), abs(sub(index, splat(tile.position)))));
+    if (!all_visible) score = keep_inside(score, index, lo, hi, hidden);
+    store(row + i, score);
+    top = max(score, top);
+  }
+  const float before = state.highest, tile_top = highest(top);
+  state.highest = tile_top > before ? tile_top : before;
+  const float base = state.highest == -INFINITY ? 0.0f : state.highest;  // -inf - -inf would be NaN
+
+  Vec sum = zero();
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Vec p = exp2(sub(load(row + i), splat(base)));
+    store(row + i, p);
+    sum = add(sum, p);
+  }
+  const float shrink = before == state.highest ? 1.0f : exp2f(before - base);
+  state.sum = state.sum * shrink + total(sum);
+  return shrink;
+}
+
+}  // namespace PAGEDFLASH_ISA
+}  // namespace pagedflash

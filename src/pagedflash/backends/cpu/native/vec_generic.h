@@ -1,0 +1,131 @@
+// Any processor: registers of 4 floats as the compiler's own vector type (SSE2 on x86-64). See vec.h.
+#pragma once
+
+namespace pagedflash {
+namespace PAGEDFLASH_ISA {
+
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(16)));
+constexpr int LANES = 4;
+constexpr int ACCUMULATORS = 8;
+constexpr int GEMM_ROWS = 6, GEMM_VECS = 2;
+
+PAGEDFLASH_INLINE Vec splat(float x) { return Vec{x, x, x, x}; }
+PAGEDFLASH_INLINE Vec zero() { return splat(0.0f); }
+PAGEDFLASH_INLINE Vec iota() { return Vec{0.0f, 1.0f, 2.0f, 3.0f}; }
+PAGEDFLASH_INLINE Vec select(Ints mask, Vec a, Vec b) { return (Vec)((mask & (Ints)a) | (~mask & (Ints)b)); }
+PAGEDFLASH_INLINE Vec add(Vec a, Vec b) { return a + b; }
+PAGEDFLASH_INLINE Vec sub(Vec a, Vec b) { return a - b; }
+PAGEDFLASH_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+PAGEDFLASH_INLINE Vec div(Vec a, Vec b) { return a / b; }
+PAGEDFLASH_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+PAGEDFLASH_INLINE Vec min(Vec a, Vec b) { return select(a < b, a, b); }
+PAGEDFLASH_INLINE Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+PAGEDFLASH_INLINE Vec abs(Vec a) { return (Vec)((Ints)a & 0x7FFFFFFF); }
+// Adding and taking away 1.5 * 2^23 leaves no room for a fraction (|a| < 2^22).
+PAGEDFLASH_INLINE Vec round_nearest(Vec a) {
+  const Vec shifted = a + 12582912.0f;
+  return shifted - 12582912.0f;
+}
+PAGEDFLASH_INLINE Vec times_power_of_two(Vec a, Vec n) {
+  const Bits biased = (Bits)(n + (12582912.0f + 127.0f));  // the low bits of this float are n + 127
+  return a * (Vec)(biased << 23);
+}
+PAGEDFLASH_INLINE Vec keep_inside(Vec a, Vec i, Vec lo, Vec hi, Vec other) { return select((i >= lo) & (i < hi), a, other); }
+PAGEDFLASH_INLINE float highest(Vec a) {
+  const float one = a[0] > a[1] ? a[0] : a[1], two = a[2] > a[3] ? a[2] : a[3];
+  return one > two ? one : two;
+}
+PAGEDFLASH_INLINE float total(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+PAGEDFLASH_INLINE void transpose(Vec v[LANES]) {
+  const Vec a = v[0], b = v[1], c = v[2], d = v[3];
+  for (int i = 0; i < LANES; i++) v[i] = Vec{a[i], b[i], c[i], d[i]};
+}
+PAGEDFLASH_INLINE Vec totals(const Vec v[LANES]) {
+  Vec t[LANES] = {v[0], v[1], v[2], v[3]};
+  transpose(t);
+  return (t[0] + t[2]) + (t[1] + t[3]);
+}
+
+PAGEDFLASH_INLINE float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+PAGEDFLASH_INLINE uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+PAGEDFLASH_INLINE float widen(f16 h) {
+  const uint32_t sign = (uint32_t)(h.bits & 0x8000) << 16, rest = (uint32_t)(h.bits & 0x7FFF) << 13;
+  // 2^112 moves the exponent's bias from 15 to 127, subnormals included; infinity and NaN keep theirs.
+  const float magnitude = rest >= 0x7C00u << 13 ? float_of_bits(rest | 0x7F800000) : float_of_bits(rest) * 0x1p112f;
+  return float_of_bits(bits_of_float(magnitude) | sign);
+}
+PAGEDFLASH_INLINE f16 narrow_to_f16(float x) {
+  const uint32_t bits = bits_of_float(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+  uint32_t half;
+  if (magnitude > 0x7F800000) {
+    half = 0x7E00;
+  } else if (magnitude >= 0x477FF000) {  // 65520 and more round to infinity
+    half = 0x7C00;
+  } else if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
+    half = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3F000000;
+  } else {
+    half = (magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+  }
+  return {(uint16_t)(sign | half)};
+}
+PAGEDFLASH_INLINE float widen(bf16 b) { return float_of_bits((uint32_t)b.bits << 16); }
+PAGEDFLASH_INLINE bf16 narrow_to_bf16(float x) {
+  const uint32_t bits = bits_of_float(x);
+  return {(uint16_t)(x != x ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+
+PAGEDFLASH_INLINE Vec load(const float* p) {
+  Vec a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+PAGEDFLASH_INLINE void store(float* p, Vec a) { memcpy(p, &a, sizeof a); }
+template <class T>
+PAGEDFLASH_INLINE Vec load(const T* p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+PAGEDFLASH_INLINE void store(f16* p, Vec a) {
+  for (int i = 0; i < LANES; i++) p[i] = narrow_to_f16(a[i]);
+}
+PAGEDFLASH_INLINE void store(bf16* p, Vec a) {
+  for (int i = 0; i < LANES; i++) p[i] = narrow_to_bf16(a[i]);
+}
+// Parts are multiples of 8, so of LANES: there are no others.
+template <class T>
+PAGEDFLASH_INLINE Vec load_part(const T* p, int64_t) { return load(p); }
+template <class T>
+PAGEDFLASH_INLINE void store_part(T* p, Vec a, int64_t) { store(p, a); }
+
+struct Chunk {
+  Vec a, b;
+};
+template <class T>
+PAGEDFLASH_INLINE Chunk load_chunk(const T* p) { return {load(p), load(p + LANES)}; }
+template <class T>
+PAGEDFLASH_INLINE void restore_order(Chunk&) {}
+
+// bfloat16: the even and the odd elements of a little-endian machine, two instructions for 8.
+template <>
+PAGEDFLASH_INLINE Chunk load_chunk(const bf16* p) {
+  Bits pairs;
+  memcpy(&pairs, p, sizeof pairs);
+  return {(Vec)(pairs << 16), (Vec)(pairs & 0xFFFF0000)};
+}
+template <>
+PAGEDFLASH_INLINE void restore_order<bf16>(Chunk& chunk) {
+  const Vec a = chunk.a, b = chunk.b;
+  chunk = {Vec{a[0], b[0], a[1], b[1]}, Vec{a[2], b[2], a[3], b[3]}};
+}
+template <class T>
+PAGEDFLASH_INLINE Chunk load_chunk_part(const T* p, int64_t) { return load_chunk(p); }
+
+}  // namespace PAGEDFLASH_ISA
+}  // namespace pagedflash
