@@ -51,7 +51,7 @@ struct RowState {
 // next multiple of LANES behind `count`. Returns the factor that brings earlier sums to the new highest score.
 PAGEDFLASH_INLINE float softmax_tile(float* row, int64_t count, const ScoreRule& rule, const TileRow& tile, RowState& state) {
   const Vec hidden = splat(-INFINITY);
-  const bool all_visible = tile.visible.begin <= 0 && tile.visible.end >= round_up(count, LANES);
+  const bool all_visible = tile.visible.begin <= 0 && tile.visible.end >= count && count % LANES == 0;
   const Vec lo = splat((float)greater(tile.visible.begin, -1)), hi = splat((float)greater(lesser(tile.visible.end, count), 0));
   Vec top = hidden;
   Vec index = iota();
