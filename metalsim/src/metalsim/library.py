@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .launch import MAX_THREADS, BoundKernel, launch, runtime
+from .refusals import refuse
 from .settings import current
 from .toolchain import MSL, build_shared_object, cached, preprocess
 from .translate import translate
@@ -98,7 +99,9 @@ class Kernel:
 
 
 def _build(source: str, checked: bool, folder: Path) -> None:
-    translation = translate(preprocess(source))
+    preprocessed = preprocess(source)
+    refuse(preprocessed)
+    translation = translate(preprocessed)
     headers = ("prelude.h", "checked.h") if checked else ("prelude.h",)
     includes = "".join(f'#include "{MSL / header}"\n' for header in headers)
     options = _CHECKED if checked else _UNCHECKED

@@ -21,6 +21,11 @@ BUILTINS = frozenset(
     thread_execution_width dispatch_simdgroups_per_threadgroup thread_index_in_quadgroup
     quadgroup_index_in_threadgroup quadgroups_per_threadgroup""".split()
 )
+# Metal wants the same number of components for all of these.
+POSITIONS = frozenset(
+    """thread_position_in_grid thread_position_in_threadgroup threadgroup_position_in_grid threads_per_threadgroup
+    threads_per_grid threadgroups_per_grid dispatch_threads_per_threadgroup""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Parameter:
     name: str
     buffer: str | None
     builtin: str | None
+    components: str = "1"
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,17 @@ class Translation:
     kernels: list[KernelEntry] = field(default_factory=list)
 
 
-def translate(preprocessed: str) -> Translation:
-    """Rewrite preprocessed Metal source as C++ for the headers in msl/."""
-    return _Translator(Tokens(preprocessed)).run()
+def translate(preprocessed: str, keep_spaces: bool = False) -> Translation:
+    """Rewrite preprocessed Metal source as C++ for the headers in msl/.
+
+    Args:
+        preprocessed: the source after its macros.
+        keep_spaces: keep address spaces, for the parse of refusals.py; the result is not meant to run.
+
+    Raises:
+        CompileError: what the pass itself does not understand or Metal does not allow.
+    """
+    return _Translator(Tokens(preprocessed), keep_spaces).run()
 
 
 def attributes_in(tokens: Tokens, first: int, last: int) -> list[tuple[int, int]]:
@@ -67,8 +81,9 @@ def attributes_in(tokens: Tokens, first: int, last: int) -> list[tuple[int, int]
 
 
 class _Translator:
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, keep_spaces: bool) -> None:
         self.t = tokens
+        self.keep_spaces = keep_spaces
         self.kernels: list[KernelEntry] = []
         self.parameters: dict[str, list[Parameter]] = {}
         self.kernel_bodies: list[tuple[int, int]] = []
@@ -82,12 +97,22 @@ class _Translator:
             self.t.erase(first, last + 1)
         self._threadgroup_variables()
         self._constructors_and_casts()
-        for token in self.t.code:
-            if token.text == "constant":
-                token.text = "const"
-            elif token.text in ADDRESS_SPACES or token.text == "kernel":
-                token.text = " " * len(token.text)
+        self._address_spaces()
         return Translation(self.t.render(), self.kernels)
+
+    def _address_spaces(self) -> None:
+        for i, token in enumerate(self.t.code):
+            if token.text in ("kernel", "thread") or (token.text in ADDRESS_SPACES and not self.keep_spaces):
+                token.text = "const" if token.text == "constant" else " " * len(token.text)
+            elif token.text == "constant" and self._declares_scalar(i):
+                token.text = "metalsim_program_constant"
+
+    def _declares_scalar(self, at: int) -> bool:
+        """Whether the `constant` at `at` declares one value, not an array nor what a pointer or reference reaches."""
+        for i in range(at, len(self.t)):
+            if self.t.text(i) in ("=", ";", "(", ")", ",", "{", "[", "*", "&"):
+                return self.t.text(i) in ("=", ";")
+        return False
 
     # -- names of types, for constructors and casts -----------------------------------------------------------------
 
@@ -136,6 +161,7 @@ class _Translator:
             for position, (first, last) in enumerate(t.split(opening + 1, closing))
         ]
         self._number_implicit_buffers(name)
+        self._check_parameters(name, t[at].line)
         body = closing + 1
         while t.text(body) not in ("{", ";", ""):
             body += 1
@@ -186,6 +212,7 @@ class _Translator:
     def _parameter(self, kernel: str, first: int, last: int, position: int) -> Parameter:
         t = self.t
         attributes = attributes_in(t, first, last)
+        components = next((t.text(i)[-1] for i in range(first, last) if t.text(i)[-1] in "234"), "1")
         declared_end = attributes[0][0] if attributes else last
         name_at = declared_end - 1
         name = t.text(name_at) if t.is_word(name_at) else f"#{position}"
@@ -195,7 +222,7 @@ class _Translator:
             if word == "buffer":
                 return Parameter(name, t.join(begin + 4, t.closing(begin + 3)), None)
             if word in BUILTINS:
-                return Parameter(name, None, word)
+                return Parameter(name, None, word, components)
             raise CompileError(f"{where}: attribute [[{t.join(begin + 2, end - 1)}]] is not supported")
         if any(t.text(i) in ("*", "&") for i in range(first, last)):
             return Parameter(name, "", None)
@@ -210,9 +237,20 @@ class _Translator:
             Parameter(p.name, next(free), None) if p.buffer == "" else p for p in parameters
         ]
 
+    def _check_parameters(self, kernel: str, line: int) -> None:
+        buffers = [p.buffer for p in self.parameters[kernel] if p.buffer is not None]
+        if twice := {b for b in buffers if buffers.count(b) > 1}:
+            raise CompileError(f"line {line}: kernel '{kernel}' has two parameters [[buffer({twice.pop()})]]")
+        positions = [p for p in self.parameters[kernel] if p.builtin in POSITIONS]
+        if len({p.components for p in positions}) > 1:
+            names = ", ".join(f"'{p.name}'" for p in positions)
+            raise CompileError(f"line {line}: kernel '{kernel}': {names} must have the same number of components")
+
     def _entry(self, host_name: str, function: str, parameters: list[Parameter]) -> str:
         n = len(self.kernels)
         self.kernels.append(KernelEntry(host_name, n, parameters))
+        if self.keep_spaces:
+            return ""
         bindings = [
             f"{{{p.buffer}, nullptr}}" if p.buffer is not None else f"{{-1, &metalsim::Position::{p.builtin}}}"
             for p in parameters
@@ -239,8 +277,10 @@ class _Translator:
         t, i = self.t, at + 1
         while i < len(t):
             text = t.text(i)
-            if text in ("*", "&", "&&", ")", ">", "{", "=", "("):
+            if text in ("*", "&", "&&", ")", ">", "{", "("):
                 return None
+            if text == "=":
+                raise CompileError(f"line {t[i].line}: threadgroup variables cannot be initialised")
             if text == ";":
                 return i
             if text == "[":
@@ -274,9 +314,10 @@ class _Translator:
             name = name_at if group is groups[0] else group[0]
             shape = " ".join(t.text(i) for i in group if i > name)
             n, self.variables = self.variables, self.variables + 1
+            type_name = f"{'threadgroup ' if self.keep_spaces else ''}metalsim_type_{n}"
             out.append(
-                f"typedef {kind} metalsim_type_{n} {shape}; metalsim_type_{n}& {t.text(name)} = "
-                f'metalsim::threadgroup_variable<metalsim_type_{n}>({n}, "{t.text(name)}", {align});'
+                f"typedef {kind} metalsim_type_{n} {shape}; {type_name}& {t.text(name)} = "
+                f'metalsim::threadgroup_variable<{type_name}>({n}, "{t.text(name)}", {align});'
             )
         t.erase(begin, end + 1)
         t[end].after += " ".join(out)

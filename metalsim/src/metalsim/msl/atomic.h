@@ -31,6 +31,7 @@ typedef atomic<float> atomic_float;
 
 }  // namespace metal
 
+#ifndef METALSIM_SPACES
 namespace metalsim {
 // Not part of what a checked run watches as plain accesses.
 #define METALSIM_RAW __attribute__((noinline, no_sanitize("kernel-address")))
@@ -92,3 +93,4 @@ METALSIM_READ_MODIFY_WRITE(fetch_max, before > operand ? before : operand)
 #undef METALSIM_READ_MODIFY_WRITE
 
 }  // namespace metal
+#endif

@@ -47,10 +47,12 @@ METAL_FUNC constexpr T metalsim_make(A a) {
         return T(a);
 }
 // Packed vectors come by reference: by value they would be loaded in pieces.
+#ifndef METALSIM_SPACES
 template <class T, class E, int N>
 METAL_FUNC T metalsim_make(const packed_vec<E, N>& a) {
     return metalsim_make<T>(vec<E, N>(a));
 }
+#endif
 template <class T, class A, class B, class... More>
 METAL_FUNC constexpr T metalsim_make(A a, B b, More... more) {
     if constexpr (metalsim::is_vector<T>) {
@@ -75,10 +77,12 @@ METAL_FUNC constexpr T metalsim_cast(A a) {
         return static_cast<T>(a);
 }
 
+#ifndef METALSIM_SPACES
 template <class T, class E, int N>
 METAL_FUNC T metalsim_cast(const packed_vec<E, N>& a) {
     return metalsim_cast<T>(vec<E, N>(a));
 }
+#endif
 
 template <class T>
 struct metalsim_cast_to {};
@@ -89,10 +93,12 @@ METAL_FUNC constexpr T operator->*(metalsim_cast_to<T>, A a) {
     else
         return (T)a;
 }
+#ifndef METALSIM_SPACES
 template <class T, class E, int N>
 METAL_FUNC T operator->*(metalsim_cast_to<T>, const packed_vec<E, N>& a) {
     return metalsim_cast<T>(vec<E, N>(a));
 }
+#endif
 
 namespace metal {
 using ::metalsim_make, ::metalsim_cast_to;

@@ -47,12 +47,14 @@ METAL_FUNC void enter(void (*kernel)(A...), void* const* buffers, const Position
     enter<Kernel, Bindings>(kernel, __make_integer_seq<Indices, u32, sizeof...(A)>(), buffers, position);
 }
 
+#ifndef METALSIM_SPACES
 /// The storage of a threadgroup variable.
 template <class T>
 METAL_FUNC T& threadgroup_variable(u32 site, const char* name, u64 align) {
     return *reinterpret_cast<T*>(
         metalsim_threadgroup_variable(site, name, sizeof(T), align > alignof(T) ? align : alignof(T)));
 }
+#endif
 
 }  // namespace metalsim
 

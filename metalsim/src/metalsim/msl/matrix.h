@@ -81,6 +81,7 @@ METAL_FUNC simdgroup_matrix<T, Rows, Columns> make_diagonal_simdgroup_matrix(T v
     return simdgroup_matrix<T, Rows, Columns>(value);
 }
 
+#ifndef METALSIM_SPACES
 // Every lane moves its own two elements: one access of two neighbours, or two accesses of a column when transposed.
 template <class T>
 METAL_FUNC void simdgroup_load(simdgroup_matrix<T, 8, 8>& out, const T* from, ulong elements_per_row = 8,
@@ -110,6 +111,7 @@ METAL_FUNC void simdgroup_store(simdgroup_matrix<T, 8, 8> matrix, T* to, ulong e
     }
     metalsim_meet(nullptr, metalsim::kMatrix, 0);
 }
+#endif
 
 template <class D, class A, class B, class C>
 METAL_FUNC void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, simdgroup_matrix<A, 8, 8> a,

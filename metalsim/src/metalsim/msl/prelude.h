@@ -3,3 +3,6 @@
 #include "atomic.h"
 #include "kernel.h"
 #include "matrix.h"
+#ifdef METALSIM_SPACES
+#include "spaces.h"
+#endif

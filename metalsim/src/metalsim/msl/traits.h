@@ -174,8 +174,10 @@ struct vector_traits<vec<T, N>> {
     static constexpr int size = N;
     using element = T;
 };
+#ifndef METALSIM_SPACES
 template <class T, int N>
 struct vector_traits<packed_vec<T, N>> : vector_traits<vec<T, N>> {};
+#endif
 template <class T>
 constexpr bool is_vector = vector_traits<T>::is_vector;
 template <class T>
@@ -184,6 +186,8 @@ template <class T>
 constexpr int size = vector_traits<T>::size;
 template <class T>
 constexpr bool is_packed = false;
+#ifndef METALSIM_SPACES
 template <class T, int N>
 constexpr bool is_packed<packed_vec<T, N>> = true;
+#endif
 }  // namespace metalsim

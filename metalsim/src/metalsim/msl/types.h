@@ -24,6 +24,11 @@ typedef __UINTPTR_TYPE__ uintptr_t;
 template <class T, int N>
 using vec = T __attribute__((ext_vector_type(N)));
 
+#ifdef METALSIM_SPACES
+// A parse that only asks for address spaces can do with the plain vector.
+template <class T, int N>
+using packed_vec = vec<T, N>;
+#else
 /// A vector with the alignment of its elements. It moves through memory as one access of N elements.
 template <class T, int N>
 struct packed_vec {
@@ -58,6 +63,7 @@ METALSIM_PACKED_OPERATOR(-)
 METALSIM_PACKED_OPERATOR(*)
 METALSIM_PACKED_OPERATOR(/)
 #undef METALSIM_PACKED_OPERATOR
+#endif
 
 #define METALSIM_VECTORS(T)                                                                                   \
     typedef vec<T, 2> T##2;                                                                                   \
