@@ -182,6 +182,8 @@ class _SyntaxTree:
                 functions.pop()
             for d in [d for d in globals_without_space if d >= depth]:
                 self.found.append(globals_without_space.pop(d))
+            if kind == "AnnotateAttr" and '"constant"' in rest:  # where the macro that writes it stands
+                globals_without_space.pop(depth - 2, None)
             if file != "<stdin>":
                 continue
             if kind in _FUNCTIONS:
@@ -193,8 +195,6 @@ class _SyntaxTree:
             elif kind in ("DeclRefExpr", "MemberExpr") and functions:
                 if callee := _CALLEE.search(rest):
                     self.calls.setdefault(functions[-1][1], set()).add(callee[1] or callee[2])
-            elif kind == "AnnotateAttr" and '"constant"' in rest:
-                globals_without_space.pop(depth - 2, None)
             elif kind == "VarDecl":
                 self._variable(depth, kinds.get(depth - 2, ""), rest, begin, globals_without_space)
             elif kind.endswith("CastExpr"):
