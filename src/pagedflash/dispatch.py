@@ -138,13 +138,19 @@ def _backend_for(device_type: str) -> Backend:
     return backend
 
 
-@cache
 def _load(name: str) -> tuple[Backend | None, bool, str]:
+    backend, reason = _import(name)
+    # Asked every time: metal.use_compiler makes a backend available for a while.
+    return (backend, *backend.available()) if backend is not None else (None, False, reason)
+
+
+@cache
+def _import(name: str) -> tuple[Backend | None, str]:
     try:
         backend: Backend = import_module(BACKEND_MODULES[name], __package__)
     except ImportError as error:
-        return None, False, f"it cannot be imported: {error}"
-    return (backend, *backend.available())
+        return None, f"it cannot be imported: {error}"
+    return backend, ""
 
 
 def _reference() -> Backend:

@@ -156,8 +156,9 @@ def _decode(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
     row_tiles = -(-group * max_queries // plan.rows)
     if row_tiles > 1 and call.k_new is not None:  # several threadgroups read the new keys: they must be there before
         kv_write(call.write)
-    splits = call.num_splits or plan_splits(batch * kv_heads * row_tiles, plan.simdgroups, max_keys, core_count())
-    splits = min(splits, MAX_SPLITS)
+    threadgroups = batch * kv_heads * row_tiles
+    planned = plan_splits(threadgroups, plan.simdgroups, plan.rows, max_keys, core_count())
+    splits = min(call.num_splits or planned, MAX_SPLITS)
     sizes = _sizes(call)._replace(splits=splits, appends=int(row_tiles == 1 and call.k_new is not None))
     partial_out = partial_sums = None
     if splits > 1:

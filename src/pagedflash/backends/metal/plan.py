@@ -14,19 +14,22 @@ LANES = 32  # of a simdgroup
 TILE_KEYS = 32  # keys a simdgroup of decode works on at a time: one a lane
 LOAD_BYTES = 16  # the widest load of a lane
 MIN_LOAD_BYTES = 4
+LINE_BYTES = 128  # of memory, fetched together
 
 DECODE_MAX_QUERIES = 8  # longer sequences of queries fill the tiles of prefill
-DECODE_SIMDGROUPS = 4
+LANE_DIMS = 8  # elements of a key in one lane, where there are few rows; 32 lanes hold the largest head dim
 OUTPUT_REGISTERS = 32  # that a lane spends on the output if narrower loads allow it; each halving doubles the shuffles
 MAX_OUTPUT_REGISTERS = 64  # at most; more rows go to a threadgroup of their own, which reads the keys again
 KEY_REGISTERS = 32  # for keys unpacked and multiplied at once
 LOAD_REGISTERS = 32  # for loads under way; twice that where there are few rows
 FEW_ROWS = 2
+MANY_ROWS = 4  # more than this, and a threadgroup has eight simdgroups: its queries and outputs are then worth more keys
 MERGE_ROWS = 4
 
 SIMDGROUPS_PER_CORE = 16  # in flight, to hide the memory's latency
 MIN_SIMDGROUPS = 512  # in flight even on small GPUs
 NEEDLESS_SPLIT = 0.2  # a further split must add more than this share of a full GPU
+KEYS_PER_ROW = 48  # of a part, at least: what it loads and leaves besides keys stays near 3 % of them
 MAX_SPLITS = 128
 
 PREFILL_SIMDGROUPS = 4
@@ -56,20 +59,12 @@ def plan_decode(
 ) -> DecodePlan:
     """Lay out decode for ``group * max_queries`` rows a KV head."""
     total_rows = group * max_queries
-    least_dims = -(-head_dim // LANES)
-    least_dims = max(1 << (least_dims - 1).bit_length(), MIN_LOAD_BYTES // element_bytes)
-    row_tiles = -(-total_rows // max(1, MAX_OUTPUT_REGISTERS // least_dims))
+    row_tiles = -(-total_rows // (MAX_OUTPUT_REGISTERS // _lane_dims(head_dim, total_rows, element_bytes)))
     rows = -(-total_rows // row_tiles)
-
-    chunk = LOAD_BYTES // element_bytes
-    while (
-        rows * _dims(head_dim, chunk) > OUTPUT_REGISTERS
-        and _lanes(head_dim, chunk) < LANES
-        and chunk * element_bytes > MIN_LOAD_BYTES
-    ):
-        chunk //= 2
-    k_lanes, v_lanes = _lanes(head_dim, chunk), _lanes(v_head_dim, chunk)
-    k_chunks, v_chunks = (_dims(d, chunk) // chunk for d in (head_dim, v_head_dim))
+    dims = _lane_dims(head_dim, rows, element_bytes)
+    chunk = min(dims, LOAD_BYTES // element_bytes)
+    k_lanes, v_lanes = _lanes(head_dim, dims), _lanes(v_head_dim, dims)
+    k_chunks, v_chunks = -(-head_dim // (k_lanes * chunk)), -(-v_head_dim // (v_lanes * chunk))
     registers = LOAD_REGISTERS * (2 if rows <= FEW_ROWS else 1)
     k_steps, v_steps = (
         min(lanes, _power_of_two(registers * 4 // (chunks * chunk * element_bytes)))
@@ -86,16 +81,20 @@ def plan_decode(
         v_steps=v_steps,
         key_block=min(k_steps, _power_of_two(KEY_REGISTERS // (k_chunks * chunk))),
         merge_rows=min(rows, MERGE_ROWS),
-        simdgroups=min(DECODE_SIMDGROUPS, _power_of_two(max(1, -(-max_keys // TILE_KEYS)))),
+        simdgroups=min(8 if rows > MANY_ROWS else 4, _power_of_two(max(1, -(-max_keys // TILE_KEYS)))),
         k_run=math.gcd(page_size, k_lanes),
         v_run=math.gcd(page_size, v_lanes),
     )
 
 
-def plan_splits(threadgroups: int, simdgroups: int, max_keys: int, cores: int) -> int:
-    """How many parts to split the keys into: enough simdgroups to fill the GPU, each with a tile of its own."""
+def plan_splits(threadgroups: int, simdgroups: int, rows: int, max_keys: int, cores: int) -> int:
+    """How many parts to split the keys into: enough simdgroups to fill the GPU, all with as many tiles.
+
+    A part loads its queries and leaves an output in float32 for every row, so the more rows, the more keys it must have.
+    """
     wanted = max(MIN_SIMDGROUPS, SIMDGROUPS_PER_CORE * cores) / max(1, threadgroups * simdgroups)
-    useful = max_keys // (TILE_KEYS * simdgroups)
+    round_of_tiles = TILE_KEYS * simdgroups
+    useful = max_keys // (round_of_tiles * -(-KEYS_PER_ROW * rows // round_of_tiles))
     return max(1, min(math.ceil(wanted - NEEDLESS_SPLIT), useful, MAX_SPLITS))
 
 
@@ -116,14 +115,21 @@ def plan_prefill(head_dim: int, v_head_dim: int, element_bytes: int) -> PrefillP
     return PrefillPlan(LOAD_BYTES // element_bytes, key_tile, PREFILL_SIMDGROUPS)
 
 
-def _lanes(head_dim: int, chunk: int) -> int:
-    """Lanes that hold one key, a power of two."""
-    return min(LANES, 1 << (-(-head_dim // chunk) - 1).bit_length())
+def _lane_dims(head_dim: int, rows: int, element_bytes: int) -> int:
+    """Elements of one key that a lane holds: few enough for the registers, together at least a line of memory."""
+    dims = LANE_DIMS
+    while _lanes(head_dim, dims) < LANES and dims * element_bytes > MIN_LOAD_BYTES:
+        loads = dims * element_bytes // LOAD_BYTES
+        broken_lines = loads > 1 and _lanes(head_dim, dims) * LOAD_BYTES < LINE_BYTES
+        if rows * dims <= OUTPUT_REGISTERS and not broken_lines:
+            break
+        dims //= 2
+    return dims
 
 
-def _dims(head_dim: int, chunk: int) -> int:
-    """Elements of one key in one lane."""
-    return -(-head_dim // (chunk * _lanes(head_dim, chunk))) * chunk
+def _lanes(head_dim: int, dims: int) -> int:
+    """Lanes that hold one key, ``dims`` elements each: a power of two."""
+    return min(LANES, 1 << (-(-head_dim // dims) - 1).bit_length())
 
 
 def _power_of_two(n: int) -> int:

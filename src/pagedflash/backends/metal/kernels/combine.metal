@@ -9,7 +9,7 @@
 [[max_total_threads_per_threadgroup(THREADS)]]
 kernel void combine(
     device const float* partial_out [[buffer(0)]],
-    device const float* partial_sums [[buffer(1)]],
+    device const float2* partial_sums [[buffer(1)]],
     device const float* sinks [[buffer(2)]],
     device T* out [[buffer(3)]],
     device float* lse [[buffer(4)]],
@@ -26,29 +26,33 @@ kernel void combine(
     const int head = int(group.x);
     const int row = int(group.y);
     const long out_row = long(row) * sizes.heads + head;
-    device const float* sums = partial_sums + out_row * splits * 2;
+    device const float2* sums = partial_sums + out_row * splits;  // maximum and sum of each part
     device const float* parts = partial_out + out_row * splits * V_HEAD_DIM;
 
     // ---- Maximum and sum over all parts, in every simdgroup -------------------------------------------------------------
     float top = LOWEST, total = 0.0f;
-    for (int part = lane; part < splits; part += 32) top = max(top, sums[2 * part]);
+    for (int part = lane; part < splits; part += 32) top = max(top, sums[part].x);
     top = simd_max(top);
-    for (int part = lane; part < splits; part += 32) total += sums[2 * part + 1] * exp2(sums[2 * part] - top);
-    total = simd_sum(total);
 
     // ---- Add up the parts -----------------------------------------------------------------------------------------------
     float output[COLUMNS];
     UNROLL
     for (int c = 0; c < COLUMNS; c++) output[c] = 0.0f;
-    for (int part = simdgroup; part < splits; part += SIMDGROUPS) {
-        if (sums[2 * part + 1] == 0.0f) continue;  // saw no key and wrote no output
-        const float shrink = exp2(sums[2 * part] - top);
-        UNROLL
-        for (int c = 0; c < COLUMNS; c++) {
-            const int d = c * 32 + lane;
-            if (d < V_HEAD_DIM) output[c] += shrink * parts[part * V_HEAD_DIM + d];
+    for (int first = 0; first < splits; first += 32) {
+        const float2 of_part = first + lane < splits ? sums[first + lane] : float2(LOWEST, 0.0f);  // one part a lane
+        const float weight = of_part.y > 0.0f ? exp2(of_part.x - top) : 0.0f;
+        total += of_part.y * weight;
+        for (int i = simdgroup; i < min(32, splits - first); i += SIMDGROUPS) {
+            const float w = simd_shuffle(weight, ushort(i));
+            if (w == 0.0f) continue;  // saw no key and wrote no output
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) {
+                const int d = c * 32 + lane;
+                if (d < V_HEAD_DIM) output[c] += w * parts[(first + i) * V_HEAD_DIM + d];
+            }
         }
     }
+    total = simd_sum(total);
     UNROLL
     for (int c = 0; c < COLUMNS; c++) {
         if (c * 32 + lane < V_HEAD_DIM) scratch[simdgroup * V_HEAD_DIM + c * 32 + lane] = output[c];

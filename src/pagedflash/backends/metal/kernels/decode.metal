@@ -51,15 +51,16 @@ struct TransposedSum<1, SPACING> {
     static float of(thread const float* values, uint lane) { return values[0]; }
 };
 
-// One tile of 32 keys, and which of them are there to be read.
+// One tile of 32 keys, and which of them may be read.
 struct Tile {
     int first_key;
     int page;  // of the key this lane owns
-    Visible present;
+    Visible wanted;
 };
 
-// Steps `first_step` to `first_step + STEPS` of a tile of K or V, as this lane holds them; 0 where no key is present.
-template <int STEPS, int LANES, int CHUNKS, int RUN, int DIMS>
+// Steps `first_step` to `first_step + STEPS` of a tile of K or V, as this lane holds them. With CHECKED, 0 for keys that
+// are not wanted.
+template <bool CHECKED, int STEPS, int LANES, int CHUNKS, int RUN, int DIMS>
 inline void load_steps(
     thread Packed* chunks, int first_step, device const T* pages, Tile tile, long page_stride, int token_stride, int lane
 ) {
@@ -76,13 +77,36 @@ inline void load_steps(
         } else {
             row += token_stride;
         }
-        const bool present = key >= tile.present.first && key <= tile.present.last;
         UNROLL
         for (int c = 0; c < CHUNKS; c++) {
-            const bool inside = (c + 1) * LANES * CHUNK <= DIMS || column + c * LANES * CHUNK < DIMS;
-            chunks[i * CHUNKS + c] = present && inside ? load_chunk(row + c * LANES * CHUNK) : Packed(0);
+            const int offset = c * LANES * CHUNK;
+            const bool inside = offset + LANES * CHUNK <= DIMS || column + offset < DIMS;
+            const bool wanted = !CHECKED || (key >= tile.wanted.first && key <= tile.wanted.last);
+            chunks[i * CHUNKS + c] = inside && wanted ? load_chunk(row + offset) : Packed(0);
         }
     }
+}
+
+template <int STEPS, int LANES, int CHUNKS, int RUN, int DIMS>
+inline void load_steps(
+    thread Packed* chunks, int step, device const T* pages, Tile tile, long page_stride, int token_stride, int lane
+) {
+    if (tile.first_key >= tile.wanted.first && tile.first_key + 31 <= tile.wanted.last) {
+        load_steps<false, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
+    } else {
+        load_steps<true, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
+    }
+}
+
+// One lane of each PAGE_RUN keys of a tile looks up their page; the others ask it when they need it.
+#define PAGE_RUN MAX_OF(K_RUN, V_RUN)
+
+inline int looked_up(device const int* table, int tile, int lane, int begin, int end) {
+    return lane % PAGE_RUN == 0 ? page_of(table, clamp(tile * 32 + lane, begin, end - 1)) : 0;
+}
+
+inline int shared_page(int page, int lane) {
+    return PAGE_RUN == 1 ? page : simd_shuffle(page, ushort(lane & ~(PAGE_RUN - 1)));
 }
 
 // Where the slice of a query that begins at element d lies: slices that neighbouring lanes read lie side by side.
@@ -192,8 +216,8 @@ kernel void decode(
     const int first_query = first_of_rows / GROUP;
     const int last_query = min((first_of_rows + ROWS - 1) / GROUP, s.queries - 1);
     Visible wanted;
-    wanted.first = visible_from(s, sizes, first_query).first;
-    wanted.last = visible_from(s, sizes, last_query).last;
+    wanted.first = visible_from(s, first_query).first;
+    wanted.last = visible_from(s, last_query).last;
     if (s.queries <= first_query) wanted.last = wanted.first - 1;
     const int append_begin = sizes.appends ? s.append_begin : s.key_end;
     const int begin = min(wanted.first, append_begin);
@@ -207,7 +231,9 @@ kernel void decode(
     device T* k_pages = k + s.keys_row * sizes.k_row_stride + kv_head * sizes.k_head_stride;
     device T* v_pages = v + s.keys_row * sizes.v_row_stride + kv_head * sizes.v_head_stride;
     device const int* table = tables + long(b) * sizes.table_width;
+    const long k_page_stride = sizes.k_page_stride, v_page_stride = sizes.v_page_stride;
     const int k_token_stride = int(sizes.k_token_stride), v_token_stride = int(sizes.v_token_stride);
+    const float softcap = numbers.softcap;
 
     float maximum[ROWS], sum[ROWS];  // of each row: over all keys so far; over the keys this lane owned
     float output[ROWS][V_DIMS];
@@ -221,15 +247,15 @@ kernel void decode(
 
     // ---- The tiles ------------------------------------------------------------------------------------------------------
     const int first_of_tiles = tiles_begin + simdgroup;
-    int page = first_of_tiles < tiles_end ? page_of(table, clamp(first_of_tiles * 32 + lane, begin, end - 1)) : 0;
+    int page = first_of_tiles < tiles_end ? looked_up(table, first_of_tiles, lane, begin, end) : 0;
     for (int t = first_of_tiles; t < tiles_end; t += SIMDGROUPS) {
         Tile tile;
         tile.first_key = t * 32;
-        tile.page = page;
-        tile.present = wanted;
+        tile.page = shared_page(page, lane);
+        tile.wanted = wanted;
         const int key = tile.first_key + lane;
         if (t + SIMDGROUPS < tiles_end) {  // on its way while this tile is worked on
-            page = page_of(table, clamp(key + SIMDGROUPS * 32, begin, end - 1));
+            page = looked_up(table, t + SIMDGROUPS, lane, begin, end);
         }
 
         // New keys of this tile go to the cache first; then they are keys like all others.
@@ -256,7 +282,7 @@ kernel void decode(
         for (int step = 0; step < K_LANES; step += K_STEPS) {
             Packed chunks[K_STEPS * K_CHUNKS];
             load_steps<K_STEPS, K_LANES, K_CHUNKS, K_RUN, HEAD_DIM>(
-                chunks, step, k_pages, tile, sizes.k_page_stride, k_token_stride, lane
+                chunks, step, k_pages, tile, k_page_stride, k_token_stride, lane
             );
             UNROLL
             for (int block = 0; block < K_STEPS; block += KEY_BLOCK) {
@@ -289,7 +315,7 @@ kernel void decode(
         // The first values travel while the softmax is worked out.
         Packed values[V_STEPS * V_CHUNKS];
         load_steps<V_STEPS, V_LANES, V_CHUNKS, V_RUN, V_HEAD_DIM>(
-            values, 0, v_pages, tile, sizes.v_page_stride, v_token_stride, lane
+            values, 0, v_pages, tile, v_page_stride, v_token_stride, lane
         );
 
         // Online softmax: once a tile, one key a lane.
@@ -298,9 +324,9 @@ kernel void decode(
         for (int r = 0; r < ROWS; r++) {
             const float dot = TransposedSum<K_LANES / KEY_BLOCK, KEY_BLOCK>::of(partial[r], lane_index);
             const int query = (first_of_rows + r) / GROUP;
-            const Visible visible = visible_from(s, sizes, query);
+            const Visible visible = visible_from(s, query);
             const bool seen = query < s.queries && key >= visible.first && key <= visible.last;
-            const float score = score_of(dot, numbers, row_slope[r], position_of(s, query) - key);
+            const float score = score_of(dot, softcap, row_slope[r], position_of(s, query) - key);
             const float new_maximum = max(maximum[r], simd_max(seen ? score : LOWEST));
             const float shrink = fast::exp2(maximum[r] - new_maximum);
             weight[r] = seen ? fast::exp2(score - new_maximum) : 0.0f;
@@ -316,7 +342,7 @@ kernel void decode(
             if (tile.first_key + step > wanted.last) break;
             if (step > 0) {
                 load_steps<V_STEPS, V_LANES, V_CHUNKS, V_RUN, V_HEAD_DIM>(
-                    values, step, v_pages, tile, sizes.v_page_stride, v_token_stride, lane
+                    values, step, v_pages, tile, v_page_stride, v_token_stride, lane
                 );
             }
             UNROLL

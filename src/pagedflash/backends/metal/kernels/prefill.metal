@@ -119,20 +119,23 @@ kernel void prefill(
         }
         queries[i] = pair;
     }
+    const float scale = numbers.scale, softcap = numbers.softcap;
     const float slope = sizes.has_slopes && in_use ? slopes[b * sizes.slope_batch_stride + head] * LOG2_E : 0.0f;
 
     // ---- Which keys: those any row of the tile sees ---------------------------------------------------------------------
-    const Visible visible = visible_from(s, sizes, query);
+    const Visible visible = visible_from(s, query);
     const int first_query = first_of_rows / GROUP;
     const int last_query = min((first_of_rows + QUERY_TILE - 1) / GROUP, s.queries - 1);
     Visible wanted;
-    wanted.first = visible_from(s, sizes, first_query).first;
-    wanted.last = visible_from(s, sizes, last_query).last;
+    wanted.first = visible_from(s, first_query).first;
+    wanted.last = visible_from(s, last_query).last;
     if (last_query < first_query) wanted.last = wanted.first - 1;
 
     device const T* k_pages = k + s.keys_row * sizes.k_row_stride + kv_head * sizes.k_head_stride;
     device const T* v_pages = v + s.keys_row * sizes.v_row_stride + kv_head * sizes.v_head_stride;
     device const int* table = tables + long(b) * sizes.table_width;
+    const long k_page_stride = sizes.k_page_stride, v_page_stride = sizes.v_page_stride;
+    const int k_token_stride = int(sizes.k_token_stride), v_token_stride = int(sizes.v_token_stride);
 
     float maximum = LOWEST, sum = 0.0f;  // of this lane's row; the sum over this lane's columns only
     float2 output[V_HEAD_DIM / 8];
@@ -143,12 +146,8 @@ kernel void prefill(
     for (int first_key = wanted.first / KEY_TILE * KEY_TILE; first_key <= wanted.last; first_key += KEY_TILE) {
         const int page = page_of(table, clamp(first_key + min(lane, KEY_TILE - 1), wanted.first, wanted.last));
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        load_tile<K_CHUNKS>(
-            k_tile, k_pages, page, first_key, wanted, sizes.k_page_stride, int(sizes.k_token_stride), thread_index
-        );
-        load_tile<V_CHUNKS>(
-            v_tile, v_pages, page, first_key, wanted, sizes.v_page_stride, int(sizes.v_token_stride), thread_index
-        );
+        load_tile<K_CHUNKS>(k_tile, k_pages, page, first_key, wanted, k_page_stride, k_token_stride, thread_index);
+        load_tile<V_CHUNKS>(v_tile, v_pages, page, first_key, wanted, v_page_stride, v_token_stride, thread_index);
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
         // S = Q K^T: the matrix of keys is read transposed.
@@ -172,7 +171,7 @@ kernel void prefill(
             for (int e = 0; e < 2; e++) {
                 const int key = first_key + j * 8 + matrix_column + e;
                 const bool seen = in_use && key >= visible.first && key <= visible.last;
-                const float score = score_of(scores[j][e] * numbers.scale, numbers, slope, position_of(s, query) - key);
+                const float score = score_of(scores[j][e] * scale, softcap, slope, position_of(s, query) - key);
                 scores[j][e] = seen ? score : 2.0f * LOWEST;
                 tile_maximum = max(tile_maximum, scores[j][e]);
             }

@@ -8,6 +8,8 @@ struct Sequence {
     int key_begin;     // first slot in use: left padding lies before it
     int key_end;       // one past the last slot in use, new keys included
     int append_begin;  // slot of the first new key
+    int window_left;   // how far a query sees to the left and to the right of its own position
+    int window_right;
     long keys_row;     // row of an unpaged cache, or of ragged keys, that holds slot 0
 };
 
@@ -36,6 +38,8 @@ inline Sequence sequence_at(
     const bool skipped = keys < 0;
     s.append_begin = skipped ? 0 : keys;
     s.key_end = skipped ? 0 : keys + int(sizes.new_keys);
+    s.window_left = int(sizes.window_left);
+    s.window_right = int(sizes.window_right);
 
 #if PAGED
     s.keys_row = 0;
@@ -56,11 +60,11 @@ inline int position_of(Sequence s, int query) {
     return query + s.key_end - s.queries;
 }
 
-inline Visible visible_from(Sequence s, constant Sizes& sizes, int query) {
+inline Visible visible_from(Sequence s, int query) {
     const int position = position_of(s, query);
     Visible visible;
-    visible.first = max(s.key_begin, position - int(sizes.window_left));
-    visible.last = min(s.key_end - 1, position + int(sizes.window_right));
+    visible.first = max(s.key_begin, position - s.window_left);
+    visible.last = min(s.key_end - 1, position + s.window_right);
     return visible;
 }
 

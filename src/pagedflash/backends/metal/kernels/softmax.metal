@@ -2,12 +2,9 @@
 
 constant constexpr float LOWEST = -1e30f;  // below every score; finite, since fast math knows no infinity
 
-// From q . k, scaled, to a score in base 2: softcap, then ALiBi.
-inline float score_of(float dot, constant Numbers& numbers, float slope, int distance) {
-    float score = dot;
-    if (numbers.softcap > 0.0f) {
-        score = numbers.softcap * precise::tanh(clamp(score, -15.0f, 15.0f));
-    }
+// From q . k, scaled, to a score in base 2: softcap (0 = none), then ALiBi.
+inline float score_of(float dot, float softcap, float slope, int distance) {
+    const float score = softcap > 0.0f ? softcap * precise::tanh(clamp(dot, -15.0f, 15.0f)) : dot;
     return score - slope * float(abs(distance));
 }
 
