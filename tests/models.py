@@ -100,7 +100,8 @@ def batched(  # type: ignore[no-untyped-def]
         continuous_batching_config=ContinuousBatchingConfig(**options),
         warmup=False,
     )
-    assert len(results) == len(prompts), f"only {len(results)} of {len(prompts)} requests ended"
+    assert len(results) == len(prompts)
+    assert not any(result.error for result in results.values()), next(iter(results.values())).error
     return [result.generated_tokens for result in results.values()]
 
 

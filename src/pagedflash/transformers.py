@@ -114,7 +114,7 @@ def _add_implementation() -> None:
         _register(functions, NAME, functions["flash_attention_2"])
     if _PAGED_PREFIX + "flash_attention_2" in ALL_ATTENTION_FUNCTIONS:
         paged_forward = ALL_ATTENTION_FUNCTIONS[_PAGED_PREFIX + "flash_attention_2"]
-        _register(ALL_ATTENTION_FUNCTIONS, _PAGED_PREFIX + NAME, _refusing_softcap(paged_forward))
+        _register(ALL_ATTENTION_FUNCTIONS, _PAGED_PREFIX + NAME, _refusing_what_is_dropped(paged_forward))
 
     find_elsewhere = flash._lazy_imports
 
@@ -184,17 +184,22 @@ def _seeing(function: FunctionType, **names: Any) -> FunctionType:
     return FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
 
 
-def _refusing_softcap(paged_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Where continuous batching has a wrapper of its own, it drops softcap: refuse rather than give wrong tokens."""
+def _refusing_what_is_dropped(paged_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Up to 5.17 continuous batching has a wrapper of its own, which drops softcap (Gemma 2), and windows that are not an
+    attribute of the module (Mistral): wrong tokens, silently. Refuse instead."""
 
     @functools.wraps(paged_forward)
-    def forward(*args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
-        if softcap:
-            raise ValueError(
-                f"pagedflash: softcap is {softcap}, but continuous batching of transformers {_version()} drops it; "
-                "use generate(), or a newer transformers"
-            )
-        return paged_forward(*args, **kwargs)
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        dropped = {"softcap": kwargs.get("softcap")}
+        if not getattr(module, "sliding_window", None):
+            dropped["sliding_window"] = kwargs.get("sliding_window")
+        for name, value in dropped.items():
+            if value:
+                raise ValueError(
+                    f"pagedflash: {name} is {value}, but continuous batching of transformers {_version()} drops it; "
+                    "use generate(), or a newer transformers"
+                )
+        return paged_forward(module, *args, **kwargs)
 
     return forward
 
@@ -254,5 +259,5 @@ def _warn_closed() -> None:
         f"pagedflash: transformers {_version()} decides elsewhere whether to decode through block tables, so continuous "
         "batching decodes through flash_attn_varlen_func, which is slower.",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
