@@ -30,7 +30,7 @@ def picky(monkeypatch):
     monkeypatch.setitem(sys.modules, "picky_backend", module)
     monkeypatch.setitem(dispatch.BACKEND_MODULES, "picky", "picky_backend")
     yield module
-    dispatch._load.cache_clear()
+    dispatch._import.cache_clear()
     dispatch._warn_once.cache_clear()
 
 
@@ -63,7 +63,7 @@ def test_a_backend_that_cannot_be_imported_says_why(monkeypatch):
     monkeypatch.setitem(dispatch.BACKEND_MODULES, "absent", "no_such_module_anywhere")
     with use_backend("absent"), pytest.warns(RuntimeWarning, match="no_such_module_anywhere"):
         flash_attn_func(Q, K, V)
-    dispatch._load.cache_clear()
+    dispatch._import.cache_clear()
 
 
 def test_unknown_backends_are_refused():
