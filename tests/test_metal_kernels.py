@@ -1,0 +1,199 @@
+"""The Metal kernels against the reference: on metalsim, or with ``pytest --device mps`` on a Mac."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import metalsim
+import pytest
+import torch
+from cases import DTYPES, HEAD_DIMS, LAYOUTS, PAGE_SIZES, assert_matches_reference, random_call
+from metal_harness import Launch, gathered_sdpa, kernels_on, paged_decode
+
+import pagedflash
+from pagedflash import flash_attn_func, flash_attn_with_kvcache, kv_paged_write
+from pagedflash.backends import metal
+from pagedflash.call import AttentionCall
+
+
+@pytest.fixture
+def launches(device: str) -> Iterator[list[Launch]]:
+    """Public functions run on the Metal backend; the launches they make."""
+    with kernels_on(device) as seen, pagedflash.use_backend("metal"):
+        yield seen
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Every option with every other
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_options(rng: random.Random, rounds, launches, device, layout, dtype) -> None:  # type: ignore[no-untyped-def]
+    for _ in range(rounds(1)):
+        assert_matches_reference(random_call(rng, dtype=dtype, layout=layout, device=device), metal.attention)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_options_under_the_simulator_checks(rng: random.Random, rounds, launches, device, layout) -> None:  # type: ignore[no-untyped-def]
+    """Bounds, alignment, races, uninitialised memory and divergence, with the threads in any order."""
+    if device != "cpu":
+        pytest.skip("the checks are the simulator's")
+    for _ in range(rounds(2)):
+        call = random_call(rng, layout=layout)
+        with metalsim.simulate(check=True, order=rng.choice(metalsim.ORDERS), seed=rng.getrandbits(32)):
+            assert_matches_reference(call, metal.attention)
+
+
+@pytest.mark.parametrize("queries", (1, 12), ids=("decode", "prefill"))
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims(rng: random.Random, launches, device, head_dim, queries) -> None:  # type: ignore[no-untyped-def]
+    layout = "paged" if queries == 1 else "varlen"
+    call = random_call(rng, layout=layout, head_dims=(head_dim,), max_queries=queries, device=device)
+    assert_matches_reference(call, metal.attention)
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_page_sizes(rng: random.Random, launches, device, page_size) -> None:  # type: ignore[no-untyped-def]
+    layout = rng.choice(("paged", "paged varlen"))
+    call = random_call(rng, layout=layout, page_sizes=(page_size,), max_keys=400, device=device)
+    assert_matches_reference(call, metal.attention)
+
+
+@pytest.mark.parametrize("group", (1, 2, 3, 4, 5, 6, 7, 8, 12, 16))
+def test_query_heads_of_a_kv_head(rng: random.Random, launches, device, group) -> None:  # type: ignore[no-untyped-def]
+    call = random_call(rng, layout="paged", groups=(group,), head_dims=(64, 128), max_queries=1, device=device)
+    assert_matches_reference(call, metal.attention)
+
+
+def test_the_order_of_threads_changes_nothing(launches, device) -> None:  # type: ignore[no-untyped-def]
+    if device != "cpu":
+        pytest.skip("only the simulator can choose the order")
+    problem = paged_decode(2, 6, 2, 64, 700, torch.float16)
+    outs = []
+    for order in metalsim.ORDERS:
+        with metalsim.simulate(check=False, order=order, seed=3):
+            outs.append(decode(problem))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the upstream proposal promises
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def decode(problem, **options) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    return flash_attn_with_kvcache(
+        problem.q, problem.k, problem.v, cache_seqlens=problem.lengths, block_table=problem.table, causal=True, **options
+    )
+
+
+def on(device: str, problem):  # type: ignore[no-untyped-def]
+    return type(problem)(*(tensor.to(device) for tensor in problem))
+
+
+def test_upstream_case(launches, device) -> None:  # type: ignore[no-untyped-def]
+    problem = paged_decode(4, 16, 16, 128, 50, torch.float32)
+    difference = (decode(on(device, problem)).cpu() - gathered_sdpa(problem)).abs()
+    assert difference.isfinite().all() and difference.max() <= 2e-6
+
+
+def test_write_is_one_dispatch(launches, device) -> None:  # type: ignore[no-untyped-def]
+    problem = on(device, paged_decode(3, 4, 2, 64, 40, torch.float16))
+    new = torch.randn(3, 5, 2, 64, dtype=torch.float16, device=device)
+    with pagedflash.use_backend("reference"):
+        want_k, want_v = problem.k.clone(), problem.v.clone()
+        kv_paged_write(new, 2 * new, want_k, want_v, problem.table, torch.tensor([0, -1, 35], device=device))
+    kv_paged_write(new, 2 * new, problem.k, problem.v, problem.table, torch.tensor([0, -1, 35], device=device))
+    assert [launch.kernel for launch in launches] == ["kv_write"]
+    assert torch.equal(problem.k, want_k) and torch.equal(problem.v, want_v)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Dispatches, copies, refusals
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("splits, kernels", ((1, ["decode"]), (4, ["decode", "combine"])))
+def test_dispatches_of_append_and_decode(launches, device, splits, kernels) -> None:  # type: ignore[no-untyped-def]
+    problem = on(device, paged_decode(2, 8, 2, 64, 300, torch.float16))
+    new = torch.randn(2, 1, 2, 64, dtype=torch.float16, device=device)
+    flash_attn_with_kvcache(
+        problem.q, problem.k, problem.v, new, new, cache_seqlens=problem.lengths - 1, block_table=problem.table,
+        causal=True, num_splits=splits,
+    )  # fmt: skip
+    assert [launch.kernel for launch in launches] == kernels
+
+
+def test_strided_inputs_are_bound_where_they_lie(launches, device) -> None:  # type: ignore[no-untyped-def]
+    """q and the new keys are slices of a fused projection, K and V of one allocation: the kernel gets these very tensors."""
+    fused = torch.randn(2, 1, 8 + 2 + 2, 64, device=device)
+    q, k_new, v_new = fused.split((8, 2, 2), dim=2)
+    pages = torch.randn(9, 16, 2, 64, device=device)
+    k, v = pages[:-1], pages[1:]
+    table = torch.tensor([[0, 2], [4, 6]], dtype=torch.int32, device=device)
+    flash_attn_with_kvcache(
+        q, k, v, k_new, v_new, cache_seqlens=torch.tensor([20, 7], device=device), block_table=table, causal=True
+    )
+    bound = {argument.data_ptr() for argument in launches[0].arguments if isinstance(argument, torch.Tensor)}
+    assert {tensor.data_ptr() for tensor in (q, k, v, k_new, v_new)} <= bound
+
+
+def test_rows_to_skip_read_and_write_nothing(launches, device) -> None:  # type: ignore[no-untyped-def]
+    k = torch.full((4, 16, 2, 64), torch.nan, device=device)
+    v, new = k.clone(), torch.ones(3, 1, 2, 64, device=device)
+    out, lse = flash_attn_with_kvcache(
+        torch.randn(3, 1, 4, 64, device=device), k, v, new, new, cache_seqlens=torch.full((3,), -1, device=device),
+        block_table=torch.full((3, 2), -1, device=device), causal=True, return_softmax_lse=True,
+    )  # fmt: skip
+    assert (out == 0).all() and (lse == torch.inf).all() and k.isnan().all() and v.isnan().all()
+
+
+def test_pages_beyond_32_bit_offsets(launches, device) -> None:  # type: ignore[no-untyped-def]
+    """Page 2 begins 2^31 elements into the cache. Only its pages that are used take memory."""
+    if device != "cpu":
+        pytest.skip("needs an allocation of 4 GiB that is never touched")
+    stride = 2**30
+    storage = torch.empty(2 * stride + 2 * 16 * 64, dtype=torch.float16)
+    k = storage.as_strided((3, 16, 1, 64), (stride, 64, 64, 1))
+    v = storage[16 * 64 :].as_strided((3, 16, 1, 64), (stride, 64, 64, 1))
+    table = torch.tensor([[2, 0]], dtype=torch.int32)
+    for page in (0, 2):
+        k[page], v[page] = torch.randn(16, 1, 64), torch.randn(16, 1, 64)
+    q = torch.randn(1, 1, 2, 64).half()
+    out = flash_attn_with_kvcache(q, k, v, cache_seqlens=torch.tensor([30]), block_table=table)
+    dense_k, dense_v = (cache[[2, 0]].flatten(0, 1)[None, :30] for cache in (k, v))
+    with pagedflash.use_backend("reference"):
+        torch.testing.assert_close(out, flash_attn_func(q, dense_k, dense_v), rtol=2e-3, atol=2e-3)
+
+
+def test_unsupported_head_dims_run_on_the_reference_and_say_so(launches, device) -> None:  # type: ignore[no-untyped-def]
+    q = torch.randn(1, 3, 2, 40, device=device)
+    with pytest.warns(RuntimeWarning, match="reference runs instead of metal: head_dim 40 is not one of 32, 64"):
+        out = flash_attn_func(q, q, q)
+    with pagedflash.use_backend("reference"):
+        assert torch.equal(out, flash_attn_func(q, q, q))
+    assert not launches
+
+
+def test_what_is_missing_is_said() -> None:
+    if not torch.backends.mps.is_available():
+        is_available, reason = metal.available()
+        assert not is_available and "MPS" in reason
+    with metal.use_compiler(metalsim.compile_shader):
+        assert metal.available() == (True, "")
+    assert metal.available()[0] == torch.backends.mps.is_available()
+
+
+def test_an_empty_batch_launches_nothing(launches, device) -> None:  # type: ignore[no-untyped-def]
+    q = torch.randn(0, 1, 4, 64, device=device)
+    assert flash_attn_func(q, q, q).shape == (0, 1, 4, 64) and not launches
+
+
+def test_supports_every_random_call(rng: random.Random) -> None:
+    """The fuzz above would prove nothing if calls went elsewhere."""
+    for _ in range(50):
+        call: AttentionCall = random_call(rng)
+        assert metal.supports(call) == (True, "")
