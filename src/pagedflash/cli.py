@@ -21,6 +21,7 @@ import torch
 
 from . import doctor as facts
 from . import generate as generation
+from . import hub as kernel
 from . import transformers as integration
 from .dispatch import DEVICE_BACKENDS, CallKind, availability
 
@@ -102,6 +103,21 @@ def doctor() -> None:
     )
     path = facts.decode_fast_path()
     console.print(_table("Decoding through block tables in transformers", ["open", ""], [[_yes_or_no(path.open), path.remark]]))
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+def hub(directory: Path) -> None:
+    """Write pagedflash as a kernel for Hugging Face's kernels library to DIRECTORY/build.
+
+    To use it in place of a kernel from the Hub: LOCAL_KERNELS=kernels-community/metal-flash-sdpa=DIRECTORY
+    """
+    try:
+        folders = kernel.write(directory)
+    except (kernel.HubError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    for folder in folders:
+        click.echo(folder)
 
 
 def _device(name: str | None) -> torch.device:
