@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import metalsim
 import pytest
 import torch
+
+import metalsim
 
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 TG = "threadgroup_barrier(mem_flags::mem_threadgroup);"
@@ -30,7 +31,9 @@ class Planted:
 
 
 def run(body: str, planted: Planted, order: metalsim.Order = "forward") -> tuple[torch.Tensor, torch.Tensor]:
-    source = HEADER + f"""
+    source = (
+        HEADER
+        + f"""
     template <typename T> T twice(T v) {{ return v + v; }}
     kernel void f(device float* x [[buffer(0)]], device float* y [[buffer(1)]],
                   device atomic_uint* count [[buffer(2)]], uint i [[thread_position_in_grid]],
@@ -38,6 +41,7 @@ def run(body: str, planted: Planted, order: metalsim.Order = "forward") -> tuple
                   uint s [[simdgroup_index_in_threadgroup]], uint g [[threadgroup_position_in_grid]]) {{
         {body}
     }}"""
+    )
     x = planted.arguments.get("x", torch.arange(256.0))
     y = planted.arguments.get("y", torch.zeros(256))
     with metalsim.simulate(check=True, order=order, seed=1):
@@ -54,7 +58,9 @@ PLANTED = {
         r"out-of-bounds load of 4 bytes at byte 1024 of argument 0 'x', which has 1024 bytes; by thread \(63, 0, 0\)",
     ),
     "load before the beginning": Planted(
-        "y[i] = x[int(i) - 1];", "y[i] = x[max(int(i) - 1, 0)];", r"out-of-bounds load of 4 bytes at byte -4 of argument 0"
+        "y[i] = x[int(i) - 1];",
+        "y[i] = x[max(int(i) - 1, 0)];",
+        r"out-of-bounds load of 4 bytes at byte -4 of argument 0",
     ),
     "load that straddles the end": Planted(
         "y[i] = dot(float4(*(device packed_float4*)(x + 190 + i)), float4(1));",
@@ -65,7 +71,9 @@ PLANTED = {
         "y[i + 200] = 1;", "y[i + 100] = 1;", "out-of-bounds store of 4 bytes at byte 1024 of argument 1 'y'"
     ),
     "wild pointer": Planted(
-        "y[i] = *(device float*)(0x1234560);", "y[i] = *(device float*)(x);", "load of 4 bytes at wild address 0x1234560"
+        "y[i] = *(device float*)(0x1234560);",
+        "y[i] = *(device float*)(x);",
+        "load of 4 bytes at wild address 0x1234560",
     ),
     "past a threadgroup variable": Planted(
         f"threadgroup float a[64]; threadgroup float b[64]; a[t] = 0; b[t] = 1; {TG} y[i] = a[t + 1];",
@@ -225,14 +233,17 @@ def test_repaired_kernel_passes(name: str, order: metalsim.Order) -> None:
 @pytest.mark.parametrize("name", [n for n in PLANTED if "race" in n or "barrier" in n])
 def test_races_are_found_in_every_order(name: str, order: metalsim.Order) -> None:
     """A race is a missing barrier, not an unlucky order of threads."""
-    with pytest.raises(metalsim.KernelError, match="data race|uninitialised|divergent"):
+    with pytest.raises(metalsim.KernelError, match=r"data race|uninitialised|divergent"):
         run(PLANTED[name].bug, PLANTED[name], order)
 
 
 @pytest.mark.parametrize("name", ["barrier that a thread left for good", "divergent threadgroup_barrier"])
 def test_unchecked_runs_report_divergent_barriers_too(name: str) -> None:
-    source = HEADER + f"""
+    source = (
+        HEADER
+        + f"""
     kernel void f(device float* y [[buffer(0)]], uint i [[thread_position_in_grid]],
                   uint t [[thread_index_in_threadgroup]]) {{ {PLANTED[name].bug} }}"""
+    )
     with pytest.raises(metalsim.KernelError, match="divergent threadgroup_barrier"):
         metalsim.compile_shader(source).f(torch.zeros(64), threads=64, group_size=64)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import metalsim
 import pytest
 import torch
+
+import metalsim
 
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat": torch.bfloat16}
@@ -13,9 +14,12 @@ TOLERANCE = {"float": 1e-5, "half": 2e-3, "bfloat": 2e-2}
 
 def lanes(expression: str, x: torch.Tensor, kind: str = "float", out: torch.dtype | None = None) -> torch.Tensor:
     """`expression` of each lane's value x, over one simdgroup."""
-    source = HEADER + f"""
+    source = (
+        HEADER
+        + f"""
     kernel void f(device const {kind}* in [[buffer(0)]], device {"int" if out else kind}* out [[buffer(1)]],
                   uint lane [[thread_index_in_simdgroup]]) {{ {kind} x = in[lane]; out[lane] = {expression}; }}"""
+    )
     result = torch.empty_like(x, dtype=out or x.dtype)
     metalsim.compile_shader(source).f(x, result, threads=32, group_size=32)
     return result
@@ -41,7 +45,10 @@ RANGE = torch.arange(32)
         ("simd_shuffle_up(x, 4)", torch.where(RANGE >= 4, RANGE - 4, RANGE).float()),
         ("simd_shuffle_rotate_down(x, 4)", ((RANGE + 4) % 32).float()),
         ("simd_shuffle_rotate_up(x, 4)", ((RANGE - 4) % 32).float()),
-        ("simd_shuffle_and_fill_down(x, -x, 4)", torch.where(RANGE < 28, RANGE + 4, -((RANGE + 4) % 32)).float()),
+        (
+            "simd_shuffle_and_fill_down(x, -x, 4)",
+            torch.where(RANGE < 28, RANGE + 4, -((RANGE + 4) % 32)).float(),
+        ),
         ("quad_sum(x)", (RANGE // 4 * 16 + 6).float()),
         ("quad_max(x)", (RANGE // 4 * 4 + 3).float()),
         ("quad_broadcast(x, 2)", (RANGE // 4 * 4 + 2).float()),
@@ -110,13 +117,16 @@ def test_simdgroup_matrix_matmul(kind: str, check: bool) -> None:
 
 def test_matrix_layout() -> None:
     """thread_elements() of lane l are the elements Apple's GPUs keep there."""
-    source = HEADER + """
+    source = (
+        HEADER
+        + """
     kernel void f(device const float* in [[buffer(0)]], device float2* out [[buffer(1)]],
                   ushort lane [[thread_index_in_simdgroup]]) {
         simdgroup_float8x8 m;
         simdgroup_load(m, in, 8);
         out[lane] = m.thread_elements();
     }"""
+    )
     out = torch.empty(32, 2)
     metalsim.compile_shader(source).f(torch.arange(64.0), out, threads=32, group_size=32)
     for lane in range(32):

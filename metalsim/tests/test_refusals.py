@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import metalsim
 import pytest
+
+import metalsim
 
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 KERNEL = "kernel void f(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {{ {} }}"
@@ -93,8 +94,8 @@ SOURCES = {
         "implicit conversion",
     ),
     "float to bfloat in a template": (
-        "template <typename T> void put(device T* p, float v) { *p = v; } template void put<bfloat>(device bfloat*, float);",
-        "template <typename T> void put(device T* p, float v) { *p = T(v); } template void put<bfloat>(device bfloat*, float);",
+        "template <class T> void put(device T* p, float v) { *p = v; } template void put<bfloat>(device bfloat*, float);",
+        "template <class T> void put(device T* p, float v) { *p = T(v); } template void put<bfloat>(device bfloat*, float);",
         "implicit conversion",
     ),
     "float argument to bfloat": (
@@ -118,7 +119,11 @@ SOURCES = {
         "struct S { int f() { return 1; } };",
         "line 3: Metal has no 'virtual'",
     ),
-    "double": (KERNEL.format("x[i] = double(1);"), KERNEL.format("x[i] = float(1);"), "Metal has no 'double'"),
+    "double": (
+        KERNEL.format("x[i] = double(1);"),
+        KERNEL.format("x[i] = float(1);"),
+        "Metal has no 'double'",
+    ),
     "exception": (KERNEL.format("if (i) throw 1;"), KERNEL.format("if (i) return;"), "Metal has no 'throw'"),
     "variable of the program": (
         "float table[2] = {1, 2};",

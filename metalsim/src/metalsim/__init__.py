@@ -3,7 +3,7 @@
 from .counters import Counters, Dispatch
 from .errors import CompileError, KernelError, LaunchError, MetalError
 from .library import Kernel, Library, compile_shader
-from .settings import ORDERS, Order, Simulation, simulate
+from .settings import ORDERS, Order, Simulation, in_every_order, simulate
 
 __all__ = [
     "ORDERS",
@@ -18,5 +18,6 @@ __all__ = [
     "Order",
     "Simulation",
     "compile_shader",
+    "in_every_order",
     "simulate",
 ]

@@ -95,7 +95,7 @@ class BoundKernel:
 
 def constant_bytes(value: object, cast: str | None) -> bytes:
     """A number or list of numbers as torch.mps passes it: ints as int64, floats as float32, or as `cast` says."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    values: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
     if not values:
         raise LaunchError("an empty list or tuple cannot be an argument of a Metal kernel")
     if isinstance(values[0], int):
@@ -151,9 +151,7 @@ def launch(
         raise LaunchError(f"kernel '{kernel.name}': {len(arguments)} arguments, Metal binds {MAX_BUFFERS} at most")
     for parameter, index in kernel.buffers.items():
         if index >= len(arguments):
-            raise LaunchError(
-                f"kernel '{kernel.name}': no argument for parameter '{parameter}' [[buffer({index})]]"
-            )
+            raise LaunchError(f"kernel '{kernel.name}': no argument for parameter '{parameter}' [[buffer({index})]]")
     grid, group = _sizes(kernel, arguments, threads, group_size)
     if 0 in grid:
         return

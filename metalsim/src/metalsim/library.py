@@ -16,13 +16,15 @@ from .toolchain import MSL, build_shared_object, cached, preprocess
 from .translate import translate
 
 _UNCHECKED = ("-O2", "-fvisibility=hidden")
-# Every load and store calls the runtime, as the source writes it: nothing is vectorised or combined.
+# Every load and store calls the runtime, as the source writes it: nothing is vectorised or combined, and the n-th turn
+# of a loop is at the same place in the code for every lane.
 _CHECKED = (
     "-O2", "-fvisibility=hidden", "-gline-tables-only", "-fno-vectorize", "-fno-slp-vectorize",
     "-fsanitize=kernel-address",
     *(word for option in (
         "asan-instrumentation-with-call-threshold=0", "asan-stack=0", "asan-globals=0",
         "asan-kernel-mem-intrinsic-prefix=1", "asan-instrument-atomics=0", "disable-vector-combine",
+        "unroll-runtime=0", "unroll-allow-remainder=0", "unroll-allow-peeling=0",
     ) for word in ("-mllvm", f"-{option}")),
 )  # fmt: skip
 
@@ -59,8 +61,8 @@ class Library:
     def _program(self, checked: bool) -> dict[str, BoundKernel]:
         """The kernels as compiled for unchecked or checked runs."""
         runtime()
-        kind = "checked" if checked else "unchecked"
-        return _load(cached(kind, self._source, functools.partial(_build, self._source, checked)))
+        content = f"{checked=}\n{self._source}"
+        return _load(cached("library", content, functools.partial(_build, self._source, checked)))
 
 
 class Kernel:

@@ -72,14 +72,14 @@ class GuardedMemory:
             self._arena[at : at + size] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return Area(base, base + size, name, constant=True)
         first = min(_offset(t) for t in tensors)
-        storage = torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage())  # type: ignore[call-overload]
+        storage = torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage())
         original, copy = storage[first:], self._arena[at + first : at + size]
         copy.copy_(original)
         return Area(base + first, base + size, name, False, original, copy)
 
 
 def _offset(tensor: torch.Tensor) -> int:
-    return tensor.storage_offset() * tensor.element_size()
+    return int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _size(argument: torch.Tensor | bytes) -> int:

@@ -15,8 +15,7 @@ from .toolchain import LANGUAGE, MSL, readable, run_clang
 from .translate import ADDRESS_SPACES, SCALARS, VECTORS, attributes_in, translate
 
 FORBIDDEN_WORDS = frozenset(
-    """virtual throw try catch new delete dynamic_cast typeid goto double thread_local asm wchar_t mutable_alias
-    co_await co_return co_yield""".split()
+    ("virtual", "throw", "try", "catch", "new", "delete", "dynamic_cast", "typeid", "goto", "double", "thread_local", "asm")
 )
 # A copy of a structure between address spaces is right in Metal, where clang finds no constructor for it.
 _STRUCTURE_COPIES = ("no matching constructor for initialization of", "no viable overloaded '='")
@@ -36,7 +35,16 @@ def refuse(preprocessed: str) -> None:
     translation = translate(preprocessed, keep_spaces=True)
     source = f'#include "{MSL / "prelude.h"}"\n{translation.source}'
     done = run_clang(
-        [*LANGUAGE, "-DMETALSIM_SPACES", "-w", "-fsyntax-only", "-fno-color-diagnostics", "-Xclang", "-ast-dump", "-"],
+        [
+            *LANGUAGE,
+            "-DMETALSIM_SPACES",
+            "-w",
+            "-fsyntax-only",
+            "-fno-color-diagnostics",
+            "-Xclang",
+            "-ast-dump",
+            "-",
+        ],
         source,
     )
     found += _mixed_spaces(done.stderr)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from .counters import Dispatch
+from .errors import KernelError
 
 Order = Literal["forward", "reverse", "random"]
 ORDERS: tuple[Order, ...] = ("forward", "reverse", "random")
@@ -52,3 +55,29 @@ def simulate(check: bool = True, order: Order = "forward", seed: int = 0) -> Ite
         yield current()
     finally:
         _current.reset(token)
+
+
+def in_every_order(run: Callable[[], Sequence[torch.Tensor]], check: bool = True, seed: int = 0) -> Sequence[torch.Tensor]:
+    """Run something in every order of threads and require the same results, bit for bit.
+
+    Args:
+        run: launches kernels and returns what they computed, from the same inputs each time.
+        check: as for `simulate`.
+        seed: of the random order.
+
+    Returns:
+        the results.
+
+    Raises:
+        KernelError: two orders give different results.
+    """
+    results = {}
+    for order in ORDERS:
+        with simulate(check, order, seed):
+            results[order] = run()
+        for n, (first, this) in enumerate(zip(results["forward"], results[order], strict=True)):
+            different = first.contiguous().view(torch.uint8) != this.contiguous().view(torch.uint8)
+            if different.any():
+                count = int(different.sum())
+                raise KernelError(f"result {n} depends on the order of threads: {count} bytes differ in {order} order")
+    return results["forward"]

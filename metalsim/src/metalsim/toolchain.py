@@ -61,9 +61,7 @@ def toolchain() -> Toolchain:
     try:
         import ziglang
     except ImportError:
-        raise MetalError(
-            f"metalsim needs clang {OLDEST_CLANG} or newer: install the ziglang wheel or a clang"
-        ) from None
+        raise MetalError(f"metalsim needs clang {OLDEST_CLANG} or newer: install the ziglang wheel or a clang") from None
     zig = str(Path(ziglang.__file__).parent / "zig")
     version = subprocess.run([zig, "clang", "--version"], capture_output=True, text=True, check=True).stdout
     target = f"{platform.machine()}-linux-gnu" if sys.platform == "linux" else None
@@ -101,21 +99,32 @@ def build_shared_object(source: str, options: Sequence[str], output: Path) -> No
     done = run_clang([*LANGUAGE, *CODE, *processor, *options, "-c", "-o", obj, "-"], source)
     if done.returncode:
         raise CompileError(readable(done.stderr))
-    linked = subprocess.run(
-        [*toolchain().link, "-o", str(output), str(obj)], capture_output=True, text=True, check=False
-    )
+    linked = subprocess.run([*toolchain().link, "-o", str(output), str(obj)], capture_output=True, text=True, check=False)
     if linked.returncode:
         raise CompileError(linked.stderr)
     obj.unlink()
 
 
+# What compiled objects of each kind depend on besides their source and the compiler.
+_PARTS = {
+    "runtime": ("toolchain.py", "launch.py", "runtime/*"),
+    "library": (
+        "toolchain.py",
+        "library.py",
+        "t*.py",
+        "refusals.py",
+        "msl/*.h",
+        "msl/headers/*",
+        "runtime/api.h",
+    ),
+}
+
+
 @functools.cache
-def _fingerprint() -> bytes:
-    """A digest of this package and its compiler: what compiled objects depend on besides their source."""
+def _fingerprint(kind: str) -> bytes:
     digest = hashlib.sha256(toolchain().version.encode())
-    for path in sorted(PACKAGE.rglob("*")):
-        if path.suffix in (".py", ".h", ".cpp"):
-            digest.update(path.read_bytes())
+    for path in sorted({p for pattern in _PARTS[kind] for p in PACKAGE.glob(pattern) if p.is_file()}):
+        digest.update(path.read_bytes())
     return digest.digest()
 
 
@@ -128,11 +137,11 @@ def cache_folder() -> Path:
 
 
 def cached(kind: str, content: str, build: Callable[[Path], None]) -> Path:
-    """The folder that `build` filled for this content, now or in an earlier run.
+    """The folder that `build` filled for this content, now or in an earlier run; `kind` is a key of _PARTS.
 
     Several processes may build one entry at once: each works in a folder of its own and the first to finish wins.
     """
-    digest = hashlib.sha256(_fingerprint() + kind.encode() + b"\0" + content.encode()).hexdigest()[:40]
+    digest = hashlib.sha256(_fingerprint(kind) + content.encode()).hexdigest()[:40]
     folder = cache_folder() / digest[:2] / digest[2:]
     if folder.is_dir():
         return folder

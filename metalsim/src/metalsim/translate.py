@@ -11,21 +11,46 @@ from dataclasses import dataclass, field
 from .errors import CompileError
 from .tokens import Tokens
 
-SCALARS = ("bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong", "half", "float", "bfloat")
+SCALARS = (
+    "bool",
+    "char",
+    "uchar",
+    "short",
+    "ushort",
+    "int",
+    "uint",
+    "long",
+    "ulong",
+    "half",
+    "float",
+    "bfloat",
+)
 VECTORS = frozenset(f"{p}{t}{n}" for p in ("", "packed_") for t in SCALARS for n in (2, 3, 4))
 ADDRESS_SPACES = frozenset(("device", "constant", "threadgroup", "thread"))
-BUILTINS = frozenset(
-    """thread_position_in_grid thread_position_in_threadgroup threadgroup_position_in_grid threads_per_threadgroup
-    threads_per_grid threadgroups_per_grid dispatch_threads_per_threadgroup thread_index_in_threadgroup
-    thread_index_in_simdgroup simdgroup_index_in_threadgroup simdgroups_per_threadgroup threads_per_simdgroup
-    thread_execution_width dispatch_simdgroups_per_threadgroup thread_index_in_quadgroup
-    quadgroup_index_in_threadgroup quadgroups_per_threadgroup""".split()
-)
 # Metal wants the same number of components for all of these.
 POSITIONS = frozenset(
-    """thread_position_in_grid thread_position_in_threadgroup threadgroup_position_in_grid threads_per_threadgroup
-    threads_per_grid threadgroups_per_grid dispatch_threads_per_threadgroup""".split()
+    (
+        "thread_position_in_grid",
+        "thread_position_in_threadgroup",
+        "threadgroup_position_in_grid",
+        "threads_per_threadgroup",
+        "threads_per_grid",
+        "threadgroups_per_grid",
+        "dispatch_threads_per_threadgroup",
+    )
 )
+BUILTINS = POSITIONS | {
+    "thread_index_in_threadgroup",
+    "thread_index_in_simdgroup",
+    "simdgroup_index_in_threadgroup",
+    "simdgroups_per_threadgroup",
+    "threads_per_simdgroup",
+    "thread_execution_width",
+    "dispatch_simdgroups_per_threadgroup",
+    "thread_index_in_quadgroup",
+    "quadgroup_index_in_threadgroup",
+    "quadgroups_per_threadgroup",
+}
 
 
 @dataclass(frozen=True)
@@ -187,10 +212,8 @@ class _Translator:
         host_name = self._host_name(at, end)
         inside = {i for first, last in attributes for i in range(first, last + 1)}
         words = [i for i in range(at + 1, end) if i not in inside and t.text(i) != "kernel"]
-        if t.text(words[0]) == "decltype":
-            words = [i for i in words if i > t.closing(words[1])]
-        else:
-            words = words[1:]  # void
+        type_end = t.closing(words[1]) if t.text(words[0]) == "decltype" else words[0]  # decltype(...), or void
+        words = [i for i in words if i > type_end]
         first, last = words[0], words[0]
         while last < end and t.text(last) != "(":
             closing = t.closing_angle(last) if t.text(last) == "<" else None
@@ -233,9 +256,7 @@ class _Translator:
         parameters = self.parameters[kernel]
         taken = {p.buffer for p in parameters if p.buffer}
         free = (str(n) for n in range(len(parameters) + len(taken)) if str(n) not in taken)
-        self.parameters[kernel] = [
-            Parameter(p.name, next(free), None) if p.buffer == "" else p for p in parameters
-        ]
+        self.parameters[kernel] = [Parameter(p.name, next(free), None) if p.buffer == "" else p for p in parameters]
 
     def _check_parameters(self, kernel: str, line: int) -> None:
         buffers = [p.buffer for p in self.parameters[kernel] if p.buffer is not None]
@@ -267,9 +288,7 @@ class _Translator:
         for i in range(len(t)):
             if t.text(i) == "threadgroup" and (end := self._declaration_end(i)) is not None:
                 if not any(first < i < last for first, last in self.kernel_bodies):
-                    raise CompileError(
-                        f"line {t[i].line}: threadgroup variables can be declared only in a kernel function"
-                    )
+                    raise CompileError(f"line {t[i].line}: threadgroup variables can be declared only in a kernel function")
                 self._threadgroup_declaration(i, end)
 
     def _declaration_end(self, at: int) -> int | None:
@@ -306,7 +325,7 @@ class _Translator:
             closing = t.closing(words[0] + 1)
             align = t.join(words[0] + 2, closing)
             words = [i for i in words if i > closing]
-        groups = [w for w in self._by_comma(words)]
+        groups = self._by_comma(words)
         name_at = max(i for i in groups[0] if t.is_word(i) and self._ends_declarator(i, groups[0]))
         kind = " ".join(t.text(i) for i in groups[0] if i < name_at)
         out = []

@@ -66,18 +66,17 @@ struct Watch {
                    sll(address - uptr(nearest->begin)), Name(nearest->name).text, ull(nearest->size));
         }
         u64 offset = address - uptr(variable->begin);
-        Name name(variable->name);
-        require_alignment(address, size, flags, site, name.text, offset);
+        if (misaligned(address, size, flags)) report_misaligned(size, flags, site, Name(variable->name).text, offset);
         (flags & kStore ? counters().threadgroup_bytes_stored : counters().threadgroup_bytes_loaded) += size;
         u32 thread = number_of(running_group(), running_thread());
         Cell* cells = threadgroup_cells + (address - uptr(threadgroup_memory.memory));
         for (u64 i = 0; i < size; ++i) {
             if (!(flags & kStore) && !cells[i].writer)
                 report(site, "uninitialised threadgroup memory: load of %llu bytes at byte %llu of %s, where no thread has "
-                       "stored", ull(size), ull(offset), name.text);
+                       "stored", ull(size), ull(offset), Name(variable->name).text);
             Race race = flags & kStore ? threadgroup_races.store(cells[i], thread, now)
                                        : threadgroup_races.load(cells[i], thread, now);
-            if (race.other) report_race(race, site, verb(flags), name.text, offset + i);
+            if (race.other) report_race(race, site, verb(flags), Name(variable->name).text, offset + i);
         }
     }
 
@@ -89,7 +88,7 @@ struct Watch {
         }
         if (address + size > uptr(region->end)) report_outside(address, size, verb(flags), site);
         u64 offset = address - uptr(region->begin);
-        require_alignment(address, size, flags, site, region->name, offset);
+        if (misaligned(address, size, flags)) report_misaligned(size, flags, site, region->name, offset);
         if (!region->cells) return;  // a constant
         if (flags & kStore) region->written = 1;
         (flags & kStore ? counters().device_bytes_stored : counters().device_bytes_loaded) += size;
@@ -150,8 +149,10 @@ struct Watch {
     static unsigned long long ull(u64 x) { return x; }
     static long long sll(uptr x) { return (long long)x; }
 
-    void require_alignment(uptr address, u64 size, u32 flags, uptr site, const char* name, u64 offset) {
-        if (flags & kAnyAlignment || address % size == 0) return;
+    static bool misaligned(uptr address, u64 size, u32 flags) {
+        return !(flags & kAnyAlignment) && address & (size - 1);
+    }
+    [[noreturn]] void report_misaligned(u64 size, u32 flags, uptr site, const char* name, u64 offset) {
         report(site, "misaligned %s of %llu bytes at byte %llu of %s", verb(flags), ull(size), ull(offset), name);
     }
 
