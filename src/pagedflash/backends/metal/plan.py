@@ -24,7 +24,7 @@ KEY_REGISTERS = 32  # for keys unpacked and multiplied at once
 LOAD_REGISTERS = 32  # for loads under way; twice that where there are few rows
 FEW_ROWS = 2
 MANY_ROWS = 4  # more than this, and a threadgroup has eight simdgroups: its queries and outputs are then worth more keys
-MERGE_ROWS = 4
+MERGE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups merge some rows at a time
 
 SIMDGROUPS_PER_CORE = 16  # in flight, to hide the memory's latency
 MIN_SIMDGROUPS = 512  # in flight even on small GPUs
@@ -70,6 +70,7 @@ def plan_decode(
         min(lanes, _power_of_two(registers * 4 // (chunks * chunk * element_bytes)))
         for lanes, chunks in ((k_lanes, k_chunks), (v_lanes, v_chunks))
     )
+    simdgroups = min(8 if rows > MANY_ROWS else 4, _power_of_two(max(1, -(-max_keys // TILE_KEYS))))
     return DecodePlan(
         rows=rows,
         chunk=chunk,
@@ -80,8 +81,8 @@ def plan_decode(
         k_steps=k_steps,
         v_steps=v_steps,
         key_block=min(k_steps, _power_of_two(KEY_REGISTERS // (k_chunks * chunk))),
-        merge_rows=min(rows, MERGE_ROWS),
-        simdgroups=min(8 if rows > MANY_ROWS else 4, _power_of_two(max(1, -(-max_keys // TILE_KEYS)))),
+        merge_rows=min(rows, max(1, MERGE_BYTES // (4 * v_head_dim * simdgroups))),
+        simdgroups=simdgroups,
         k_run=math.gcd(page_size, k_lanes),
         v_run=math.gcd(page_size, v_lanes),
     )

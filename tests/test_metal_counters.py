@@ -1,0 +1,132 @@
+"""What the Metal kernels cost, counted by metalsim, and how calls are laid out on a GPU."""
+
+from __future__ import annotations
+
+import metalsim
+import pytest
+import torch
+from metal_harness import PagedDecode, counted, gathered_sdpa, kernels_on, paged_decode, plain_decode
+
+import pagedflash
+from pagedflash import flash_attn_func, flash_attn_with_kvcache
+from pagedflash.backends import metal
+from pagedflash.backends.metal.compiler import core_count
+from pagedflash.backends.metal.plan import plan_decode, plan_splits
+
+
+@pytest.fixture(autouse=True)
+def simulated(device: str) -> None:
+    if device != "cpu":
+        pytest.skip("only the simulator counts")
+
+
+def decode(problem: PagedDecode, **options) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    with pagedflash.use_backend("metal"):
+        return flash_attn_with_kvcache(
+            problem.q, problem.k, problem.v, cache_seqlens=problem.lengths, block_table=problem.table, causal=True, **options
+        )
+
+
+@pytest.mark.parametrize("group", (1, 2, 3, 4, 7, 8, 16))
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_decode_reads_each_key_once(group: int, head_dim: int) -> None:
+    """Counted per lane, over all dispatches: the queries, the table and the parts that combine reads are in it."""
+    problem = paged_decode(1, group, 1, head_dim, 1024, torch.float16)
+    dispatches = counted(lambda: decode(problem))
+    assert sum(d.counters.device_bytes_loaded for d in dispatches) <= 1.05 * problem.kv_bytes
+    assert sum(d.counters.simd_operations for d in dispatches) <= 2.5 * problem.pairs
+    assert dispatches[0].counters.load_efficiency >= 0.95
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_decode_of_other_dtypes(dtype: torch.dtype) -> None:
+    problem = paged_decode(2, 8, 2, 128, 512, dtype)
+    (only,) = (d for d in counted(lambda: decode(problem)) if d.kernel == "decode")
+    assert only.counters.device_bytes_loaded <= 1.05 * problem.kv_bytes
+    assert only.counters.simd_operations <= 2.5 * problem.pairs
+    assert only.counters.load_efficiency >= 0.95
+
+
+def test_decode_against_the_baseline() -> None:
+    """One simdgroup a head reads the keys once for each of the four query heads that share them; one simdgroup a KV head does not."""
+    problem = paged_decode(1, 8, 2, 128, 512, torch.float16)
+    torch.testing.assert_close(plain_decode(problem), gathered_sdpa(problem), rtol=2e-3, atol=2e-3)
+    (plain,), (ours, *_) = counted(lambda: plain_decode(problem)), counted(lambda: decode(problem))
+    assert plain.counters.device_bytes_loaded >= 4 * problem.kv_bytes
+    assert ours.counters.device_bytes_loaded <= 1.05 * problem.kv_bytes
+    assert ours.counters.load_instructions <= plain.counters.load_instructions / 16  # 4 heads, 8 elements for 2 at a time
+    assert ours.counters.simdgroups >= plain.counters.simdgroups
+
+
+@pytest.mark.parametrize("cores", (8, 10, 40, 80))
+@pytest.mark.parametrize("group", (1, 4, 8))
+def test_a_single_sequence_fills_the_gpu(cores: int, group: int) -> None:
+    problem = paged_decode(1, 8 * group, 8, 64, 4096, torch.float16)
+    with kernels_on("cpu", core_count=cores) as launches:
+        decode(problem)
+    assert launches[0].simdgroups >= 320
+
+
+@pytest.mark.parametrize("cores", (8, 40, 80, 132))
+def test_a_large_batch_is_not_split(cores: int) -> None:
+    plan = plan_decode(4, 1, 4096, 128, 128, 2, 16)
+    assert plan_splits(64 * 8, plan.simdgroups, plan.rows, 4096, cores) == 1
+
+
+def test_layout_knows_shapes_and_cores_only() -> None:
+    """The same grid whatever the lengths on the device are: nothing is read back."""
+    grids = []
+    for length in (0, 5, 640):
+        problem = paged_decode(2, 4, 2, 64, 640, torch.float16)
+        problem.lengths.fill_(length)
+        with kernels_on("cpu", core_count=40) as launches:
+            decode(problem)
+        grids.append([(launch.kernel, launch.threads, launch.group_size) for launch in launches])
+    assert grids[0] == grids[1] == grids[2]
+
+
+@pytest.mark.parametrize("head_dim, dtype", ((256, torch.float32), (128, torch.float16)), ids=str)
+def test_threadgroup_memory_fits(head_dim: int, dtype: torch.dtype) -> None:
+    q, kv = torch.randn(1, 64, 16, head_dim).to(dtype), torch.randn(1, 300, 1, head_dim).to(dtype)
+    with pagedflash.use_backend("metal"):
+        (prefill,) = counted(lambda: flash_attn_func(q[:, :, :1], kv, kv))
+        (decode, *_) = counted(lambda: flash_attn_func(q[:, :1], kv, kv))
+    assert (prefill.kernel, decode.kernel) == ("prefill", "decode")
+    assert max(prefill.threadgroup_bytes, decode.threadgroup_bytes) <= 32 * 1024
+
+
+def matrix_multiplies(causal: bool, window: tuple[int, int] = (-1, -1)) -> int:
+    q, kv = torch.randn(1, 512, 2, 64).half(), torch.randn(1, 512, 1, 64).half()
+    with pagedflash.use_backend("metal"):
+        (only,) = counted(lambda: flash_attn_func(q, kv, kv, causal=causal, window_size=window))
+    assert only.kernel == "prefill"
+    return only.counters.matrix_multiplies
+
+
+def test_prefill_skips_tiles_that_no_query_sees() -> None:
+    full = matrix_multiplies(causal=False)
+    assert full == 2 * 2 * (512 // 8) ** 2 * 64 // 8  # two heads, Q K^T and P V, 8x8 at a time
+    assert matrix_multiplies(causal=True) <= 0.6 * full
+    assert matrix_multiplies(causal=True, window=(63, 0)) <= 0.25 * full
+
+
+def test_prefill_over_pages_gathers_nothing() -> None:
+    """Chunked prefill binds the cache itself, and reads each key once for each tile of queries."""
+    problem = paged_decode(1, 2, 1, 64, 256, torch.float16)
+    q = torch.randn(32, 2, 64).half()
+    offsets = torch.tensor([0, 32], dtype=torch.int32)
+    arguments = (q, problem.k, problem.v, offsets, None, 32, 256)
+    options = dict(block_table=problem.table, seqused_k=problem.lengths, causal=True)
+    with pagedflash.use_backend("metal"):
+        (only,) = counted(lambda: pagedflash.flash_attn_varlen_func(*arguments, **options))
+    tiles = 32 * 2 // 32
+    assert only.counters.device_bytes_loaded <= 1.15 * tiles * problem.kv_bytes
+
+
+def test_core_count_comes_from_torch_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "get_core_count", lambda: 38)
+    assert core_count() == 38
+    with metal.use_compiler(metalsim.compile_shader, core_count=10):
+        assert core_count() == 10
+    per_core = [plan_splits(16, 4, 4, 65536, cores) for cores in (10, 40, 80)]
+    assert per_core == sorted(per_core) and per_core[0] < per_core[-1]
