@@ -52,9 +52,11 @@ struct Cpu {
   }
 };
 
-bool has_avx2() { return Cpu().avx2; }
-bool has_avx512() { return Cpu().avx512; }
-bool has_avx512bf16() { return Cpu().avx512bf16; }
+const Cpu CPU;  // asked once, when the library is loaded: CPUID is slow on a virtual machine
+
+bool has_avx2() { return CPU.avx2; }
+bool has_avx512() { return CPU.avx512; }
+bool has_avx512bf16() { return CPU.avx512bf16; }
 #endif
 
 struct Isa {

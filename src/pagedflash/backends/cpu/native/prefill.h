@@ -48,6 +48,7 @@ struct PrefillScratch {
     values = carver.take<float>(rows * v_size);
     shrink = carver.take<float>(rows);
     states = carver.take<RowState>(rows);
+    described = carver.take<Row>(rows);
     k_panels = carver.take<float>(head_dim * PREFILL_TILE);
     v_panels = carver.take<float>(v_size * PREFILL_TILE);
     k = carver.take<const T*>(PREFILL_TILE);
@@ -60,6 +61,7 @@ struct PrefillScratch {
   float* values;    // (rows, v_head_dim padded to PANEL)
   float* shrink;    // (rows)
   RowState* states; // (rows)
+  Row* described;   // (rows)
   float* k_panels;  // (PREFILL_TILE / PANEL, head_dim, PANEL)
   float* v_panels;  // (v_head_dim / PANEL, PREFILL_TILE, PANEL)
   const T **k, **v; // where the tile's tokens lie
@@ -102,6 +104,7 @@ class Prefill {
     for (int64_t r = 0; r < rows_; r++) {
       load_query(call_, sequence_, kv_head_, task_.rows.begin + r, row, head_dim_);
       widen_row(my_.queries + r * head_dim_, row, head_dim_);
+      my_.described[r] = describe_row(call_, sequence_, kv_head_, task_.rows.begin + r);
       my_.states[r] = RowState();
     }
     const int64_t padding = padded_rows_ - rows_;  // rows that nobody reads, but that are multiplied
@@ -149,8 +152,7 @@ class Prefill {
 
   void soften(int64_t first, int64_t tokens) {
     for (int64_t row = 0; row < rows_; row++)
-      my_.shrink[row] = softmax_tile(my_.scores + row * PREFILL_TILE, tokens, rule_,
-                                     tile_row(call_, sequence_, kv_head_, task_.rows.begin + row, first), my_.states[row]);
+      my_.shrink[row] = softmax_tile(my_.scores + row * PREFILL_TILE, first, tokens, rule_, my_.described[row], my_.states[row]);
   }
 
   const Plan& plan_;

@@ -35,11 +35,10 @@ struct ScoreRule {
   float scale, cap, cap_exponent;
 };
 
-// One query row against one tile, in keys counted from the tile's first.
-struct TileRow {
-  Range visible;
-  float position;  // of the query
-  float slope;     // ALiBi, times log2(e); 0 = none
+struct Row {
+  Range visible;     // keys
+  int64_t position;  // in keys
+  float slope;       // ALiBi, times log2(e); 0 = none
 };
 
 struct RowState {
@@ -47,25 +46,28 @@ struct RowState {
   float sum = 0;              // of 2^(score - highest)
 };
 
-// Scores from `row` on, in place: dot products in, 2^(score - highest) out, zeros where the mask hides the key, up to the
-// next multiple of LANES behind `count`. Returns the factor that brings earlier sums to the new highest score.
-PAGEDFLASH_INLINE float softmax_tile(float* row, int64_t count, const ScoreRule& rule, const TileRow& tile, RowState& state) {
+// One query row against keys `first` to `first + count`, in place: dot products in, 2^(score - highest) out, zeros where the
+// mask hides the key, up to the next multiple of LANES behind `count`. Returns the factor that brings earlier sums to the
+// new highest score.
+PAGEDFLASH_INLINE float softmax_tile(float* scores, int64_t first, int64_t count, const ScoreRule& rule, const Row& row,
+                                     RowState& state) {
   const Vec hidden = splat(-INFINITY);
-  const bool all_visible = tile.visible.begin <= 0 && tile.visible.end >= count && count % LANES == 0;
-  const Vec lo = splat((float)greater(tile.visible.begin, -1)), hi = splat((float)greater(lesser(tile.visible.end, count), 0));
+  const Range visible = {greater(row.visible.begin - first, 0), lesser(row.visible.end - first, count)};
+  const bool all_visible = visible.size() == count && count % LANES == 0;
+  const Vec lo = splat((float)visible.begin), hi = splat((float)visible.end), position = splat((float)(row.position - first));
   Vec top = hidden;
   Vec index = iota();
   for (int64_t i = 0; i < count; i += LANES, index = add(index, splat(LANES))) {
-    Vec score = load(row + i);
+    Vec score = load(scores + i);
     if (rule.capped) {  // cap * tanh(x) = cap - 2 * cap / (exp(2x) + 1)
       const Vec e = exp2(min(splat(126.0f), mul(score, splat(rule.cap_exponent))));
       score = sub(splat(rule.cap), div(splat(2 * rule.cap), add(e, splat(1.0f))));
     } else {
       score = mul(score, splat(rule.scale));
     }
-    if (tile.slope != 0) score = sub(score, mul(splat(tile.slope), abs(sub(index, splat(tile.position)))));
+    if (row.slope != 0) score = sub(score, mul(splat(row.slope), abs(sub(index, position))));
     if (!all_visible) score = keep_inside(score, index, lo, hi, hidden);
-    store(row + i, score);
+    store(scores + i, score);
     top = max(score, top);
   }
   const float before = state.highest, tile_top = highest(top);
@@ -74,8 +76,8 @@ PAGEDFLASH_INLINE float softmax_tile(float* row, int64_t count, const ScoreRule&
 
   Vec sum = zero();
   for (int64_t i = 0; i < count; i += LANES) {
-    const Vec p = exp2(sub(load(row + i), splat(base)));
-    store(row + i, p);
+    const Vec p = exp2(sub(load(scores + i), splat(base)));
+    store(scores + i, p);
     sum = add(sum, p);
   }
   const float shrink = before == state.highest ? 1.0f : exp2f(before - base);

@@ -70,12 +70,11 @@ void load_query(const AttentionCall& call, const Sequence& sequence, int64_t kv_
   for (int64_t i = write.head_dim; i < padded; i++) to[i] = T{};
 }
 
-// What a query row needs to know of a tile of keys that begins at `first_key`.
-inline TileRow tile_row(const AttentionCall& call, const Sequence& sequence, int64_t kv_head, int64_t row, int64_t first_key) {
+// What the softmax knows of a query row of a key head.
+PAGEDFLASH_INLINE Row describe_row(const AttentionCall& call, const Sequence& sequence, int64_t kv_head, int64_t row) {
   const int64_t query = row / call.group(), head = kv_head * call.group() + row % call.group();
-  const Range visible = sequence.visible(call, query);
   const float slope = call.alibi_slopes ? call.alibi_slopes[sequence.index * call.alibi_batch_stride + head] : 0.0f;
-  return {{visible.begin - first_key, visible.end - first_key}, (float)(sequence.position(query) - first_key), slope * LOG2_E};
+  return {sequence.visible(call, query), sequence.position(query), slope * LOG2_E};
 }
 
 // Writes the answer of one row: `sum` holds weights summing to state.sum, relative to 2^state.highest; base 2. The sink
