@@ -330,7 +330,7 @@ def _rotary_sizes(cosines: Tensor | None, interleaved: bool) -> dict[str, int]:
 def _shape_definitions(call: AttentionCall, chunk: int) -> tuple[tuple[str, int], ...]:
     heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
     aligned = all(
-        number % chunk == 0 for cache in (call.k, call.v) for number in (cache.storage_offset(), *cache.stride()[:-1])
+        number % chunk == 0 for rows in (call.q, call.k, call.v) for number in (rows.storage_offset(), *rows.stride()[:-1])
     )
     return (
         ("HEAD_DIM", call.q.shape[-1]),

@@ -97,27 +97,37 @@ kernel void prefill(
     );
     if (first_of_rows >= s.rows * GROUP) return;
 
-    // ---- This lane's row, and its part of Q: two elements of each 8x8 matrix --------------------------------------------
+    // ---- Q, a few rows at a time through the tile of K, and of it this lane's two elements of each 8x8 matrix -----------
     const int matrix_row = fragment_row(lane), matrix_column = fragment_column(lane);
     const int r = first_of_rows + simdgroup * 8 + matrix_row;
     const int query = r / GROUP, head = first_head + r % GROUP;
     const bool in_use = query < s.queries;
-
-    Pair queries[HEAD_DIM / 8];
-    device const T* q_row = q + head * sizes.q_head_stride
-        + (sizes.has_query_offsets ? (s.first_row + query) * sizes.q_token_stride
-                                   : b * sizes.q_batch_stride + query * sizes.q_token_stride);
     const int rotary_at = rotary_position(s, sizes, query);
-    UNROLL
-    for (int i = 0; i < HEAD_DIM / 8; i++) {
-        const int d = i * 8 + matrix_column;
-        Pair pair = Pair(T(0.0f), T(0.0f));
-        if (in_use) {
-            pair = sizes.rotary_half ? Pair(rotated(q_row, d, rotary_at, cosines, sines, sizes),
-                                            rotated(q_row, d + 1, rotary_at, cosines, sines, sizes))
-                                     : Pair(q_row[d], q_row[d + 1]);
+
+    device const T* q_rows = q + first_head * sizes.q_head_stride
+        + (sizes.has_query_offsets ? s.first_row * sizes.q_token_stride : b * sizes.q_batch_stride);
+    Pair queries[HEAD_DIM / 8];
+    for (int first = 0; first < QUERY_TILE; first += KEY_TILE) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (int i = thread_index; i < KEY_TILE * K_CHUNKS; i += THREADS) {
+            const int row = i / K_CHUNKS, chunk = i % K_CHUNKS;
+            const int row_query = (first_of_rows + first + row) / GROUP, row_head = (first_of_rows + first + row) % GROUP;
+            k_tile[row * (K_CHUNKS + 1) + chunk] = row_query < s.queries
+                ? load_chunk(q_rows + row_query * sizes.q_token_stride + row_head * sizes.q_head_stride + chunk * CHUNK)
+                : Packed(0);
         }
-        queries[i] = pair;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (simdgroup * 8 / KEY_TILE * KEY_TILE == first) {
+            threadgroup const T* q_row = k_rows + (simdgroup * 8 - first + matrix_row) * K_ROW;
+            UNROLL
+            for (int i = 0; i < HEAD_DIM / 8; i++) {
+                const int d = i * 8 + matrix_column;
+                queries[i] = sizes.rotary_half && in_use
+                    ? Pair(rotated(q_row, d, rotary_at, cosines, sines, sizes),
+                           rotated(q_row, d + 1, rotary_at, cosines, sines, sizes))
+                    : *reinterpret_cast<threadgroup const Pair*>(q_row + d);
+            }
+        }
     }
     const float scale = numbers.scale, softcap = numbers.softcap;
     const float slope = sizes.has_slopes && in_use ? slopes[b * sizes.slope_batch_stride + head] * LOG2_E : 0.0f;

@@ -1,9 +1,10 @@
 // Rotary position embedding (Su et al., 2021) of the first 2 * rotary_half elements of a row.
 
-// Element d of `row` turned by the angles of `position`, rounded to T. Pair i is elements (2i, 2i + 1) if interleaved
-// (GPT-J), else (i, i + rotary_half) (GPT-NeoX).
+// Element d of `row` (in device or threadgroup memory) turned by the angles of `position`, rounded to T. Pair i is
+// elements (2i, 2i + 1) if interleaved (GPT-J), else (i, i + rotary_half) (GPT-NeoX).
+template <typename Row>
 inline T rotated(
-    device const T* row, int d, int position, device const T* cosines, device const T* sines, constant Sizes& sizes
+    Row row, int d, int position, device const T* cosines, device const T* sines, constant Sizes& sizes
 ) {
     const int half_dim = int(sizes.rotary_half);
     if (d >= 2 * half_dim) return row[d];
