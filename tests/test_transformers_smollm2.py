@@ -63,9 +63,7 @@ def test_generate_without_padding(prompts: list[list[int]], expected: list[list[
 
 
 @pytest.mark.usefixtures("enabled")
-def test_continuous_batching_decodes_through_block_tables(
-    prompts: list[list[int]], expected: list[list[int]]
-) -> None:
+def test_continuous_batching_decodes_through_block_tables(prompts: list[list[int]], expected: list[list[int]]) -> None:
     """More requests than fit at once, which end at different times, some longer than a page."""
     pages_for_all = sum(-(-(len(prompt) + NEW_TOKENS) // PAGE_SIZE) for prompt in prompts)
     with implementation(smollm2().model, "pagedflash") as model, pagedflash.count_calls() as calls:

@@ -10,6 +10,7 @@ from pathlib import Path
 try:
     import click
     from rich.console import Console
+    from rich.markup import escape
     from rich.panel import Panel
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
@@ -26,6 +27,7 @@ from . import transformers as integration
 from .dispatch import DEVICE_BACKENDS, CallKind, availability
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ANSWER_STYLES = {"yes": "green", "no": "yellow"}
 INTERRUPTED = 130  # exit code, as shells have it for Ctrl-C
 
 CALLS = {
@@ -68,7 +70,7 @@ def generate(
         where = _device(device)
         number = DTYPES[dtype] if dtype else (torch.float32 if where.type == "cpu" else torch.bfloat16)
         prompts = prompts or generation.DEFAULT_PROMPTS
-        console.print(f"[bold]{files.name}[/] on {where} in {str(number).removeprefix('torch.')}")
+        console.print(f"[bold]{escape(files.name)}[/] on {where} in {str(number).removeprefix('torch.')}")
 
         generation.quiet_transformers()
         integration.enable()
@@ -102,7 +104,9 @@ def doctor() -> None:
         )
     )
     path = facts.decode_fast_path()
-    console.print(_table("Decoding through block tables in transformers", ["open", ""], [[_yes_or_no(path.open), path.remark]]))
+    console.print(
+        _table("Decoding through block tables in transformers", ["open", ""], [[_yes_or_no(path.open), path.remark]])
+    )
 
 
 @main.command()
@@ -185,7 +189,7 @@ def _print_path(console: Console, device: torch.device, result: generation.Gener
     wanted = DEVICE_BACKENDS.get(device.type, "reference")
     if any(kind.backend != wanted for kind in result.calls):
         reason = availability()[wanted][1] or "it does not support these calls"
-        console.print(f"[yellow]The slow reference ran instead of {wanted}:[/] {reason}")
+        console.print(f"[yellow]The slow reference ran instead of {wanted}:[/] {escape(reason)}")
     if not _count(result.calls, "paged") and not result.interrupted:
         reason = "the model has sliding windows" if integration.decode_fast_path_is_open() else "see: pagedflash doctor"
         console.print(f"[yellow]No call went through a block table:[/] {reason}")
@@ -198,9 +202,7 @@ def _print_speed(console: Console, name: str, result: generation.Generation) -> 
     )
 
 
-def _print_comparison(
-    console: Console, name: str, ours: generation.Generation, theirs: generation.Generation
-) -> None:
+def _print_comparison(console: Console, name: str, ours: generation.Generation, theirs: generation.Generation) -> None:
     _print_speed(console, name, theirs)
     if theirs.interrupted:
         return
@@ -220,9 +222,9 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell, style=ANSWER_STYLES.get(cell, "")) for cell in row))
     return table
 
 
 def _yes_or_no(answer: bool) -> str:
-    return "[green]yes[/]" if answer else "[yellow]no[/]"
+    return "yes" if answer else "no"

@@ -136,7 +136,7 @@ def load(
                 return load_part(files.source, **options)
             with redirect_stderr(StringIO()):
                 return load_part(files.source, gguf_file=files.gguf_file, **options)
-        except (ImportError, OSError, ValueError) as error:
+        except Exception as error:  # whatever a loader makes of a broken file
             raise GenerateError(f"transformers cannot load {files.name}: {_first_line(error)}") from error
 
     tokenizer = step("tokenizer", transformers.AutoTokenizer.from_pretrained)
@@ -152,16 +152,23 @@ def load(
 
 
 def encode(tokenizer: Any, prompts: Iterable[str]) -> list[list[int]]:
-    """Prompts as token ids, in the model's chat template if it has one."""
-    if not tokenizer.chat_template:
-        return [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    chats = (
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        for prompt in prompts
-    )
-    return [tokenizer(chat, add_special_tokens=False)["input_ids"] for chat in chats]
+    """Prompts as token ids, in the model's chat template if it has one.
+
+    Raises:
+        GenerateError: a prompt has no tokens.
+    """
+
+    def ids(prompt: str) -> list[int]:
+        if not tokenizer.chat_template:
+            return list(tokenizer(prompt)["input_ids"])
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    encoded = [ids(prompt) for prompt in prompts]
+    if not all(encoded):
+        raise GenerateError("a prompt has no tokens; this model needs at least one")
+    return encoded
 
 
 def generate(

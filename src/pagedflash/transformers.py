@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any, NoReturn
 
 from . import interface
@@ -101,7 +101,7 @@ def decode_fast_path_is_open() -> bool:
         _gate_module().ensure_decode_fast_path_is_available(config, batching, False)
     except (AttributeError, ImportError, TypeError):
         return False
-    return batching.max_blocks_per_request == 1
+    return bool(batching.max_blocks_per_request == 1)
 
 
 def _add_implementation() -> None:
@@ -119,7 +119,7 @@ def _add_implementation() -> None:
     find_elsewhere = flash._lazy_imports
 
     @functools.wraps(find_elsewhere)
-    def find(implementation: str | None, *args: Any, **kwargs: Any) -> tuple[Callable[..., Any], ...]:
+    def find(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         if _base_name(implementation) != NAME:
             return find_elsewhere(implementation, *args, **kwargs)
         return (
@@ -141,7 +141,7 @@ def _allow_where_sinks_are_listed() -> None:
     check_elsewhere = PreTrainedModel._check_and_adjust_attn_implementation
 
     @functools.wraps(check_elsewhere)
-    def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+    def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         listed = self._compatible_flash_implementations or ()
         if _base_name(attn_implementation) == NAME and any("flash" in name for name in listed):
             self._compatible_flash_implementations = [*listed, NAME]
@@ -155,9 +155,7 @@ def _open_decode_fast_path() -> None:
     try:
         module = _gate_module()
         decide_elsewhere = module.ensure_decode_fast_path_is_available
-        decide_on_any_device = _seeing(
-            decide_elsewhere, is_flash_attention_requested=_yes, is_torch_xpu_available=_yes
-        )
+        decide_on_any_device = _seeing(decide_elsewhere, is_flash_attention_requested=_yes, is_torch_xpu_available=_yes)
     except (AttributeError, ImportError, TypeError):
         _warn_closed()
         return
@@ -220,7 +218,7 @@ def _replace(owner: Any, name: str, value: object) -> None:
     _undo.append(lambda: setattr(owner, name, original))
 
 
-def _forget_loaded_functions(flash: ModuleType) -> None:
+def _forget_loaded_functions(flash: Any) -> None:
     """transformers keeps the functions of the last implementation in globals of this module, None at first."""
     if _base_name(flash._loaded_implementation) == NAME:
         for name in _LOADED_FUNCTIONS:
@@ -228,7 +226,7 @@ def _forget_loaded_functions(flash: ModuleType) -> None:
                 setattr(flash, name, None)
 
 
-def _flash_module() -> ModuleType:
+def _flash_module() -> Any:
     try:
         import transformers.modeling_flash_attention_utils as flash
     except ImportError as error:
@@ -236,7 +234,7 @@ def _flash_module() -> ModuleType:
     return flash
 
 
-def _gate_module() -> ModuleType:
+def _gate_module() -> Any:
     import transformers.generation.continuous_batching.initialization as gate
 
     return gate
@@ -245,7 +243,7 @@ def _gate_module() -> ModuleType:
 def _version() -> str:
     import transformers
 
-    return transformers.__version__
+    return str(transformers.__version__)
 
 
 def _refuse_version(error: Exception) -> NoReturn:

