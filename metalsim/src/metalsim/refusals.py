@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from .errors import CompileError
 from .tokens import Tokens
 from .toolchain import LANGUAGE, MSL, readable, run_clang
-from .translate import ADDRESS_SPACES, SCALARS, VECTORS, attributes_in, translate
+from .translate import ADDRESS_SPACES, NOT_SCOPES, SCALARS, VECTORS, attributes_in, translate
 
 FORBIDDEN_WORDS = frozenset(
     ("virtual", "throw", "try", "catch", "new", "delete", "dynamic_cast", "typeid", "goto", "double", "thread_local", "asm")
@@ -119,7 +119,7 @@ def _specifiers(tokens: Tokens, at: int, types: set[str], templates: set[str]) -
     else:
         return
     while tokens.text(i) == "::":
-        i -= 2
+        i -= 2 if tokens.is_word(i - 1) and tokens.text(i - 1) not in NOT_SCOPES else 1
     while tokens.text(i) in qualifiers or tokens.text(i) in types:
         words.append(tokens.text(i))
         i -= 1

@@ -6,6 +6,7 @@ vector constructors and casts become calls (see msl/convert.h), address spaces d
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from .errors import CompileError
@@ -26,6 +27,11 @@ SCALARS = (
     "bfloat",
 )
 VECTORS = frozenset(f"{p}{t}{n}" for p in ("", "packed_") for t in SCALARS for n in (2, 3, 4))
+# Words before a `::` that begins at the global scope.
+NOT_SCOPES = frozenset(
+    ("return", "case", "else", "const", "volatile", "constexpr", "static", "inline", "typename", "using")
+    + ("device", "constant", "threadgroup", "thread")
+)
 ADDRESS_SPACES = frozenset(("device", "constant", "threadgroup", "thread"))
 # Metal wants the same number of components for all of these.
 POSITIONS = frozenset(
@@ -51,6 +57,7 @@ BUILTINS = POSITIONS | {
     "quadgroup_index_in_threadgroup",
     "quadgroups_per_threadgroup",
 }
+_FLOATING = re.compile(r"(?!0[xX])(\d*\.\d*|\d+(?=[eE]))([eE][+-]?\d+)?(f|F|h|H|bf|BF)?$|\d+(h|H|bf|BF)$")
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ class _Translator:
             self.t.erase(first, last + 1)
         self._threadgroup_variables()
         self._constructors_and_casts()
+        self._literals()
         self._address_spaces()
         return Translation(self.t.render(), self.kernels)
 
@@ -181,17 +189,17 @@ class _Translator:
         if t.text(opening) != "(":
             raise CompileError(f"line {t[at].line}: 'kernel' is not followed by a function")
         name, closing = t.text(opening - 1), t.closing(opening)
+        body = closing + 1
+        while t.text(body) not in ("{", ";", ""):
+            body += 1
+        if t.text(body) != "{":  # a declaration
+            return body
         self.parameters[name] = [
             self._parameter(name, first, last, position)
             for position, (first, last) in enumerate(t.split(opening + 1, closing))
         ]
         self._number_implicit_buffers(name)
         self._check_parameters(name, t[at].line)
-        body = closing + 1
-        while t.text(body) not in ("{", ";", ""):
-            body += 1
-        if t.text(body) != "{":
-            return body
         end = t.closing(body)
         self.kernel_bodies.append((body, end))
         if not templated:
@@ -374,12 +382,24 @@ class _Translator:
                 elif t.text(i - 1) == "(" and t.text(i + 1) == ")" and self._casts(i):
                     t[i - 1].text, t[i + 1].text = "metalsim_cast_to<", ">{} ->* "
 
+    def _literals(self) -> None:
+        """Floating literals are float, or of the type their suffix names: there is no double."""
+        for token in self.t.code:
+            if token.kind != "number" or not _FLOATING.match(token.text):
+                continue
+            digits = re.match(r"(.*?)(f|F|h|H|bf|BF)?$", token.text)
+            assert digits
+            kind = {"h": "half", "bf": "bfloat"}.get((digits[2] or "").lower(), "")
+            token.text = f"{kind}({digits[1]}f)" if kind else f"{digits[1]}f"
+
     def _constructor(self, first: int, last: int) -> None:
         t = self.t
         while t.text(first - 1) == "::":
-            first -= 2
-            if t.text(first) == ">" and (opening := t.opening_angle(first)) is not None:
+            first -= 1
+            if t.text(first - 1) == ">" and (opening := t.opening_angle(first - 1)) is not None:
                 first = opening - 1
+            elif t.is_word(first - 1) and t.text(first - 1) not in NOT_SCOPES:
+                first -= 1
         if t.text(first - 1) == "typename":
             first -= 1
         t[first].before += "metalsim_make<"

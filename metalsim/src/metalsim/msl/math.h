@@ -1,4 +1,6 @@
 // <metal_math>, <metal_common>, <metal_integer>, <metal_relational>, <metal_geometric>.
+//
+// Scalar functions are overloads and not templates, so that mixed arguments convert, or are ambiguous, as in Metal.
 #pragma once
 #include "convert.h"
 
@@ -9,9 +11,15 @@ namespace metal {
 #define METALSIM_IF_VECTOR(T, S)                                                                              \
     metal::enable_if_t<metalsim::is_vector<T> && metal::is_same_v<metalsim::element<T>, S>, T>
 
+#define METALSIM_IF_FLOAT_VECTOR(T)                                                                           \
+    metal::enable_if_t<metalsim::is_vector<T> && metal::is_floating_point_v<metalsim::element<T>>, T>
+
 #define METALSIM_UNARY(name, builtin)                                                                         \
+    METAL_FUNC float name(float x) { return builtin(x); }                                                     \
+    METAL_FUNC half name(half x) { return builtin(x); }                                                       \
+    METAL_FUNC bfloat name(bfloat x) { return builtin(x); }                                                   \
     template <class T>                                                                                        \
-    METAL_FUNC METALSIM_IF_FLOAT(T) name(T x) { return builtin(x); }
+    METAL_FUNC METALSIM_IF_FLOAT_VECTOR(T) name(T x) { return builtin(x); }
 #define METALSIM_EACH_UNARY(X)                                                                                \
     X(ceil, __builtin_elementwise_ceil) X(cos, __builtin_elementwise_cos)                                     \
     X(exp, __builtin_elementwise_exp) X(exp2, __builtin_elementwise_exp2)                                     \
@@ -45,8 +53,11 @@ METAL_FUNC METALSIM_IF_FLOAT(T) sinpi(T x) {
 }
 
 #define METALSIM_BINARY(name, builtin)                                                                        \
+    METAL_FUNC float name(float x, float y) { return builtin(x, y); }                                         \
+    METAL_FUNC half name(half x, half y) { return builtin(x, y); }                                            \
+    METAL_FUNC bfloat name(bfloat x, bfloat y) { return builtin(x, y); }                                      \
     template <class T>                                                                                        \
-    METAL_FUNC METALSIM_IF_FLOAT(T) name(T x, T y) { return builtin(x, y); }                                  \
+    METAL_FUNC METALSIM_IF_FLOAT_VECTOR(T) name(T x, T y) { return builtin(x, y); }                           \
     template <class T, class S>                                                                               \
     METAL_FUNC METALSIM_IF_VECTOR(T, S) name(T x, S y) { return name(x, T(y)); }
 #define METALSIM_EACH_BINARY(X)                                                                               \
@@ -56,36 +67,52 @@ METAL_FUNC METALSIM_IF_FLOAT(T) sinpi(T x) {
     X(atan2, __builtin_elementwise_atan2)
 METALSIM_EACH_BINARY(METALSIM_BINARY)
 
-#define METALSIM_MINMAX(name, floating)                                                                       \
-    template <class T>                                                                                        \
-    METAL_FUNC constexpr T name(T x, T y) {                                                                   \
-        if constexpr (is_floating_point_v<metalsim::element<T>>)                                              \
+#define METALSIM_EACH_INTEGER(X) X(char) X(uchar) X(short) X(ushort) X(int) X(uint) X(long) X(ulong)
+#define METALSIM_EACH_FLOAT(X) X(float) X(half) X(bfloat)
+
+#define METALSIM_INTEGER_MINMAX(T)                                                                            \
+    METAL_FUNC constexpr T min(T x, T y) { return y < x ? y : x; }                                            \
+    METAL_FUNC constexpr T max(T x, T y) { return x < y ? y : x; }                                            \
+    METAL_FUNC constexpr T clamp(T x, T lo, T hi) { return min(max(x, lo), hi); }
+METALSIM_EACH_INTEGER(METALSIM_INTEGER_MINMAX)
+// Of a number and a NaN both return the number.
+#define METALSIM_FLOAT_MINMAX(T)                                                                              \
+    METAL_FUNC constexpr T min(T x, T y) { return x != x ? y : y < x ? y : x; }                               \
+    METAL_FUNC constexpr T max(T x, T y) { return x != x ? y : x < y ? y : x; }                               \
+    METAL_FUNC constexpr T clamp(T x, T lo, T hi) { return min(max(x, lo), hi); }                             \
+    METAL_FUNC T fma(T a, T b, T c) { return __builtin_elementwise_fma(a, b, c); }
+METALSIM_EACH_FLOAT(METALSIM_FLOAT_MINMAX)
+
+#define METALSIM_VECTOR_MINMAX(name)                                                                          \
+    template <class T, int N>                                                                                 \
+    METAL_FUNC vec<T, N> name(vec<T, N> x, vec<T, N> y) {                                                     \
+        if constexpr (is_floating_point_v<T>)                                                                 \
             return __builtin_elementwise_##name##num(x, y);                                                   \
         else                                                                                                  \
             return __builtin_elementwise_##name(x, y);                                                        \
     }                                                                                                         \
-    template <class T, class S>                                                                               \
-    METAL_FUNC METALSIM_IF_VECTOR(T, S) name(T x, S y) { return name(x, T(y)); }                              \
+    template <class T, int N>                                                                                 \
+    METAL_FUNC vec<T, N> name(vec<T, N> x, T y) { return name(x, vec<T, N>(y)); }                             \
     template <class T>                                                                                        \
     METAL_FUNC constexpr T name##3(T x, T y, T z) { return name(name(x, y), z); }
-METALSIM_MINMAX(min, fmin)
-METALSIM_MINMAX(max, fmax)
+METALSIM_VECTOR_MINMAX(min)
+METALSIM_VECTOR_MINMAX(max)
 
-template <class T>
-METAL_FUNC constexpr T clamp(T x, T lo, T hi) {
+template <class T, int N>
+METAL_FUNC vec<T, N> clamp(vec<T, N> x, vec<T, N> lo, vec<T, N> hi) {
     return min(max(x, lo), hi);
 }
-template <class T, class S>
-METAL_FUNC METALSIM_IF_VECTOR(T, S) clamp(T x, S lo, S hi) {
-    return min(max(x, T(lo)), T(hi));
+template <class T, int N>
+METAL_FUNC vec<T, N> clamp(vec<T, N> x, T lo, T hi) {
+    return min(max(x, lo), hi);
+}
+template <class T, int N>
+METAL_FUNC vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
+    return __builtin_elementwise_fma(a, b, c);
 }
 template <class T>
 METAL_FUNC METALSIM_IF_FLOAT(T) saturate(T x) {
     return clamp(x, T(0), T(1));
-}
-template <class T>
-METAL_FUNC METALSIM_IF_FLOAT(T) fma(T a, T b, T c) {
-    return __builtin_elementwise_fma(a, b, c);
 }
 template <class T>
 METAL_FUNC METALSIM_IF_FLOAT(T) mix(T a, T b, T t) {
@@ -139,6 +166,11 @@ METALSIM_PREDICATE(isfinite, __builtin_isfinite(f))
 METALSIM_PREDICATE(isnormal, __builtin_isnormal(f))
 METALSIM_PREDICATE(signbit, __builtin_signbit(f))
 #undef METALSIM_PREDICATE
+
+template <class T>
+METAL_FUNC auto isunordered(T x, T y) {
+    return isnan(x) | isnan(y);
+}
 
 template <class T>
 METAL_FUNC METALSIM_IF_FLOAT(T) sign(T x) {
@@ -302,6 +334,5 @@ using metal::abs, metal::saturate, metal::mix, metal::normalize, metal::length, 
 #undef METALSIM_REEXPORT
 #undef METALSIM_UNARY
 #undef METALSIM_BINARY
-#undef METALSIM_MINMAX
 
 }  // namespace metal

@@ -89,6 +89,10 @@ constexpr bool is_arithmetic_v = is_integral_v<T> || is_floating_point_v<T>;
 template <class T>
 struct is_arithmetic : bool_constant<is_arithmetic_v<T>> {};
 template <class T>
+constexpr bool is_scalar_v = is_arithmetic_v<T> || __is_pointer(T) || __is_enum(T);
+template <class T>
+struct is_scalar : bool_constant<is_scalar_v<T>> {};
+template <class T>
 constexpr bool is_signed_v = is_floating_point_v<T> || __is_signed(T);
 template <class T>
 struct is_signed : bool_constant<is_signed_v<T>> {};

@@ -1,4 +1,4 @@
-"""What kernels compute: simd operations, matrices, threadgroup memory, types, templates."""
+"""Simd operations, and which lane holds which elements of a matrix."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 import metalsim
 
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
-DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat": torch.bfloat16}
-TOLERANCE = {"float": 1e-5, "half": 2e-3, "bfloat": 2e-2}
 
 
 def lanes(expression: str, x: torch.Tensor, kind: str = "float", out: torch.dtype | None = None) -> torch.Tensor:
@@ -70,49 +68,6 @@ def test_integer_reductions() -> None:
     assert lanes("simd_or(x)", x, "int").tolist() == [31] * 32
     assert lanes("simd_xor(x)", x, "int").tolist() == [0] * 32
     assert lanes("popcount(x) + clz(x) + ctz(x)", x, "int")[12].item() == 2 + 28 + 2
-
-
-MATMUL = (
-    HEADER
-    + """
-// Each simdgroup computes one 8x8 tile of C = A B^T; B goes through threadgroup memory.
-template <typename T>
-kernel void matmul(device const T* a [[buffer(0)]], device const T* b [[buffer(1)]], device float* c [[buffer(2)]],
-                   constant int3& mnk [[buffer(3)]], uint2 tile [[threadgroup_position_in_grid]],
-                   ushort lane [[thread_index_in_simdgroup]]) {
-    threadgroup T bt[8 * 12];
-    simdgroup_matrix<T, 8, 8> ma, mb;
-    simdgroup_matrix<float, 8, 8> sum = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    const int n = mnk.y, k = mnk.z;
-    for (int at = 0; at < k; at += 8) {
-        simdgroup_barrier(mem_flags::mem_threadgroup);
-        for (int i = lane; i < 64; i += 32) bt[i / 8 * 12 + i % 8] = b[(tile.x * 8 + i / 8) * k + at + i % 8];
-        simdgroup_barrier(mem_flags::mem_threadgroup);
-        simdgroup_load(ma, a + tile.y * 8 * k + at, k);
-        simdgroup_load(mb, bt, 12, ulong2(0, 0), true);
-        simdgroup_multiply_accumulate(sum, ma, mb, sum);
-    }
-    simdgroup_store(sum, c + tile.y * 8 * n + tile.x * 8, n);
-}
-template [[host_name("matmul_float")]] [[kernel]] void matmul<float>(device const float*, device const float*,
-    device float*, constant int3&, uint2, ushort);
-#define instantiate(T) template [[host_name("matmul_" #T)]] [[kernel]] decltype(matmul<T>) matmul<T>;
-instantiate(half)
-instantiate(bfloat)
-"""
-)
-
-
-@pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize("check", [False, True])
-def test_simdgroup_matrix_matmul(kind: str, check: bool) -> None:
-    m, n, k = 24, 16, 40
-    a, b = torch.randn(m, k).to(DTYPES[kind]), torch.randn(n, k).to(DTYPES[kind])
-    c = torch.empty(m, n)
-    with metalsim.simulate(check=check):
-        kernel = getattr(metalsim.compile_shader(MATMUL), f"matmul_{kind}")
-        kernel(a, b, c, [m, n, k, 0], threads=(n // 8 * 32, m // 8), group_size=(32, 1), arg_casts="int32")
-    torch.testing.assert_close(c, a.float() @ b.float().T, rtol=1e-5, atol=1e-5)
 
 
 def test_matrix_layout() -> None:
