@@ -71,8 +71,8 @@ def run_decode(problem: PagedDecode) -> None:
 
 def prefill_table() -> list[str]:
     lines = [
-        "| case | 8x8 multiplies | of full | bytes loaded / K and V | used of each transaction | simd operations / query row |"
-        "\n|---|---|---|---|---|---|"
+        "| case | 8x8 multiplies | of full | bytes loaded / K and V | used of each transaction |"
+        " simd operations / query row |\n|---|---|---|---|---|---|"
     ]
     full: Counters | None = None
     for name, options in (
@@ -111,8 +111,9 @@ def write_line() -> str:
     moved = 2 * new.numel() * new.element_size()
     counters = only.counters
     return (
-        f"`kv_write` of one token for 8 sequences, 8 heads, D=128, float16: {counters.device_bytes_loaded / moved:.2f} x the new"
-        f" elements loaded, {counters.device_bytes_stored / moved:.2f} x stored, {counters.simdgroups} simdgroups, one dispatch."
+        "`kv_write` of one token for 8 sequences, 8 heads, D=128, float16:"
+        f" {counters.device_bytes_loaded / moved:.2f} x the new elements loaded,"
+        f" {counters.device_bytes_stored / moved:.2f} x stored, {counters.simdgroups} simdgroups, one dispatch."
     )
 
 

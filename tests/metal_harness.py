@@ -96,7 +96,9 @@ def gathered_sdpa(problem: PagedDecode) -> Tensor:
     outs = []
     for q, pages, length in zip(problem.q, problem.table.long(), problem.lengths.tolist()):
         k, v = (cache[pages].flatten(0, 1)[:length].transpose(0, 1) for cache in (problem.k, problem.v))
-        outs.append(torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), k, v, enable_gqa=True).transpose(0, 1))
+        outs.append(
+            torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), k, v, enable_gqa=True).transpose(0, 1)
+        )
     return torch.stack(outs)
 
 

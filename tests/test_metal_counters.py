@@ -48,7 +48,7 @@ def test_decode_of_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_decode_against_the_baseline() -> None:
-    """One simdgroup a head reads the keys once for each of the four query heads that share them; one simdgroup a KV head does not."""
+    """The baseline reads the keys once for each of the four query heads that share them."""
     problem = paged_decode(1, 8, 2, 128, 512, torch.float16)
     torch.testing.assert_close(plain_decode(problem), gathered_sdpa(problem), rtol=2e-3, atol=2e-3)
     (plain,), (ours, *_) = counted(lambda: plain_decode(problem)), counted(lambda: decode(problem))

@@ -1,4 +1,4 @@
-"""End to end: a model generates through continuous batching with block tables, its attention executed by the Metal kernels."""
+"""End to end: a model generates through continuous batching with block tables, on the Metal kernels."""
 
 from __future__ import annotations
 

@@ -297,14 +297,14 @@ def _window(width: int) -> int:
 
 def _cache_strides(k: Tensor, v: Tensor, paged: bool) -> dict[str, int]:
     """Strides of keys where they lie. Unpaged ones are pages of ``TILE_KEYS`` tokens that follow each other."""
-    strides = {}
-    for name, cache in (("k", k), ("v", v)):
-        token_stride = cache.stride(-3)
+    strides: dict[str, int] = {}
+    for name, rows in (("k", k), ("v", v)):
+        token_stride = rows.stride(-3)
         strides |= {
-            f"{name}_row_stride": 0 if paged else cache.stride(0),
-            f"{name}_page_stride": cache.stride(0) if paged else TILE_KEYS * token_stride,
+            f"{name}_row_stride": 0 if paged else rows.stride(0),
+            f"{name}_page_stride": rows.stride(0) if paged else TILE_KEYS * token_stride,
             f"{name}_token_stride": token_stride,
-            f"{name}_head_stride": cache.stride(-2),
+            f"{name}_head_stride": rows.stride(-2),
         }
     return strides
 
