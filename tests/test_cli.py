@@ -246,7 +246,33 @@ def test_hub_into_a_foreign_folder(tmp_path: Path) -> None:
     assert "is not a pagedflash kernel" in refused("hub", str(tmp_path))
 
 
-@pytest.mark.parametrize("command", ["generate", "doctor", "hub"])
+def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagedflash import bench
+
+    measured: list[Any] = []
+    monkeypatch.setattr(bench, "main", lambda *arguments: measured.append(arguments))
+    json_file = tmp_path / "bench.json"
+    result = run("bench", "--device", "cpu", "--dtype", "bfloat16", "--json", str(json_file))
+    assert result.exit_code == 0, result.output
+    assert measured == [("cpu", torch.bfloat16, json_file, None)]
+
+
+def test_bench_without_what_it_draws_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagedflash import bench
+
+    def fail(*arguments: Any) -> Any:
+        raise ImportError("No module named 'matplotlib'")
+
+    monkeypatch.setattr(bench, "main", fail)
+    assert "No module named 'matplotlib'; run: pip install 'pagedflash[bench]'" in refused("bench")
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one")
+def test_bench_on_a_device_that_is_not_there() -> None:
+    assert "device mps cannot be used" in refused("bench", "--device", "mps")
+
+
+@pytest.mark.parametrize("command", ["generate", "bench", "doctor", "hub"])
 def test_help(command: str) -> None:
     assert command in run("--help").stdout and run(command, "-h").exit_code == 0
 

@@ -1,4 +1,4 @@
-"""The command line: ``pagedflash generate | doctor | hub``."""
+"""The command line: ``pagedflash generate | bench | doctor | hub``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from . import transformers as integration
 from .dispatch import DEVICE_BACKENDS, CallKind, availability
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 ANSWER_STYLES = {"yes": "green", "no": "yellow"}
 INTERRUPTED = 130  # exit code, as shells have it for Ctrl-C
 
@@ -107,6 +108,25 @@ def doctor() -> None:
     console.print(
         _table("Decoding through block tables in transformers", ["open", ""], [[_yes_or_no(path.open), path.remark]])
     )
+
+
+@main.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), help="[default: the GPU if there is one]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: float32 on a CPU, else float16]")
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write the results there as JSON.")
+@click.option("--plot", "plot_file", type=OUTPUT_FILE, help="Draw them there; the suffix names the format (.png, .svg).")
+def bench(device: str | None, dtype: str | None, json_file: Path | None, plot_file: Path | None) -> None:
+    """Measure decoding against context length, beside gathering and SDPA, and the machine's limit."""
+    from . import bench as benchmark
+
+    try:
+        if device:
+            _device(device)
+        benchmark.main(device, DTYPES[dtype] if dtype else None, json_file, plot_file)
+    except generation.GenerateError as error:
+        raise click.ClickException(str(error)) from error
+    except ImportError as error:
+        raise click.ClickException(f"{error}; run: pip install 'pagedflash[bench]'") from error
 
 
 @main.command()
