@@ -15,6 +15,9 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
 from pagedflash import (
     dispatch,
     flash_attn_func,
@@ -23,8 +26,6 @@ from pagedflash import (
     kv_paged_write,
     use_backend,
 )
-from rich.console import Console
-from rich.table import Table
 
 ROUNDS, CALLS = 400, 50
 

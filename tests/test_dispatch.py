@@ -7,9 +7,10 @@ import threading
 import warnings
 from types import ModuleType
 
-import pagedflash
 import pytest
 import torch
+
+import pagedflash
 from pagedflash import CallKind, count_calls, dispatch, flash_attn_func, flash_attn_with_kvcache, kv_paged_write, use_backend
 
 Q, K, V = torch.randn(1, 3, 4, 32), torch.randn(1, 5, 2, 32), torch.randn(1, 5, 2, 32)

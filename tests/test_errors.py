@@ -268,10 +268,7 @@ WRONG = [
     *(Wrong("of another dtype", name, ("merge",), other_dtype) for name in ("out_b",)),
     *(Wrong("in float16", name, ("merge",), lambda t: t.half()) for name in ("lse_a", "lse_b")),
     *(Wrong("with a row less", name, ("merge",), lambda t: t[..., 1:]) for name in ("out_b", "lse_a", "lse_b")),
-    *(
-        Wrong("with an axis too few", name, ("merge",), lambda t: t[0], "")
-        for name in ("out_a", "out_b", "lse_a", "lse_b")
-    ),
+    *(Wrong("with an axis too few", name, ("merge",), lambda t: t[0], "") for name in ("out_a", "out_b", "lse_a", "lse_b")),
     *(Wrong("a list", name, ("merge",), lambda t: t.tolist()) for name in ("out_a", "out_b", "lse_a", "lse_b")),
 ]
 PAIRS = [(where, wrong) for wrong in WRONG for where in wrong.where]
@@ -279,9 +276,7 @@ PAIRS = [(where, wrong) for wrong in WRONG for where in wrong.where]
 
 def attempt(function: Callable, arguments: Arguments, named: str) -> None:
     """The call must raise, name the argument, and leave every tensor bit for bit as it was."""
-    tensors = {
-        name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.device.type != "meta"
-    }
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.device.type != "meta"}
     before = {name: value.detach().clone() for name, value in tensors.items()}
     with pytest.raises((ValueError, TypeError)) as caught:
         function(**arguments)

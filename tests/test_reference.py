@@ -212,9 +212,7 @@ def test_varlen_is_each_sequence_alone():
     assert (out[10:] == 0).all() and (lse[:, 10:] == math.inf).all()
     for b in range(3):
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
-        alone, alone_lse = flash_attn_func(
-            q[None, rows], k[None, keys], v[None, keys], causal=True, return_softmax_lse=True
-        )
+        alone, alone_lse = flash_attn_func(q[None, rows], k[None, keys], v[None, keys], causal=True, return_softmax_lse=True)
         torch.testing.assert_close(out[rows], alone[0])
         torch.testing.assert_close(lse[:, rows], alone_lse[0])
 

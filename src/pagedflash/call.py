@@ -313,9 +313,7 @@ def check_write(write: CacheWrite) -> None:
         check_shape(field, tensor, shape, dims)
 
 
-def _check_new_tokens(
-    k_new: Tensor | None, v_new: Tensor | None, k: Tensor, v: Tensor, batch: int, name: Namer
-) -> None:
+def _check_new_tokens(k_new: Tensor | None, v_new: Tensor | None, k: Tensor, v: Tensor, batch: int, name: Namer) -> None:
     """New keys and values come together and fit the caches they go to."""
     if k_new is None or v_new is None:
         missing, given = ("k_new", "v_new") if k_new is None else ("v_new", "k_new")
@@ -364,9 +362,7 @@ def _check_scores(call: AttentionCall, name: Namer, batch: int) -> None:
     if slopes is not None:
         per_sequence = isinstance(slopes, Tensor) and slopes.dim() == 2
         check_tensor("alibi_slopes", slopes, "B, Hq" if per_sequence else "Hq", call.q, (torch.float32,))
-        check_shape(
-            "alibi_slopes", slopes, (batch, heads) if per_sequence else (heads,), "B, Hq" if per_sequence else "Hq"
-        )
+        check_shape("alibi_slopes", slopes, (batch, heads) if per_sequence else (heads,), "B, Hq" if per_sequence else "Hq")
     if call.sinks is not None:
         check_tensor(name("sinks"), call.sinks, "Hq", call.q, (torch.float32,))
         check_shape(name("sinks"), call.sinks, (heads,), "Hq")

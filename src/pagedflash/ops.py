@@ -60,6 +60,4 @@ attention = _define("attention", AttentionCall, "(Tensor, Tensor)", _attention, 
 attention_with_append = _define(
     "attention_with_append", AttentionCall, "(Tensor, Tensor)", _attention, _attention_fake, {"k": "a", "v": "b"}
 )
-write_cache = _define(
-    "write_cache", CacheWrite, "()", _write_cache, _write_cache_fake, {"k_cache": "a", "v_cache": "b"}
-)
+write_cache = _define("write_cache", CacheWrite, "()", _write_cache, _write_cache_fake, {"k_cache": "a", "v_cache": "b"})
