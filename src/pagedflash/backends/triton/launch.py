@@ -20,7 +20,7 @@ class Shape(NamedTuple):
     block_n: int  # keys of a tile
     num_warps: int
     num_stages: int  # tiles in flight
-    programs_per_processor: int = 0  # decode: size of its grid
+    programs_per_processor: int = 0  # size of decode's grid
 
 
 def decode_shape(rows: int, block_d: int, element_size: int) -> Shape:
@@ -43,45 +43,93 @@ def prefill_shape(queries: int, block_d: int, element_size: int) -> Shape:
     return Shape(128, 64, 8, 3 if block_d <= 128 else 2)
 
 
+class Code(NamedTuple):
+    """What the compiled code of a kernel depends on."""
+
+    constants: tuple  # the kernel's tl.constexpr arguments, in order
+    dtype: torch.dtype
+    device: torch.device
+    missing: tuple[bool, ...]  # which tensors are None
+    num_warps: int
+    num_stages: int
+    dependent: bool = False  # may be set up while the kernel before it still runs, and waits for its end itself
+
+
+class Plan(NamedTuple):
+    """A launch, but for its tensors. The same for all calls of the same shapes, strides and options."""
+
+    code: Code
+    grid: tuple[int, int, int]
+    numbers: tuple  # the kernel's numbers, in order
+    aligned: bool  # all tensors start at a multiple of 16 bytes
+
+
 class Kernel:
     """A Triton kernel that finds its compiled form with one dictionary look-up.
 
-    Triton's own launch path types and hashes every argument of every call. Here the caller names everything the compiled
-    code depends on once, in ``constants``; the dtype of the data, which arguments are None and the device complete the
-    key. Valid only if all pointers are 16-byte aligned, which the caller vouches for; otherwise Triton's path runs.
+    Triton's own launch path types and hashes every argument of every call. Here a :class:`Plan` names everything that the
+    compiled code depends on, but for the alignment of the pointers: where they are not all multiples of 16 bytes,
+    Triton's path runs.
     """
 
     def __init__(self, function: Any) -> None:
         self._function = function
         self._compiled: dict[object, Any] = {}
 
-    def __call__(
-        self, grid: tuple[int, int, int], tensors: tuple, numbers: tuple, constants: tuple, shape: Shape, aligned: bool
-    ) -> None:
-        first = tensors[0]
-        key = (constants, shape, first.dtype, first.device.index, *[tensor is None for tensor in tensors])
-        compiled = self._compiled.get(key) if aligned else None
-        if compiled is not None:
-            compiled[grid](*tensors, *numbers, *constants)
+    def __call__(self, plan: Plan, tensors: tuple[Tensor | None, ...], pointers: tuple[int | None, ...]) -> None:
+        """Launch on the current stream. ``pointers`` are the addresses of ``tensors``."""
+        compiled = self._compiled.get(plan.code) if plan.aligned else None
+        if compiled is None:
+            compiled = self._function[plan.grid](
+                *tensors,
+                *plan.numbers,
+                *plan.code.constants,
+                num_warps=plan.code.num_warps,
+                num_stages=plan.code.num_stages,
+                **({"launch_pdl": True} if plan.code.dependent else {}),
+            )
+            if plan.aligned and not INTERPRETED:
+                self._compiled[plan.code] = compiled
             return
-        compiled = self._function[grid](
-            *tensors, *numbers, *constants, num_warps=shape.num_warps, num_stages=shape.num_stages
+        stream = triton.runtime.driver.active.get_current_stream(plan.code.device.index)
+        compiled.run(
+            *plan.grid,
+            stream,
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *pointers,
+            *plan.numbers,
+            *plan.code.constants,
         )
-        if aligned and not INTERPRETED:
-            self._compiled[key] = compiled
 
 
-def alignment(tensors: tuple[Tensor | None, ...], strides: tuple[int, ...]) -> tuple[bool, int]:
-    """(all tensors start at a multiple of 16 bytes, the factor to divide strides by: 8 where it divides them all)."""
-    addresses = 0
-    for tensor in tensors:
-        if tensor is not None:
-            addresses |= tensor.data_ptr()
-    aligned = addresses % 16 == 0
-    steps = 0
+def addresses(tensors: tuple[Tensor | None, ...]) -> tuple[tuple[int | None, ...], bool]:
+    """(the address of each tensor, whether all are multiples of 16)"""
+    pointers = tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
+    bits = 0
+    for pointer in pointers:
+        if pointer is not None:
+            bits |= pointer
+    return pointers, bits % 16 == 0
+
+
+def stride_factor(strides: tuple[int, ...], aligned: bool) -> int:
+    """What strides are divided by before they go to a kernel, which multiplies them again: 8 where it divides them all.
+
+    So the compiler knows that rows start at multiples of 16 bytes (of 8 elements), and loads them in one piece.
+    """
+    bits = 0
     for stride in strides:
-        steps |= stride
-    return aligned, 8 if aligned and steps % 8 == 0 else 1
+        bits |= stride
+    return 8 if aligned and bits % 8 == 0 else 1
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 @lru_cache(maxsize=None)
@@ -92,40 +140,7 @@ def processors(device: torch.device) -> int:
     return torch.get_device_module(device).get_device_properties(device).multi_processor_count
 
 
-class ArrivalCounters:
-    """Zeroed counters for ``decode``, which leaves them zeroed again: no launch is spent on clearing them.
-
-    Calls that can run at the same time must not share counters. Those on one stream cannot: they share one set. A call
-    captured into a graph can run beside anything but itself: it gets a set for good. When the pool for those is used
-    up, or was never made because the first call ever was captured, the capture zeroes a set of its own.
-    """
-
-    POOL_SIZE = 1 << 20
-
-    def __init__(self) -> None:
-        self._of_stream: dict[tuple[int | None, int], Tensor] = {}
-        self._pools: dict[int | None, tuple[Tensor, int]] = {}
-
-    def take(self, device: torch.device, count: int) -> Tensor:
-        """``count`` zeros, int32."""
-        if device.type != "cuda":
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        if torch.cuda.is_current_stream_capturing():
-            return self._take_for_good(device, count)
-        stream = (device.index, torch.cuda.current_stream(device).cuda_stream)
-        counters = self._of_stream.get(stream)
-        if counters is None or counters.numel() < count:
-            if device.index not in self._pools:
-                self._pools[device.index] = (torch.zeros(self.POOL_SIZE, dtype=torch.int32, device=device), 0)
-                torch.cuda.current_stream(device).synchronize()  # before a capture on another stream takes from it
-            counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-            self._of_stream[stream] = counters
-        return counters
-
-    def _take_for_good(self, device: torch.device, count: int) -> Tensor:
-        pool, taken = self._pools.get(device.index, (None, 0))
-        size = -(-count // 32) * 32
-        if pool is None or taken + size > pool.numel():
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        self._pools[device.index] = (pool, taken + size)
-        return pool[taken : taken + count]
+@lru_cache(maxsize=None)
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel can be set up while the one before it still runs (Hopper and later)."""
+    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

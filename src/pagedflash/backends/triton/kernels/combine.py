@@ -1,39 +1,81 @@
-"""``combine``: merges the partial results of one (sequence, KV head) by their running maximum and sum."""
+"""``combine``: merges the partial results that ``decode`` leaves, by their running maximum and sum."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from .queries import query_rows, store_result
+from .schedule import line_position, sequence_tiles
 
 
 @triton.jit
 def combine(
     partials,
-    partial_slots,
-    first,
-    last,
+    out,
+    lse,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_q,
+    seqused_k,
+    cache_leftpad,
+    sinks,
+    batch: tl.int32,
+    total_rows: tl.int32,
+    dense_queries: tl.int32,
+    capacity: tl.int32,
+    new_tokens: tl.int32,
+    fused_tokens: tl.int32,
+    window_left: tl.int32,
+    programs: tl.int32,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DV: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
     ROWS: tl.constexpr,
+    SOME_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """The merged softmax state of ``ROWS`` rows from the parts of programs ``first`` to ``last``.
+    """SOME_ROWS rows of one (sequence, KV head). If DEPENDENT, it is launched while ``decode`` still runs."""
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    kv_head = tl.program_id(0) % KV_HEADS
+    row = tl.program_id(0) // KV_HEADS * SOME_ROWS + tl.arange(0, SOME_ROWS)
+    b = tl.program_id(1)
 
-    Runs inside ``decode``, in whichever program finishes last: a launch of its own would cost more than the merge.
-    The parts are merged in the order of the programs, so the result does not depend on which one that is.
-    """
-    row = tl.arange(0, ROWS)
+    # ---- Which programs of decode hold parts of it ----
+    sequence_begin, line = line_position(
+        b, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
+        batch, capacity, new_tokens, fused_tokens, dense_queries, window_left, KV_HEADS, HAS_LEFT, BLOCK_N, BLOCK_B,
+    )  # fmt: skip
+    tiles, _, _, _, _ = sequence_tiles(
+        b, b < batch, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
+        capacity, new_tokens, fused_tokens, dense_queries, window_left, HAS_LEFT, BLOCK_N,
+    )  # fmt: skip
+    share = tl.cdiv(line, programs)
+    segment_begin = sequence_begin + kv_head * tiles
+    segment = b * KV_HEADS + kv_head
+    first = segment + segment_begin // share
+    last = segment + (segment_begin + tiles - 1) // share
+    first_row, owned_rows = query_rows(b, cu_seqlens_q, dense_queries)
+
+    # ---- The parts, some at a time ----
+    if DEPENDENT:
+        gdc_wait()
     d = tl.arange(0, BLOCK_DV)
-    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    maxima, sums = partial_maxima(partials, partial_slots, ROWS, BLOCK_DV)
+    acc = tl.zeros([SOME_ROWS, BLOCK_DV], tl.float32)
+    row_max = tl.full([SOME_ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([SOME_ROWS], tl.float32)
+    maxima, sums = partial_states(partials, batch * KV_HEADS + programs, ROWS, BLOCK_DV)
     for start in range(first, last + 1, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         there = (part <= last)[:, None]
-        rows = partial_slot(part, part == first)[:, None] * ROWS + row[None, :]
-        part_max = tl.load(maxima + rows, there, other=float("-inf"), cache_modifier=".cg")
-        part_sum = tl.load(sums + rows, there, other=0.0, cache_modifier=".cg")
-        values = tl.load(
-            partials + rows[:, :, None] * BLOCK_DV + d[None, None, :], there[:, :, None], other=0.0, cache_modifier=".cg"
-        )
+        rows = part[:, None] * ROWS + row[None, :]
+        part_max = tl.load(maxima + rows, there, other=float("-inf"))
+        part_sum = tl.load(sums + rows, there, other=0.0)
+        values = tl.load(partials + rows[:, :, None] * BLOCK_DV + d[None, None, :], there[:, :, None], other=0.0)
 
         new_max = tl.maximum(row_max, tl.max(part_max, 0))
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -42,27 +84,27 @@ def combine(
         acc = acc * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
         row_sum = row_sum * shrink + tl.sum(part_sum * weights, 0)
         row_max = new_max
-    return acc, row_max, row_sum
+
+    i = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    store_result(
+        out, lse, acc, row_max, row_sum, b, first_row, i, head, i < owned_rows, sinks,
+        cu_seqlens_q, total_rows, dense_queries, HEADS, DV, BLOCK_DV,
+    )  # fmt: skip
 
 
 @triton.jit
-def partial_slot(program, is_first):
-    """A program leaves at most two parts: of the segment it begins in (begun by another), and of the last it begins."""
-    return 2 * program + is_first.to(tl.int32)
-
-
-@triton.jit
-def partial_maxima(partials, partial_slots, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """Where the maxima and the sums lie, behind the values ``(partial_slots, ROWS, BLOCK_DV)`` of one buffer."""
-    maxima = partials + partial_slots * ROWS * BLOCK_DV
-    return maxima, maxima + partial_slots * ROWS
+def partial_states(partials, parts, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Where the maxima and the sums lie, behind the values ``(parts, ROWS, BLOCK_DV)`` of one buffer."""
+    maxima = partials + parts * ROWS * BLOCK_DV
+    return maxima, maxima + parts * ROWS
 
 
 @triton.jit
 def store_partial(
     partials,
-    partial_slots,
-    slot,
+    parts,
+    part,
     acc,
     row_max,
     row_sum,
@@ -74,8 +116,8 @@ def store_partial(
     row = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_DV)
     real = row < ROWS
-    rows = slot * ROWS + row
-    maxima, sums = partial_maxima(partials, partial_slots, ROWS, BLOCK_DV)
+    rows = part * ROWS + row
+    maxima, sums = partial_states(partials, parts, ROWS, BLOCK_DV)
     tl.store(partials + rows[:, None] * BLOCK_DV + d[None, :], acc, real[:, None])
     tl.store(maxima + rows, row_max, real)
     tl.store(sums + rows, row_sum, real)

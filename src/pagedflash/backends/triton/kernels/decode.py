@@ -1,74 +1,36 @@
 """``decode``: few queries a sequence, many keys. Bound by how fast the keys and values can be read.
 
 All query rows that share a KV head (its group of query heads, times the queries) are the rows of one tile, so that
-each key is read once. The work is a line of tiles of BLOCK_N keys, sequence by sequence, head by head::
+each key is read once. The work is split as :mod:`.schedule` says: nothing is read on the host, a captured graph follows
+when lengths change, and one long sequence among short ones occupies all processors. Each part leaves its softmax state
+for ``combine``; where every program has a segment of its own (WHOLE), it stores the result itself.
 
-    sequence       0               1                  2
-    KV head     0     1     0        1        0   1
-    tiles      [aaaa][aaaa][bbbbbbb][bbbbbbb][cc][cc]      only the tiles that hold a visible key
-    programs   |--0---|---1---|---2---|---3---|--4--|      equal shares, whatever the lengths
-
-Every program finds its share from the lengths on the device: nothing is read on the host, a captured graph follows
-when lengths change, and one long sequence among short ones occupies all processors. A segment is the part of one
-(sequence, head) within one share. A program that holds a whole one stores the result; otherwise each leaves a partial
-result, and the program that arrives last (counted in tiles) merges them and sets the counter back to zero.
-Source of the split: Dao et al., "Flash-Decoding" (2023); of the equal shares: Osama et al., "Stream-K" (2023).
+New tokens are appended here too: the program that has a segment's last tile rotates and writes them, and attends to
+them from registers. Nobody reads a slot of the cache that is written in the same launch.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from .combine import combine, partial_slot, store_partial
-from .keys import first_slot, key_count, load_pages, load_tile, locate_sequence, visible_slots
-from .queries import (
-    clear_rows_behind,
-    load_queries,
-    load_slopes,
-    query_count,
-    query_rows,
-    store_result,
-    visible_bounds,
-)
+from .combine import store_partial
+from .keys import load_pages, load_tile, locate_sequence
+from .kv_write import write_tokens
+from .queries import clear_rows_behind, load_queries, load_slopes, query_rows, store_result, visible_bounds
+from .schedule import line_position, sequence_at, sequence_tiles
 from .softmax import attend_tile
 
 
 @triton.jit
-def sequence_tiles(
-    b,
-    inside,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seqused_q,
-    seqused_k,
-    cache_leftpad,
-    capacity,
-    new_tokens,
-    dense_queries,
-    window_left,
-    HAS_LEFT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """(tiles of each KV head of sequence ``b``, its keys, its queries, its visible slots from, to)
-
-    A sequence without visible keys counts one tile, so that somebody writes its zeros.
-    """
-    keys = key_count(b, inside, cu_seqlens_k, seqused_k, capacity, new_tokens)
-    queries = query_count(b, inside, cu_seqlens_q, seqused_q, dense_queries)
-    first = first_slot(b, inside, cache_leftpad)
-    begin, end = visible_slots(first, keys, queries, window_left, HAS_LEFT)
-    tiles = tl.maximum(tl.cdiv(end, BLOCK_N) - begin // BLOCK_N, 1)
-    return tl.where(inside, tiles, 0), keys, queries, begin, end
-
-
-@triton.jit
 def decode(
+    partials,
     q,
     k,
     v,
     out,
     lse,
-    partials,
-    arrivals,
+    k_new,
+    v_new,
     cu_seqlens_q,
     cu_seqlens_k,
     seqused_q,
@@ -89,6 +51,12 @@ def decode(
     v_page_stride: tl.int64,
     v_slot_stride: tl.int64,
     v_head_stride: tl.int64,
+    k_new_batch_stride: tl.int64,
+    k_new_token_stride: tl.int64,
+    k_new_head_stride: tl.int64,
+    v_new_batch_stride: tl.int64,
+    v_new_token_stride: tl.int64,
+    v_new_head_stride: tl.int64,
     batch: tl.int32,
     total_rows: tl.int32,
     dense_queries: tl.int32,
@@ -100,6 +68,8 @@ def decode(
     window_right: tl.int32,
     scale: tl.float32,
     softcap: tl.float32,
+    fused_tokens: tl.int32,
+    num_pages: tl.int32,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -119,13 +89,18 @@ def decode(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    BLOCK_NEW: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HAS_DEPENDENT: tl.constexpr,
 ):
     HEADS: tl.constexpr = KV_HEADS * GROUP
     PAGED: tl.constexpr = PAGE_SIZE > 0
     HAS_ALIBI: tl.constexpr = alibi_slopes is not None
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+
+    if HAS_DEPENDENT:
+        gdc_launch_dependents()  # combine may be set up while this runs
 
     # Strides come divided by ALIGN, so that the compiler sees by what they can be divided.
     q_batch_stride *= ALIGN
@@ -141,33 +116,28 @@ def decode(
     if cu_seqlens_q is not None:
         clear_rows_behind(out, lse, cu_seqlens_q, batch, total_rows, program, programs, HEADS, DV, BLOCK_DV)
 
-    # ---- This program's share of the line of tiles ----
-    line = 0
-    for start in range(0, batch, BLOCK_B):
-        some = start + tl.arange(0, BLOCK_B)
+    # ---- This program's share of the line of tiles, [place, share_end), and the sequence it begins in ----
+    if WHOLE:
+        b = program // KV_HEADS
         tiles, _, _, _, _ = sequence_tiles(
-            some, some < batch, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
-            capacity, new_tokens, dense_queries, window_left, HAS_LEFT, BLOCK_N,
+            b, b < batch, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
+            capacity, new_tokens, fused_tokens, dense_queries, window_left, HAS_LEFT, BLOCK_N,
         )  # fmt: skip
-        line += tl.sum(tiles) * KV_HEADS
-    share = tl.cdiv(line, programs)
-    place = program * share
-    share_end = tl.minimum(place + share, line)
-
-    # ---- The sequence it begins in ----
-    b = 0
-    sequence_begin = 0
-    for start in range(0, batch, BLOCK_B):
-        some = start + tl.arange(0, BLOCK_B)
-        tiles, _, _, _, _ = sequence_tiles(
-            some, some < batch, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
-            capacity, new_tokens, dense_queries, window_left, HAS_LEFT, BLOCK_N,
+        sequence_begin = 0
+        place = program % KV_HEADS * tiles
+        share_end = place + tiles
+    else:
+        _, line = line_position(
+            0, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
+            batch, capacity, new_tokens, fused_tokens, dense_queries, window_left, KV_HEADS, HAS_LEFT, BLOCK_N, BLOCK_B,
         )  # fmt: skip
-        ends = sequence_begin + tl.cumsum(tiles, 0) * KV_HEADS
-        passed = (some < batch) & (ends <= place)
-        if start == b:  # all before were passed
-            b += tl.sum(passed.to(tl.int32))
-            sequence_begin += tl.sum(tl.where(passed, tiles, 0)) * KV_HEADS
+        share = tl.cdiv(line, programs)
+        place = program * share
+        share_end = tl.minimum(place + share, line)
+        b, sequence_begin = sequence_at(
+            place, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
+            batch, capacity, new_tokens, fused_tokens, dense_queries, window_left, KV_HEADS, HAS_LEFT, BLOCK_N, BLOCK_B,
+        )  # fmt: skip
 
     # ---- Segment by segment ----
     row = tl.arange(0, BLOCK_M)
@@ -175,7 +145,7 @@ def decode(
     while place < share_end:
         tiles, keys, queries, begin, end = sequence_tiles(
             b, b < batch, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
-            capacity, new_tokens, dense_queries, window_left, HAS_LEFT, BLOCK_N,
+            capacity, new_tokens, fused_tokens, dense_queries, window_left, HAS_LEFT, BLOCK_N,
         )  # fmt: skip
         kv_head = (place - sequence_begin) // tiles
         segment_begin = sequence_begin + kv_head * tiles
@@ -187,7 +157,8 @@ def decode(
         first_row, owned_rows = query_rows(b, cu_seqlens_q, dense_queries)
         used = (i < queries) & (keys >= 0)
         position = i + keys - queries
-        first, last = visible_bounds(position, begin, end, used, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+        first, last = visible_bounds(position, begin, tl.maximum(keys, 0), used, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+        last_cached = tl.minimum(last, end - 1)
         slope = load_slopes(alibi_slopes, b, head, used, HEADS, SLOPES_PER_SEQUENCE)
         q_tile = load_queries(
             q, b, first_row, i, head, used, seqused_k, cu_seqlens_q, rotary_cos, rotary_sin, rotary_rows,
@@ -218,34 +189,41 @@ def decode(
             pages = load_pages(table, cache_row, tile + 1, begin, end, PAGE_SIZE, BLOCK_N)
             slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             acc, row_max, row_sum = attend_tile(
-                acc, row_max, row_sum, q_tile, k_tile, v_tile, slots, first, last, position, slope, scale, softcap,
+                acc, row_max, row_sum, q_tile, k_tile, v_tile, slots, first, last_cached, position, slope, scale, softcap,
                 HAS_SOFTCAP, HAS_ALIBI, True, PRECISION,
             )  # fmt: skip
 
+        # The new tokens, with the last tile.
+        if BLOCK_NEW > 0:
+            if place + count == segment_begin + tiles:
+                before = keys - fused_tokens
+                token = tl.arange(0, BLOCK_NEW)
+                sequence = b.to(tl.int64) * ALIGN
+                new_head = kv_head.to(tl.int64) * ALIGN
+                new_k, new_v = write_tokens(
+                    k_new + sequence * k_new_batch_stride + new_head * k_new_head_stride,
+                    v_new + sequence * v_new_batch_stride + new_head * v_new_head_stride,
+                    k_head, v_head, b, token, fused_tokens, tl.where(keys < 0, -1, before), block_table, cache_batch_idx,
+                    rotary_cos, rotary_sin, k_new_token_stride * ALIGN, v_new_token_stride * ALIGN,
+                    k_page_stride, k_slot_stride, v_page_stride, v_slot_stride,
+                    capacity, table_width, num_pages, D, DV, PAGE_SIZE, ROTARY_DIM, INTERLEAVED, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+                acc, row_max, row_sum = attend_tile(
+                    acc, row_max, row_sum, q_tile, new_k, new_v, before + token, first, last, position, slope, scale,
+                    softcap, HAS_SOFTCAP, HAS_ALIBI, True, PRECISION,
+                )  # fmt: skip
+
         # The result, or a part of it.
-        if count == tiles:
+        if WHOLE:
             store_result(
                 out, lse, acc, row_max, row_sum, b, first_row, i, head, i < owned_rows, sinks,
                 cu_seqlens_q, total_rows, dense_queries, HEADS, DV, BLOCK_DV,
             )  # fmt: skip
         else:
-            slot = partial_slot(program, place == segment_begin)
-            store_partial(partials, 2 * programs, slot, acc, row_max, row_sum, ROWS, BLOCK_M, BLOCK_DV)
-            tl.debug_barrier()  # every thread's stores come before the one thread's atomic
-            arrived = tl.atomic_add(arrivals + b * KV_HEADS + kv_head, count, sem="acq_rel", scope="gpu") + count
-            if arrived == tiles:
-                tl.store(arrivals + b * KV_HEADS + kv_head, 0)
-                acc_all, max_all, sum_all = combine(
-                    partials, 2 * programs, segment_begin // share, (segment_begin + tiles - 1) // share,
-                    ROWS, BLOCK_DV, BLOCK_PARTS,
-                )  # fmt: skip
-                row_all = tl.arange(0, ROWS)
-                i_all = row_all // GROUP
-                head_all = kv_head * GROUP + row_all % GROUP
-                store_result(
-                    out, lse, acc_all, max_all, sum_all, b, first_row, i_all, head_all, i_all < owned_rows, sinks,
-                    cu_seqlens_q, total_rows, dense_queries, HEADS, DV, BLOCK_DV,
-                )  # fmt: skip
+            part = b * KV_HEADS + kv_head + program
+            store_partial(
+                partials, batch * KV_HEADS + programs, part, acc, row_max, row_sum, ROWS, BLOCK_M, BLOCK_DV
+            )
 
         place += count
         if place == sequence_begin + tiles * KV_HEADS:

@@ -93,6 +93,8 @@ def prefill(
     v,
     out,
     lse,
+    k_new,
+    v_new,
     cu_seqlens_q,
     cu_seqlens_k,
     seqused_q,

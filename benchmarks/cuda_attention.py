@@ -1,0 +1,299 @@
+"""Decode, prefill and call overhead on a CUDA GPU: the tables of docs/cuda.md.
+
+    python benchmarks/cuda_attention.py [bandwidth] [decode] [grid] [prefill] [overhead]
+
+Every GPU time is the median over replays of a CUDA graph that holds one call. Before each replay the L2 cache is flushed
+by writing a buffer of five times its size. Bandwidths count every key and value read once, against what a plain sum over
+2 GiB reads in the same run. FlashInfer's column is what FlashInfer 0.5.3 (BatchDecodeWithPagedKVCacheWrapper, the
+better of tensor cores on and off) took on an H100 with the same method; it is not measured here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pagedflash
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+REPLAYS = 40
+DEVICE = "cuda"
+
+
+class Decode(NamedTuple):
+    """A shape of the decode table."""
+
+    lengths: list[int]
+    heads: int
+    kv_heads: int
+    head_dim: int = 128
+    page_size: int = 16
+    flashinfer_us: float | None = None
+
+    @property
+    def kv_bytes(self) -> int:
+        return 2 * sum(self.lengths) * self.kv_heads * self.head_dim * 2
+
+    def __str__(self) -> str:
+        longest, shortest = max(self.lengths), min(self.lengths)
+        context = str(longest) if longest == shortest else f"{shortest}..{longest}"
+        return f"B={len(self.lengths)} {self.heads}/{self.kv_heads} D={self.head_dim} {context} page {self.page_size}"
+
+
+def ragged(batch: int, longest: int) -> list[int]:
+    """Lengths from an eighth of the longest to the longest, spread evenly, shuffled by a stride."""
+    low = longest // 8
+    return [low + (longest - low) * ((i * 7) % batch) // max(batch - 1, 1) for i in range(batch)]
+
+
+TARGETS = (
+    Decode([4096] * 8, 32, 8, flashinfer_us=67),
+    Decode([8192], 32, 8, flashinfer_us=28),
+    Decode([65536], 32, 8, flashinfer_us=110),
+    Decode([4096] * 32, 32, 8, flashinfer_us=194),
+    Decode(ragged(32, 4473), 32, 8, flashinfer_us=134),
+    Decode([50] * 4, 16, 16, flashinfer_us=8.6),
+)
+
+
+def grid() -> list[Decode]:
+    """The grid of the issue, less what needs more than 4 GB of keys and values or has next to none."""
+    shapes = []
+    for batch in (1, 8, 32, 128):
+        for context in (512, 4096, 65536):
+            for heads, kv_heads in ((32, 8), (64, 8), (16, 16), (9, 3)):
+                for head_dim in (64, 128, 256):
+                    page_size = 16 if (batch + context // 512 + heads + head_dim // 64) % 2 else 256
+                    lengths = ragged(batch, context) if heads in (64, 9) and batch > 1 else [context] * batch
+                    shape = Decode(lengths, heads, kv_heads, head_dim, page_size)
+                    if shape.kv_bytes <= 2**32:
+                        shapes.append(shape)
+    return shapes
+
+
+class Timer:
+    """Times graph replays with a cold L2."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.zeros(64 * 2**20, device=DEVICE)
+        self._sink = torch.empty((), device=DEVICE)
+        self.written = False
+
+    def _flush(self) -> None:
+        """Fill the L2 cache with other data: unwritten lines that cost nothing to evict, or written ones."""
+        if self.written:
+            self._buffer.zero_()
+        else:
+            torch.sum(self._buffer, 0, out=self._sink)
+
+    def __call__(self, run: Callable[[], object], replays: int = REPLAYS) -> float:
+        """Median microseconds of one ``run()``."""
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+        for _ in range(3):
+            graph.replay()
+        for begin, end in events:
+            self._flush()
+            begin.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return 1000 * statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def read_bandwidth(timer: Timer) -> float:
+    """Bytes a second that a sum over 2 GiB reads."""
+    values = torch.randn(2**29, device=DEVICE)
+    total = torch.empty((), device=DEVICE)
+    return 4 * values.numel() / timer(lambda: torch.sum(values, 0, out=total)) * 1e6
+
+
+def decode_inputs(shape: Decode) -> dict[str, Tensor]:
+    """Random bf16 queries and pages, the pages of all sequences shuffled."""
+    batch, page_size = len(shape.lengths), shape.page_size
+    width = -(-max(shape.lengths) // page_size)
+    needed = [-(-n // page_size) for n in shape.lengths]
+    pages = torch.randperm(sum(needed)).to(torch.int32)
+    table = torch.full((batch, width), -1, dtype=torch.int32)
+    for row, count, mine in zip(table, needed, pages.split(needed)):
+        row[:count] = mine
+    k, v = (
+        torch.randn(sum(needed), page_size, shape.kv_heads, shape.head_dim, device=DEVICE, dtype=torch.bfloat16)
+        for _ in range(2)
+    )
+    q = torch.randn(batch, 1, shape.heads, shape.head_dim, device=DEVICE, dtype=torch.bfloat16)
+    lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=DEVICE)
+    return dict(q=q, k_cache=k, v_cache=v, cache_seqlens=lengths, block_table=table.to(DEVICE))
+
+
+def decode_time(timer: Timer, shape: Decode) -> float:
+    inputs = decode_inputs(shape)
+    return timer(lambda: pagedflash.flash_attn_with_kvcache(**inputs, causal=True))  # type: ignore[arg-type]
+
+
+def decode_table(timer: Timer, bandwidth: float) -> None:
+    print("\n| decode, bf16 | KV MB | us | of read bandwidth | FlashInfer us (recorded) | x FlashInfer |")
+    print("|---|---|---|---|---|---|")
+    for shape in TARGETS:
+        us = decode_time(timer, shape)
+        share = shape.kv_bytes / us * 1e6 / bandwidth
+        assert shape.flashinfer_us is not None
+        print(
+            f"| {shape} | {shape.kv_bytes / 1e6:.1f} | {us:.1f} | {share:.0%} |"
+            f" {shape.flashinfer_us:.1f} | {shape.flashinfer_us / us:.2f} |",
+            flush=True,
+        )
+
+
+def grid_table(timer: Timer, bandwidth: float) -> None:
+    print("\n| grid, bf16 | KV MB | us | of read bandwidth |")
+    print("|---|---|---|---|")
+    by_size: dict[str, list[float]] = {}
+    for shape in grid():
+        us = decode_time(timer, shape)
+        share = shape.kv_bytes / us * 1e6 / bandwidth
+        size = next(name for name, most in SIZES.items() if shape.kv_bytes <= most)
+        by_size.setdefault(size, []).append(share)
+        print(f"| {shape} | {shape.kv_bytes / 1e6:.1f} | {us:.1f} | {share:.0%} |", flush=True)
+    print("\n| KV | shapes | least | geometric mean of the share of read bandwidth |")
+    print("|---|---|---|---|")
+    for size in SIZES:
+        shares = by_size[size]
+        mean = math.exp(statistics.fmean(map(math.log, shares)))
+        print(f"| {size} | {len(shares)} | {min(shares):.0%} | {mean:.0%} |")
+
+
+SIZES = {"up to 30 MB": 3e7, "30 to 134 MB": 1.34e8, "134 to 500 MB": 5e8, "from 500 MB": math.inf}
+
+
+def prefill_table(timer: Timer) -> None:
+    """Against torch's flash SDPA, dense; a varlen mix and pages against SDPA over the same sequences one by one."""
+    print("\n| prefill, bf16 causal, 32/8, D=128 | us | TFLOP/s | torch flash SDPA us | x SDPA |")
+    print("|---|---|---|---|---|")
+    heads, kv_heads = 32, 8
+
+    def make(tokens: int, count: int, head_dim: int = 128) -> Tensor:
+        return torch.randn(1, tokens, count, head_dim, device=DEVICE, dtype=torch.bfloat16)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Keys end where queries end; SDPA's is_causal aligns to the top left, which is the same for square problems.
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def row(name: str, us: float, sdpa_us: float, pairs: float, head_dim: int = 128) -> None:
+        flops = 4 * pairs * heads * head_dim
+        print(f"| {name} | {us:.0f} | {flops / us / 1e6:.0f} | {sdpa_us:.0f} | {sdpa_us / us:.2f} |", flush=True)
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
+        for tokens, head_dim in ((8192, 128), (2048, 128), (8192, 64), (8192, 80), (8192, 96), (8192, 192), (8192, 256)):
+            q, k, v = make(tokens, heads, head_dim), make(tokens, kv_heads, head_dim), make(tokens, kv_heads, head_dim)
+            ours = timer(lambda: pagedflash.flash_attn_func(q, k, v, causal=True), 10)
+            theirs = timer(lambda: sdpa(q, k, v), 10)
+            row(f"dense {tokens} D={head_dim}", ours, theirs, tokens**2 / 2, head_dim)
+
+        for lengths in ([4096, 2048, 1024, 512, 512], [300, 5000, 17, 1200, 64, 1611]):
+            total = sum(lengths)
+            q, k, v = make(total, heads)[0], make(total, kv_heads)[0], make(total, kv_heads)[0]
+            cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32).to(DEVICE)
+            ours = timer(
+                lambda: pagedflash.flash_attn_varlen_func(q, k, v, cu, cu, max(lengths), max(lengths), causal=True), 10
+            )
+            parts = [tuple(x.split(lengths)[i][None] for x in (q, k, v)) for i in range(len(lengths))]
+            theirs = sum(timer(lambda p=p: sdpa(*p), 10) for p in parts)  # type: ignore[misc]
+            row(f"varlen {lengths}", ours, theirs, sum(n * n / 2 for n in lengths))
+
+        for page_size in (16, 256):
+            tokens = 8192
+            order = torch.randperm(tokens // page_size).to(torch.int32).to(DEVICE)
+            q, k, v = make(tokens, heads), make(tokens, kv_heads), make(tokens, kv_heads)
+            pages = [x.view(-1, page_size, kv_heads, 128) for x in (k, v)]
+            lengths_k = torch.tensor([tokens], dtype=torch.int32, device=DEVICE)
+            theirs = timer(lambda: sdpa(q, k, v), 10)
+            ours = timer(
+                lambda: pagedflash.flash_attn_with_kvcache(
+                    q, *pages, cache_seqlens=lengths_k, block_table=order[None], causal=True
+                ),
+                10,
+            )
+            row(f"paged {tokens} page {page_size}", ours, theirs, tokens**2 / 2)
+            chunk = 2048
+            cu = torch.tensor([0, chunk], dtype=torch.int32, device=DEVICE)
+            ours = timer(
+                lambda: pagedflash.flash_attn_varlen_func(
+                    q[0, -chunk:], *pages, cu, None, chunk, tokens, seqused_k=lengths_k, block_table=order[None], causal=True
+                ),
+                10,
+            )
+            # SDPA has no bottom-right causal mask in its flash kernel: the chunk's share of the square's time stands in.
+            pairs = chunk * (tokens - chunk / 2)
+            row(f"paged chunk {chunk} of {tokens} page {page_size}", ours, theirs * pairs / (tokens**2 / 2), pairs)
+
+    print("\n| prefill with a window, 32/8, D=128, us | 8192 | 32768 |")
+    print("|---|---|---|")
+    for window in (128, 1024, 4096):
+        times = []
+        for tokens in (8192, 32768):
+            q, k, v = make(tokens, heads), make(tokens, kv_heads), make(tokens, kv_heads)
+            times.append(timer(lambda: pagedflash.flash_attn_func(q, k, v, causal=True, window_size=(window, 0)), 10))
+        print(f"| {window} | {times[0]:.0f} | {times[1]:.0f} |", flush=True)
+
+
+def overhead_table() -> None:
+    """Host microseconds of eager calls, the device never the bottleneck."""
+    print("\n| eager call, host | us |")
+    print("|---|---|")
+    inputs = decode_inputs(Decode([50] * 4, 32, 8))
+    new = torch.randn(4, 1, 8, 128, device=DEVICE, dtype=torch.bfloat16)
+    angles = torch.randn(64, 64, device=DEVICE, dtype=torch.bfloat16)
+    appending = dict(k=new, v=new, rotary_cos=angles, rotary_sin=angles)
+    q = torch.randn(1, 2000, 32, 128, device=DEVICE, dtype=torch.bfloat16)
+    calls: dict[str, Callable[[], object]] = {
+        "decode": lambda: pagedflash.flash_attn_with_kvcache(**inputs, causal=True),  # type: ignore[arg-type]
+        "append + rotary + decode": lambda: pagedflash.flash_attn_with_kvcache(**inputs, **appending, causal=True),  # type: ignore[arg-type]
+        "prefill": lambda: pagedflash.flash_attn_func(q, q[:, :, :8], q[:, :, :8], causal=True),
+    }
+    for name, call in calls.items():
+        times = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(20):
+                call()
+            times.append((time.perf_counter() - begin) / 20 * 1e6)
+        print(f"| {name} | {statistics.median(times):.1f} |", flush=True)
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or ["bandwidth", "decode", "grid", "prefill", "overhead"]
+    torch.manual_seed(0)
+    timer = Timer()
+    bandwidth = read_bandwidth(timer)
+    print(
+        f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__};"
+        f" read bandwidth {bandwidth / 1e12:.2f} TB/s; an empty graph node {timer(lambda: torch.empty(1, device=DEVICE).zero_()):.1f} us"
+    )
+    if "decode" in wanted:
+        decode_table(timer, bandwidth)
+    if "grid" in wanted:
+        grid_table(timer, bandwidth)
+    if "prefill" in wanted:
+        prefill_table(timer)
+    if "overhead" in wanted:
+        overhead_table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""How ``decode`` splits its work, found from the lengths on the device.
+
+The work is a line of tiles of BLOCK_N keys, sequence by sequence, KV head by KV head::
+
+    sequence       0               1                  2
+    KV head     0     1     0        1        0   1
+    tiles      [aaaa][aaaa][bbbbbbb][bbbbbbb][cc][cc]      only the tiles that hold a visible key
+    programs   |--0---|---1---|---2---|---3---|--4--|      equal shares, whatever the lengths
+
+A segment is one (sequence, KV head); a part is what one program has of one segment. Along the line either the segment
+or the program steps on from one part to the next, so (segment + program) numbers the parts.
+Source of the split: Dao et al., "Flash-Decoding" (2023); of the equal shares: Osama et al., "Stream-K" (2023).
+"""
+
+import triton
+import triton.language as tl
+
+from .keys import first_slot, key_count, visible_slots
+from .queries import query_count
+
+
+@triton.jit
+def sequence_tiles(
+    b,
+    inside,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_q,
+    seqused_k,
+    cache_leftpad,
+    capacity,
+    new_tokens,
+    fused_tokens,
+    dense_queries,
+    window_left,
+    HAS_LEFT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(tiles of a segment of sequence ``b``, its keys, its queries, its visible slots in the cache from, to)
+
+    The last ``fused_tokens`` keys are not in the cache yet. A sequence without visible keys counts one tile, so that
+    somebody writes its zeros.
+    """
+    keys = key_count(b, inside, cu_seqlens_k, seqused_k, capacity, new_tokens)
+    queries = query_count(b, inside, cu_seqlens_q, seqused_q, dense_queries)
+    begin, end = visible_slots(first_slot(b, inside, cache_leftpad), keys, queries, window_left, HAS_LEFT)
+    end = tl.maximum(end - fused_tokens, 0)
+    begin = tl.minimum(begin, end)
+    tiles = tl.maximum(tl.cdiv(end, BLOCK_N) - begin // BLOCK_N, 1)
+    return tl.where(inside, tiles, 0), keys, queries, begin, end
+
+
+@triton.jit
+def line_position(
+    b,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_q,
+    seqused_k,
+    cache_leftpad,
+    batch,
+    capacity,
+    new_tokens,
+    fused_tokens,
+    dense_queries,
+    window_left,
+    KV_HEADS: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """(where sequence ``b`` begins on the line, the line's length)"""
+    begin = 0
+    line = 0
+    for start in range(0, batch, BLOCK_B):
+        some = start + tl.arange(0, BLOCK_B)
+        tiles, _, _, _, _ = sequence_tiles(
+            some, some < batch, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
+            capacity, new_tokens, fused_tokens, dense_queries, window_left, HAS_LEFT, BLOCK_N,
+        )  # fmt: skip
+        begin += tl.sum(tl.where(some < b, tiles, 0)) * KV_HEADS
+        line += tl.sum(tiles) * KV_HEADS
+    return begin, line
+
+
+@triton.jit
+def sequence_at(
+    place,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_q,
+    seqused_k,
+    cache_leftpad,
+    batch,
+    capacity,
+    new_tokens,
+    fused_tokens,
+    dense_queries,
+    window_left,
+    KV_HEADS: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """(the sequence that holds ``place`` on the line, where it begins)"""
+    b = 0
+    begin = 0
+    for start in range(0, batch, BLOCK_B):
+        some = start + tl.arange(0, BLOCK_B)
+        tiles, _, _, _, _ = sequence_tiles(
+            some, some < batch, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
+            capacity, new_tokens, fused_tokens, dense_queries, window_left, HAS_LEFT, BLOCK_N,
+        )  # fmt: skip
+        passed = (some < batch) & (begin + tl.cumsum(tiles, 0) * KV_HEADS <= place)
+        if start == b:  # all before were passed
+            b += tl.sum(passed.to(tl.int32))
+            begin += tl.sum(tl.where(passed, tiles, 0)) * KV_HEADS
+    return b, begin
