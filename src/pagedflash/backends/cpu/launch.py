@@ -10,10 +10,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from struct import Struct
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -46,7 +45,9 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            raise Unavailable(f"its native library ({path.name}) was not built: install pagedflash from a wheel, or with pip")
+            raise Unavailable(
+                f"its native library ({path.name}) was not built: install pagedflash from a wheel, or with pip"
+            )
         parallel_for, num_threads = _thread_pool()
         try:
             native = ctypes.CDLL(str(path))
@@ -79,7 +80,7 @@ class Library:
         return self.isas[wanted]
 
 
-@lru_cache(maxsize=None)
+@cache
 def library() -> Library:
     """The library of this installation.
 
@@ -126,7 +127,9 @@ def kv_write(write: CacheWrite) -> None:
 def _fail(status: int) -> None:
     if status == _OUT_OF_MEMORY:
         raise MemoryError("pagedflash: out of memory for the scratch space of an attention call")
-    raise RuntimeError("pagedflash: the native check refused lengths or tables that the Python check accepts; please report it")
+    raise RuntimeError(
+        "pagedflash: the native check refused lengths or tables that the Python check accepts; please report it"
+    )
 
 
 def _pack_write(write: CacheWrite) -> bytes:
@@ -182,17 +185,17 @@ def _pack_attention(call: AttentionCall, out: Tensor, lse: Tensor) -> bytes:
 
 
 def _write_fields(
-    k_new: Optional[Tensor],
-    v_new: Optional[Tensor],
+    k_new: Tensor | None,
+    v_new: Tensor | None,
     k: Tensor,
     v: Tensor,
-    lengths: Optional[Tensor],
-    block_table: Optional[Tensor],
-    cache_batch_idx: Optional[Tensor],
-    rotary_cos: Optional[Tensor],
-    rotary_sin: Optional[Tensor],
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
     rotary_interleaved: bool,
-    batch: Optional[int] = None,
+    batch: int | None = None,
 ) -> tuple[int, ...]:
     """The fields of ``CacheWrite`` in native/abi.h."""
     if k.dim() == 4:
@@ -201,6 +204,7 @@ def _write_fields(
     else:
         (page_size, kv_heads, head_dim), num_pages = k.shape, 0
         k_strides, v_strides = (0, *k.stride()), (0, *v.stride())
+    new_rows: tuple[int, ...]
     if k_new is None or v_new is None:
         new_tokens, new_rows = 0, _NO_ROWS
     else:
@@ -237,7 +241,7 @@ def _write_fields(
 _NO_ROWS = (0,) * 8
 
 
-def _address(tensor: Optional[Tensor]) -> int:
+def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -259,7 +263,9 @@ def _thread_pool() -> tuple[int, int]:
         loaded = ctypes.CDLL(str(path))
         functions = loaded.torch_parallel_for, loaded.torch_get_num_threads
     except (OSError, AttributeError) as error:
-        raise Unavailable(f"this torch ({torch.__version__}) does not offer its thread pool; 2.10 or newer does: {error}") from error
+        raise Unavailable(
+            f"this torch ({torch.__version__}) does not offer its thread pool; 2.10 or newer does: {error}"
+        ) from error
     parallel_for, num_threads = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
     assert parallel_for and num_threads
     return parallel_for, num_threads
