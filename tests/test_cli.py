@@ -112,7 +112,7 @@ def test_generate_says_when_texts_differ(llama: Path, monkeypatch: pytest.Monkey
 
 
 def test_generate_says_why_there_are_no_block_tables(tmp_path: Path) -> None:
-    model = save_model(tmp_path, "mistral", sliding_window=8)
+    model = save_model(tmp_path, "gpt_oss", sliding_window=8, num_local_experts=2, num_experts_per_tok=1)
     result = run("generate", "--model", str(model), "--max-new-tokens", "3", "--prompt", "abc")
     assert result.exit_code == 0, result.output
     assert "flash_attn_with_kvcache" not in result.stdout
@@ -127,11 +127,12 @@ def test_generate_says_when_the_reference_ran(llama: Path, monkeypatch: pytest.M
     assert "The slow reference ran instead of cpu: it was not built" in result.stdout
 
 
-def test_an_interrupt_shows_what_there_is(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("results_before", [2, 40])  # while it warms up, and in the run itself
+def test_an_interrupt_shows_what_there_is(llama: Path, results_before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     get_result, results = continuous_api.ContinuousBatchingManager.get_result, []
 
     def interrupted_after_a_while(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(results) > 40:  # the four prompts' warm-up, and some tokens
+        if len(results) > results_before:
             raise KeyboardInterrupt
         results.append(get_result(self, *args, **kwargs))
         return results[-1]

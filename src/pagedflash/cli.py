@@ -175,7 +175,9 @@ def _run(loaded: generation.Loaded, ids: list[list[int]], max_new_tokens: int, n
     """Two tokens to warm up (kernels compile at the first call), then the run that counts."""
     with _progress("tokens") as progress:
         task = progress.add_task(f"generating with {name}", total=len(ids) * max_new_tokens)
-        generation.generate(loaded, ids, min(2, max_new_tokens))
+        warm_up = generation.generate(loaded, ids, min(2, max_new_tokens))
+        if warm_up.interrupted:
+            return warm_up
         progress.reset(task)
         result = generation.generate(loaded, ids, max_new_tokens, lambda n: progress.update(task, completed=n))
         if not result.interrupted:
