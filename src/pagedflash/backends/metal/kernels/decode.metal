@@ -165,7 +165,7 @@ kernel void decode(
     threadgroup float* scratch = reinterpret_cast<threadgroup float*>(scratch_quads);
 
     const int lane = int(lane_index);
-    const int simdgroup = int(simdgroup_index);
+    const int simdgroup = simd_shuffle(int(simdgroup_index), ushort(0));  // so that compilers see it is one for all lanes
     const int thread_index = simdgroup * 32 + lane;
     const int splits = int(sizes.splits);
     const int kv_head = int(group.x);
@@ -291,6 +291,7 @@ kernel void decode(
                 for (int i = 0; i < KEY_BLOCK * K_CHUNKS; i++) {
                     unpack(chunks[block * K_CHUNKS + i], &keys[i / K_CHUNKS][i % K_CHUNKS * CHUNK]);
                 }
+                simdgroup_barrier(mem_flags::mem_threadgroup);  // queries are read anew, not kept in registers
                 UNROLL
                 for (int r = 0; r < ROWS; r++) {
                     float dots[KEY_BLOCK];
