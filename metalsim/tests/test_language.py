@@ -127,7 +127,11 @@ def test_structures_templates_and_references() -> None:
         Row rows[2];
         static constexpr int size() { return N; }
         thread Row& operator[](int i) { return rows[i]; }
-        template <typename U> U sum() const { U s = 0; for (int i = 0; i < N; ++i) s += U(rows[0][i] + rows[1][i]); return s; }
+        template <typename U> U sum() const {
+            U s = 0;
+            for (int i = 0; i < N; ++i) s += U(rows[0][i] + rows[1][i]);
+            return s;
+        }
     };
     struct Pair { int a; float b; };
     enum class Mode : ushort { one = 1, two = 2 };

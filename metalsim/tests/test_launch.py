@@ -201,10 +201,11 @@ def test_host_names_of_templates() -> None:
     #define instantiate(name, T, n) template [[host_name("fill_" #name "_" #n)]] kernel void fill<T, n>(device T*, uint);
     instantiate(float, float, 3)
     template [[host_name("fill_bfloat_4")]] [[kernel]] decltype(fill<bfloat, 4>) fill<bfloat, 4>;
+    [[kernel, max_total_threads_per_threadgroup(64)]] void limited(device float* y [[buffer(0)]]) { y[0] = 8; }
     [[host_name("plain")]] kernel void implementation(device float* y [[buffer(0)]]) { y[0] = 9; }
     """
     )
-    assert dir(lib) == ["fill_bfloat_4", "fill_float_3", "fill_half_2", "plain"]
+    assert dir(lib) == ["fill_bfloat_4", "fill_float_3", "fill_half_2", "limited", "plain"]
     for name, dtype, value in [
         ("half_2", torch.float16, 2),
         ("float_3", torch.float32, 3),

@@ -62,6 +62,31 @@ def test_simd_operation(expression: str, expected: torch.Tensor) -> None:
     torch.testing.assert_close(lanes(expression, RANGE.float()), expected)
 
 
+def test_divergent_lanes_meet_again() -> None:
+    """Operations in branches, loops of different lengths and after an early return see the lanes that are there."""
+    source = (
+        HEADER
+        + """
+    kernel void f(device float* out [[buffer(0)]], uint lane [[thread_index_in_simdgroup]]) {
+        float s = 0;
+        for (uint i = 0; i < lane % 3; ++i) s += 100 * simd_sum(1.0f);
+        s += simd_sum(1.0f);
+        if (lane % 2) s += 10000 * simd_max(float(lane)); else s += 10000 * simd_min(float(lane));
+        out[lane] = s;
+        if (lane >= 20) return;
+        out[lane] = s + 1000000 * simd_sum(1.0f);
+    }"""
+    )
+    once, twice = sum(n % 3 >= 1 for n in range(32)), sum(n % 3 == 2 for n in range(32))
+    for order in metalsim.ORDERS:
+        out = torch.zeros(32)
+        with metalsim.simulate(order=order):
+            metalsim.compile_shader(source).f(out, threads=32, group_size=32)
+        for lane in range(32):
+            turns = 100 * (once * (lane % 3 >= 1) + twice * (lane % 3 == 2))
+            assert out[lane] == turns + 32 + 10000 * (31 if lane % 2 else 0) + 1000000 * (20 if lane < 20 else 0)
+
+
 def test_integer_reductions() -> None:
     x = RANGE.int()
     assert lanes("simd_and(x | 64)", x, "int").tolist() == [64] * 32

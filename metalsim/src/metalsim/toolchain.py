@@ -32,7 +32,7 @@ CODE = (
     "-fPIC", "-w", "-fno-strict-aliasing", "-fno-stack-protector", "-fno-asynchronous-unwind-tables",
     "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
 )  # fmt: skip
-PROCESSOR = {"x86_64": ("-mavx2", "-mfma", "-mf16c"), "AMD64": ("-mavx2", "-mfma", "-mf16c")}
+PROCESSOR = {"x86_64": ("-mavx2", "-mfma", "-mf16c")}
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,26 @@ def toolchain() -> Toolchain:
     """The clang to use.
 
     Raises:
-        MetalError: there is neither a recent clang nor the ziglang wheel.
+        MetalError: there is neither a recent clang nor the ziglang wheel, or this is not Linux.
     """
+    if sys.platform != "linux":
+        raise MetalError("metalsim runs on Linux; on a Mac, use torch.mps.compile_shader")
     named = os.environ.get("METALSIM_CLANG") or shutil.which("clang++")
     if named:
         version = subprocess.run([named, "--version"], capture_output=True, text=True, check=True).stdout
         number = re.search(r"clang version (\d+)", version)
         if number and int(number.group(1)) >= OLDEST_CLANG:
-            undefined = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
-            return Toolchain((named,), (named, "-shared", "-nostdlib", *undefined), version)
+            return Toolchain((named,), (named, "-shared", "-nostdlib"), version)
+        if "METALSIM_CLANG" in os.environ:
+            raise MetalError(f"METALSIM_CLANG is not clang {OLDEST_CLANG} or newer: {version.splitlines()[0]}")
     try:
         import ziglang
     except ImportError:
         raise MetalError(f"metalsim needs clang {OLDEST_CLANG} or newer: install the ziglang wheel or a clang") from None
     zig = str(Path(ziglang.__file__).parent / "zig")
     version = subprocess.run([zig, "clang", "--version"], capture_output=True, text=True, check=True).stdout
-    target = f"{platform.machine()}-linux-gnu" if sys.platform == "linux" else None
-    if target:
-        return Toolchain((zig, "clang", "-target", target), (zig, "ld.lld", "-shared"), version)
-    return Toolchain((zig, "clang"), (zig, "c++", "-shared", "-undefined", "dynamic_lookup"), version)
+    target = f"{platform.machine()}-linux-gnu"
+    return Toolchain((zig, "clang", "-target", target), (zig, "ld.lld", "-shared"), version)
 
 
 def run_clang(arguments: Sequence[str | Path], source: str | None = None) -> subprocess.CompletedProcess[str]:

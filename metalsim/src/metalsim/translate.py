@@ -27,12 +27,11 @@ SCALARS = (
     "bfloat",
 )
 VECTORS = frozenset(f"{p}{t}{n}" for p in ("", "packed_") for t in SCALARS for n in (2, 3, 4))
-# Words before a `::` that begins at the global scope.
-NOT_SCOPES = frozenset(
-    ("return", "case", "else", "const", "volatile", "constexpr", "static", "inline", "typename", "using")
-    + ("device", "constant", "threadgroup", "thread")
-)
 ADDRESS_SPACES = frozenset(("device", "constant", "threadgroup", "thread"))
+# Words before a `::` that begins at the global scope.
+NOT_SCOPES = ADDRESS_SPACES.union(
+    ("return", "case", "else", "const", "volatile", "constexpr", "static", "inline", "typename", "using")
+)
 # Metal wants the same number of components for all of these.
 POSITIONS = frozenset(
     (
@@ -183,9 +182,10 @@ class _Translator:
         while start > 0 and t.text(start - 1) not in (";", "}", "{"):
             start -= 1
         templated = t.text(start) == "template"
+        within = {i: last for first, last in attributes_in(t, start, min(at + 64, len(t))) for i in range(first, last + 1)}
         opening = at
-        while t.text(opening) not in ("(", ";", "{", ""):
-            opening += 1
+        while t.text(opening) not in ("(", ";", "{", "") or opening in within:
+            opening = within.get(opening, opening) + 1
         if t.text(opening) != "(":
             raise CompileError(f"line {t[at].line}: 'kernel' is not followed by a function")
         name, closing = t.text(opening - 1), t.closing(opening)

@@ -38,12 +38,11 @@ metalsim_fiber_start:
     ud2
 )");
 #elif defined(__aarch64__)
-#if defined(__APPLE__)
-#define METALSIM_SYMBOL(name) "_" name
-#else
-#define METALSIM_SYMBOL(name) name
-#endif
-asm(".text\n.globl " METALSIM_SYMBOL("metalsim_switch") "\n.p2align 2\n" METALSIM_SYMBOL("metalsim_switch") R"(:
+asm(R"(
+.text
+.globl metalsim_switch
+.p2align 2
+metalsim_switch:
     sub sp, sp, #160
     stp x19, x20, [sp, #0]
     stp x21, x22, [sp, #16]
@@ -70,8 +69,10 @@ asm(".text\n.globl " METALSIM_SYMBOL("metalsim_switch") "\n.p2align 2\n" METALSI
     ldp d14, d15, [sp, #144]
     add sp, sp, #160
     ret
-)" ".globl " METALSIM_SYMBOL("metalsim_fiber_start") "\n.p2align 2\n" METALSIM_SYMBOL("metalsim_fiber_start") R"(:
-    bl )" METALSIM_SYMBOL("metalsim_fiber_main") R"(
+.globl metalsim_fiber_start
+.p2align 2
+metalsim_fiber_start:
+    bl metalsim_fiber_main
     brk #1
 )");
 #else
@@ -80,6 +81,8 @@ asm(".text\n.globl " METALSIM_SYMBOL("metalsim_switch") "\n.p2align 2\n" METALSI
 
 namespace metalsim {
 
+constexpr int kReadWrite = 3;
+constexpr int kLazyMemory = 0x4022;  // MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE: pages exist once touched
 constexpr u32 kMaxThreads = 1024;
 // Stacks are an odd number of cache lines apart, so that the same variable of neighbouring lanes falls into different
 // cache sets.
@@ -91,13 +94,7 @@ struct Stacks {
 
     void reserve() {
         if (memory) return;
-        constexpr int kReadWrite = 3;
-#if defined(__APPLE__)
-        constexpr int kPrivateAnonymous = 0x1002;
-#else
-        constexpr int kPrivateAnonymousNoReserve = 0x4022, kPrivateAnonymous = kPrivateAnonymousNoReserve;
-#endif
-        memory = static_cast<u8*>(mmap(nullptr, kMaxThreads * kStackStride, kReadWrite, kPrivateAnonymous, -1, 0));
+        memory = static_cast<u8*>(mmap(nullptr, kMaxThreads * kStackStride, kReadWrite, kLazyMemory, -1, 0));
         if (memory == reinterpret_cast<u8*>(-1)) __builtin_trap();
     }
     u8* bottom(u32 thread) const { return memory + thread * kStackStride; }

@@ -1,6 +1,7 @@
 // What a checked run sees: every access to device and threadgroup memory, every meeting and barrier.
 // An unchecked run passes through here only for its threadgroup variables.
 #include "coalescer.h"
+#include "fiber.h"
 #include "shadow.h"
 #include "threadgroup_memory.h"
 
@@ -12,7 +13,6 @@ struct SharedObject {
     void* symbol_address;
 };
 int dladdr(const void*, SharedObject*);
-void* mmap(void*, unsigned long, int, int, int, long);
 int munmap(void*, unsigned long);
 }
 
@@ -183,7 +183,10 @@ struct Watch {
     template <class... A>
     [[noreturn]] void report(uptr site, const char* format, A... arguments) {
         char text[700];
-        snprintf(text, sizeof text, format, arguments...);
+        if constexpr (sizeof...(A) == 0)
+            snprintf(text, sizeof text, "%s", format);
+        else
+            snprintf(text, sizeof text, format, arguments...);
         dispatch->fail("%s; by %s", text, Words(*running_position()).text);
         dispatch->site = site ? site - 1 - uptr(image) : 0;
         abandon();
@@ -200,14 +203,8 @@ struct Watch {
         for (u64 i = 0; i < d->region_count; ++i) {
             Region& r = d->regions[i];
             if (r.constant) continue;
-            constexpr int kReadWrite = 3;
-#if defined(__APPLE__)
-            constexpr int kPrivateAnonymous = 0x1002;
-#else
-            constexpr int kPrivateAnonymous = 0x4022;  // without reserving memory: few pages are ever touched
-#endif
             r.cells = static_cast<Cell*>(
-                mmap(nullptr, u64(r.end - r.begin + 1) * sizeof(Cell), kReadWrite, kPrivateAnonymous, -1, 0));
+                mmap(nullptr, u64(r.end - r.begin + 1) * sizeof(Cell), kReadWrite, kLazyMemory, -1, 0));
             if (r.cells == reinterpret_cast<Cell*>(-1)) __builtin_trap();
         }
     }
