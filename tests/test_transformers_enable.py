@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import torch
 import transformers
 from models import PAGE_SIZE_OPTION, batched, enabled, layouts, padded  # noqa: F401
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, masking_utils
 from transformers import modeling_flash_attention_utils as flash
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import initialization as gate
@@ -128,8 +128,9 @@ def test_a_moved_gate_is_said_in_one_sentence_and_varlen_serves(change: str, mon
     assert integration.decode_fast_path_is_open()
 
 
-def test_no_place_for_an_implementation_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(flash, "_lazy_imports")
+@pytest.mark.parametrize("owner, name", [(flash, "_lazy_imports"), (masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS")])
+def test_no_place_for_an_implementation_leaves_no_trace(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(owner, name)
     before = state()
     with pytest.raises(RuntimeError, match=f"transformers {transformers.__version__} has no place"):
         integration.enable()
@@ -137,7 +138,7 @@ def test_no_place_for_an_implementation_leaves_no_trace(monkeypatch: pytest.Monk
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers.modeling_flash_attention_utils", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="transformers is not installed"):
         integration.enable()
     assert not integration.is_enabled()

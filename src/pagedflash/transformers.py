@@ -29,6 +29,7 @@ NAME = "pagedflash"
 _PAGED_PREFIX = "paged|"
 """How transformers up to 5.17 names the continuous batching variant of an implementation."""
 
+# Where transformers' modeling_flash_attention_utils keeps the functions of the last implementation; None at first.
 _LOADED_FUNCTIONS = (
     "_loaded_implementation",
     "_flash_fn",
@@ -63,10 +64,11 @@ def enable(decode_fast_path_for: Iterable[str] = ()) -> None:
     if isinstance(decode_fast_path_for, str):
         raise TypeError("pagedflash: decode_fast_path_for is of type str, expected several names, as a list or tuple")
     if not is_enabled():
+        _require_transformers()
         try:
             _add_implementation()
             _allow_where_sinks_are_listed()
-        except (AttributeError, KeyError) as error:
+        except (AttributeError, ImportError, KeyError) as error:
             disable()
             _refuse_version(error)
         _open_decode_fast_path()
@@ -106,7 +108,7 @@ def decode_fast_path_is_open() -> bool:
 
 def _add_implementation() -> None:
     """Questions 1 and 2."""
-    flash = _flash_module()
+    from transformers import modeling_flash_attention_utils as flash
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -219,25 +221,23 @@ def _replace(owner: Any, name: str, value: object) -> None:
 
 
 def _forget_loaded_functions(flash: Any) -> None:
-    """transformers keeps the functions of the last implementation in globals of this module, None at first."""
     if _base_name(flash._loaded_implementation) == NAME:
         for name in _LOADED_FUNCTIONS:
             if hasattr(flash, name):
                 setattr(flash, name, None)
 
 
-def _flash_module() -> Any:
-    try:
-        import transformers.modeling_flash_attention_utils as flash
-    except ImportError as error:
-        raise ImportError("pagedflash: transformers is not installed; pip install 'transformers>=5.17'") from error
-    return flash
-
-
 def _gate_module() -> Any:
     import transformers.generation.continuous_batching.initialization as gate
 
     return gate
+
+
+def _require_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError("pagedflash: transformers is not installed; pip install 'transformers>=5.17'") from error
 
 
 def _version() -> str:
