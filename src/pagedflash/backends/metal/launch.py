@@ -14,7 +14,7 @@ from .plan import (
     DECODE_MAX_QUERIES,
     HEAD_DIMS,
     MAX_SPLITS,
-    MIN_LOAD_BYTES,
+    MIN_LANE_DIMS,
     TILE_KEYS,
     plan_decode,
     plan_prefill,
@@ -128,7 +128,7 @@ def kv_write(write: CacheWrite) -> None:
         ("V_HEAD_DIM", write.v.shape[-1]),
         ("PAGED", int(paged)),
         ("PAGE_SIZE", write.k_cache.shape[1] if paged else TILE_KEYS),
-        ("CHUNK", MIN_LOAD_BYTES // write.k.element_size()),
+        ("CHUNK", MIN_LANE_DIMS),
         ("ALIGNED", 1),
     )
     heads_together = next(n for n in (8, 4, 2, 1) if kv_heads % n == 0)
@@ -209,7 +209,7 @@ def _combine(
         ("V_HEAD_DIM", v_head_dim),
         ("SIMDGROUPS", COMBINE_SIMDGROUPS),
         ("PAGED", 0),
-        ("CHUNK", MIN_LOAD_BYTES // out.element_size()),
+        ("CHUNK", MIN_LANE_DIMS),
         ("ALIGNED", 1),
     )
     threads = 32 * COMBINE_SIMDGROUPS

@@ -13,13 +13,14 @@ HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 192, 256)
 LANES = 32  # of a simdgroup
 TILE_KEYS = 32  # keys a simdgroup of decode works on at a time: one a lane
 LOAD_BYTES = 16  # the widest load of a lane
-MIN_LOAD_BYTES = 4
 LINE_BYTES = 128  # of memory, fetched together
 
 DECODE_MAX_QUERIES = 8  # longer sequences of queries fill the tiles of prefill
 LANE_DIMS = 8  # elements of a key in one lane, where there are few rows; 32 lanes hold the largest head dim
+MIN_LANE_DIMS = 2
+MAX_ROWS = 16  # of a threadgroup; more go to a threadgroup of their own, which reads the keys again
 OUTPUT_REGISTERS = 32  # that a lane spends on the output if narrower loads allow it; each halving doubles the shuffles
-MAX_OUTPUT_REGISTERS = 64  # at most; more rows go to a threadgroup of their own, which reads the keys again
+MAX_OUTPUT_REGISTERS = 64
 KEY_REGISTERS = 32  # for keys unpacked and multiplied at once
 LOAD_REGISTERS = 32  # for loads under way; twice that where there are few rows
 FEW_ROWS = 2
@@ -59,7 +60,8 @@ def plan_decode(
 ) -> DecodePlan:
     """Lay out decode for ``group * max_queries`` rows a KV head."""
     total_rows = group * max_queries
-    row_tiles = -(-total_rows // (MAX_OUTPUT_REGISTERS // _lane_dims(head_dim, total_rows, element_bytes)))
+    most_rows = min(MAX_ROWS, MAX_OUTPUT_REGISTERS // _lane_dims(head_dim, total_rows, element_bytes))
+    row_tiles = -(-total_rows // most_rows)
     rows = -(-total_rows // row_tiles)
     dims = _lane_dims(head_dim, rows, element_bytes)
     chunk = min(dims, LOAD_BYTES // element_bytes)
@@ -119,7 +121,7 @@ def plan_prefill(head_dim: int, v_head_dim: int, element_bytes: int) -> PrefillP
 def _lane_dims(head_dim: int, rows: int, element_bytes: int) -> int:
     """Elements of one key that a lane holds: few enough for the registers, together at least a line of memory."""
     dims = LANE_DIMS
-    while _lanes(head_dim, dims) < LANES and dims * element_bytes > MIN_LOAD_BYTES:
+    while _lanes(head_dim, dims) < LANES and dims > MIN_LANE_DIMS:
         loads = dims * element_bytes // LOAD_BYTES
         broken_lines = loads > 1 and _lanes(head_dim, dims) * LOAD_BYTES < LINE_BYTES
         if rows * dims <= OUTPUT_REGISTERS and not broken_lines:

@@ -61,7 +61,7 @@ struct Tile {
 // Steps `first_step` to `first_step + STEPS` of a tile of K or V, as this lane holds them. With CHECKED, 0 for keys that
 // are not wanted.
 template <bool CHECKED, int STEPS, int LANES, int CHUNKS, int RUN, int DIMS>
-inline void load_steps(
+inline void load_some(
     thread Packed* chunks, int first_step, device const T* pages, Tile tile, long page_stride, int token_stride, int lane
 ) {
     const int group_lane = lane & ~(LANES - 1);  // the first lane of this lane's group, which owns the key of step 0
@@ -87,14 +87,15 @@ inline void load_steps(
     }
 }
 
+// The same. Most tiles are wanted whole, and then nothing stands between their loads.
 template <int STEPS, int LANES, int CHUNKS, int RUN, int DIMS>
 inline void load_steps(
     thread Packed* chunks, int step, device const T* pages, Tile tile, long page_stride, int token_stride, int lane
 ) {
     if (tile.first_key >= tile.wanted.first && tile.first_key + 31 <= tile.wanted.last) {
-        load_steps<false, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
+        load_some<false, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
     } else {
-        load_steps<true, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
+        load_some<true, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
     }
 }
 
