@@ -266,6 +266,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
+    console = Console(width=170)
     rows: list[Row] = []
     table = Table(title=", ".join(f"{key} {value}" for key, value in versions().items()))
     for column in ("case", "ms", "ratios (theirs / ours)", "wanted"):
@@ -274,8 +275,9 @@ def main() -> None:
         for row in CASES[name](arguments.rounds):
             rows.append(row)
             ratios = ", ".join(f"{ratio:.2f} {other}" for other, ratio in row.ratios.items())
+            console.print(f"{row.case}: {row.milliseconds:.3f} ms, {ratios}")
             table.add_row(row.case, f"{row.milliseconds:.3f}", ratios, row.target)
-    Console(width=170).print(table)
+    console.print(table)
     if arguments.json is not None:
         report: dict[str, Any] = {**versions(), "rows": [row._asdict() for row in rows]}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")

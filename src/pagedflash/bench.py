@@ -72,8 +72,8 @@ def decode_problem(shape: DecodeShape, lengths: list[int], device: str = "cpu", 
     cache = (sum(pages), shape.page_size, shape.kv_heads, shape.head_dim)
     order = torch.randperm(sum(pages)).split(pages)
     table = torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True, padding_value=-1)
-    # Filled in place: a cache of gigabytes should not exist twice.
-    k_pages, v_pages = (torch.empty(cache, dtype=shape.dtype, device=device).normal_() for _ in range(2))
+    # One random page, repeated: drawing gigabytes of random numbers would take longer than measuring.
+    k_pages, v_pages = (torch.randn(cache[1:]).to(device, shape.dtype).repeat(cache[0], 1, 1, 1) for _ in range(2))
     return DecodeProblem(
         torch.randn(len(lengths), num_queries, shape.q_heads, shape.head_dim).to(device, shape.dtype),
         k_pages,

@@ -24,8 +24,14 @@ constexpr int64_t AHEAD_BYTES = 16 << 10;    // how far ahead keys and values ar
 constexpr int64_t MAX_AHEAD = 32;           // the same in tokens, at most
 constexpr int ROW_BLOCK = 4;                // rows that share each loaded key
 
-// Sums of a block of ROWS rows: three rows take the place of four.
-constexpr int padded_rows(int rows) { return rows == 3 ? 4 : rows; }
+constexpr int64_t LINE = 64;                // bytes that are fetched together
+
+// Into the second nearest cache: the nearest is full of queries and sums.
+PAGEDFLASH_INLINE void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+
+// Keys that meet a block of `rows` rows at a time, and chunks of values: as many as there are registers for the sums.
+constexpr int tokens_at_once(int rows) { return rows == 3 ? ACCUMULATORS / 2 : ACCUMULATORS / rows; }
+constexpr int chunks_at_once(int rows) { return ACCUMULATORS / 2 / (rows == 3 ? 4 : rows); }
 
 template <class T>
 struct DecodeScratch {
@@ -83,6 +89,9 @@ class Decode {
  private:
   using Query = typename Dot<T>::Query;
 
+  // Whether the chunk at element d of a row is the first in its line (if the row is the first in its).
+  static PAGEDFLASH_INLINE bool starts_line(int64_t d) { return d * sizeof(T) % LINE == 0; }
+
   void load_queries() {
     T row[MAX_HEAD_DIM + CHUNK];
     for (int64_t i = 0; i < heads_ * rows_; i++) {
@@ -116,7 +125,7 @@ class Decode {
 
   template <int ROWS>
   void score_tokens(Range heads, int64_t tokens) {
-    constexpr int TOKENS = ACCUMULATORS / padded_rows(ROWS);
+    constexpr int TOKENS = tokens_at_once(ROWS);
     for (int64_t begin = 0; begin < tokens; begin += SCORE_TOKENS) {
       const int64_t end = lesser(begin + SCORE_TOKENS, tokens);
       for (int64_t head = heads.begin; head < heads.end; head++) {
@@ -154,24 +163,37 @@ class Decode {
     Vec sum[SUMS];
     for (int i = 0; i < SUMS; i++) sum[i] = zero();
     for (int64_t d = 0; d < whole; d += CHUNK) {
-      for (int j = 0; j < TOKENS; j++) {
-        __builtin_prefetch(ahead[j] + d);
-        const auto chunk = Dot<T>::load_key(key[j] + d);
-        for (int r = 0; r < ROWS; r++)
-          sum[r * TOKENS + j] = Dot<T>::step(chunk, query + r * query_size_ + d, sum[r * TOKENS + j]);
-      }
+      if (starts_line(d))
+        for (int j = 0; j < TOKENS; j++) fetch(ahead[j] + d);
+      score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key(key[j] + d); }, query + d, sum);
     }
-    if (whole < head_dim_) {
-      for (int j = 0; j < TOKENS; j++) {
-        const auto chunk = Dot<T>::load_key_part(key[j] + whole, head_dim_ - whole);
-        for (int r = 0; r < ROWS; r++)
-          sum[r * TOKENS + j] = Dot<T>::step(chunk, query + r * query_size_ + whole, sum[r * TOKENS + j]);
-      }
-    }
+    if (whole < head_dim_)
+      score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key_part(key[j] + whole, head_dim_ - whole); }, query + whole, sum);
     float folded[SUMS];
     for (int i = 0; i < SUMS; i += LANES) store(folded + i, totals(sum + i));
     float* scores = my_.scores + (head * rows_ + row) * DECODE_TILE + t;
     for (int r = 0; r < ROWS; r++) memcpy(scores + r * DECODE_TILE, folded + r * TOKENS, TOKENS * sizeof(float));
+  }
+
+  // One chunk of each key and row. What is loaded first stays in registers while the other side passes.
+  template <int ROWS, int TOKENS, class LoadKey>
+  PAGEDFLASH_INLINE void score_chunk(const LoadKey& load_key, const Query* query, Vec* sum) {
+    using Loaded = typename Dot<T>::Loaded;
+    if constexpr (ROWS > TOKENS) {
+      Loaded keys[TOKENS];
+      for (int j = 0; j < TOKENS; j++) keys[j] = load_key(j);
+      for (int r = 0; r < ROWS; r++) {
+        const Loaded row = Dot<T>::load_query(query + r * query_size_);
+        for (int j = 0; j < TOKENS; j++) sum[r * TOKENS + j] = Dot<T>::step(keys[j], row, sum[r * TOKENS + j]);
+      }
+    } else {
+      Loaded rows[ROWS];
+      for (int r = 0; r < ROWS; r++) rows[r] = Dot<T>::load_query(query + r * query_size_);
+      for (int j = 0; j < TOKENS; j++) {
+        const Loaded key = load_key(j);
+        for (int r = 0; r < ROWS; r++) sum[r * TOKENS + j] = Dot<T>::step(key, rows[r], sum[r * TOKENS + j]);
+      }
+    }
   }
 
   void soften_tile(Range heads, int64_t first, int64_t tokens) {
@@ -201,7 +223,12 @@ class Decode {
   template <int ROWS>
   void add_rows(int64_t head, int64_t row, int64_t t, int64_t count) {
     const int64_t whole = v_head_dim_ / CHUNK * CHUNK;
-    add_chunks<ROWS, ACCUMULATORS / 2 / padded_rows(ROWS)>(head, row, t, count, 0, whole);
+    constexpr int CHUNKS = chunks_at_once(ROWS);
+    if (count == VALUE_TOKENS) {  // a constant: the compiler unrolls
+      add_chunks<ROWS, CHUNKS>(head, row, t, VALUE_TOKENS, 0, whole);
+    } else {
+      add_chunks<ROWS, CHUNKS>(head, row, t, count, 0, whole);
+    }
     if (whole < v_head_dim_) add_block<ROWS, 1, true>(head, row, t, count, whole);
   }
 
@@ -222,9 +249,10 @@ class Decode {
     Vec sum[ROWS][2 * CHUNKS];
     for (int r = 0; r < ROWS; r++)
       for (int i = 0; i < 2 * CHUNKS; i++) sum[r][i] = load(values + r * value_size_ + i * LANES);
+#pragma GCC unroll 4
     for (int64_t j = 0; j < count; j++) {
       for (int c = 0; c < CHUNKS; c++) {
-        __builtin_prefetch(ahead[j] + offset + c * CHUNK);
+        if (starts_line(d + c * CHUNK)) fetch(ahead[j] + offset + c * CHUNK);
         const T* value = v[j] + offset + c * CHUNK;
         const Chunk chunk = PART ? load_chunk_part(value, v_head_dim_ - d) : load_chunk(value);
         for (int r = 0; r < ROWS; r++) {

@@ -67,16 +67,17 @@ PAGEDFLASH_INLINE Chunk load_chunk_of(const T* row, int64_t at, int64_t size) {
 template <class T>
 struct Dot {
   using Query = float;
-  using Key = Chunk;
-  static PAGEDFLASH_INLINE Key load_key(const T* row) { return load_chunk(row); }
-  static PAGEDFLASH_INLINE Key load_key_part(const T* row, int64_t n) { return load_chunk_part(row, n); }
+  using Loaded = Chunk;
+  static PAGEDFLASH_INLINE Loaded load_key(const T* row) { return load_chunk(row); }
+  static PAGEDFLASH_INLINE Loaded load_key_part(const T* row, int64_t n) { return load_chunk_part(row, n); }
+  static PAGEDFLASH_INLINE Loaded load_query(const Query* query) { return {load(query), load(query + LANES)}; }
   static PAGEDFLASH_INLINE void store_query(Query* query, const T* row) {
     const Chunk chunk = load_chunk(row);
     store(query, chunk.a);
     store(query + LANES, chunk.b);
   }
-  static PAGEDFLASH_INLINE Vec step(const Key& key, const Query* query, Vec sum) {
-    return fma(key.b, load(query + LANES), fma(key.a, load(query), sum));
+  static PAGEDFLASH_INLINE Vec step(const Loaded& key, const Loaded& query, Vec sum) {
+    return fma(key.b, query.b, fma(key.a, query.a, sum));
   }
 };
 
@@ -85,14 +86,15 @@ struct Dot {
 template <>
 struct Dot<bf16> {
   using Query = bf16;
-  using Key = __m512bh;
-  static PAGEDFLASH_INLINE Key load_key(const bf16* row) { return (__m512bh)_mm512_loadu_si512(row); }
-  static PAGEDFLASH_INLINE Key load_key_part(const bf16* row, int64_t n) {
+  using Loaded = __m512bh;
+  static PAGEDFLASH_INLINE Loaded load_key(const bf16* row) { return (__m512bh)_mm512_loadu_si512(row); }
+  static PAGEDFLASH_INLINE Loaded load_key_part(const bf16* row, int64_t n) {
     return (__m512bh)_mm512_maskz_loadu_epi16(first_lanes32(n), row);
   }
+  static PAGEDFLASH_INLINE Loaded load_query(const Query* query) { return load_key(query); }
   static PAGEDFLASH_INLINE void store_query(Query* query, const bf16* row) { memcpy(query, row, CHUNK * sizeof(bf16)); }
-  static PAGEDFLASH_INLINE Vec step(const Key& key, const Query* query, Vec sum) {
-    return _mm512_dpbf16_ps(sum, key, (__m512bh)_mm512_loadu_si512(query));
+  static PAGEDFLASH_INLINE Vec step(const Loaded& key, const Loaded& query, Vec sum) {
+    return _mm512_dpbf16_ps(sum, key, query);
   }
 };
 #endif
