@@ -1,17 +1,21 @@
 """Decode, prefill and call overhead on a CUDA GPU: the tables of docs/cuda.md.
 
-    python benchmarks/cuda_attention.py [bandwidth] [decode] [grid] [prefill] [overhead]
+    python benchmarks/cuda_attention.py [decode] [grid] [prefill] [overhead]
 
-Every GPU time is the median over replays of a CUDA graph that holds one call. Before each replay the L2 cache is flushed
-by writing a buffer of five times its size. Bandwidths count every key and value read once, against what a plain sum over
-2 GiB reads in the same run. FlashInfer's column is what FlashInfer 0.5.3 (BatchDecodeWithPagedKVCacheWrapper, the
-better of tensor cores on and off) took on an H100 with the same method; it is not measured here.
+Every GPU time is the median over replays of a CUDA graph that holds one call, the empty graph's time (printed first)
+included. Before each replay the L2 cache is filled with other data: by reading a buffer of five times its size, or,
+where a table says "written", by writing one, so that the call also waits for up to 50 MB to be written back. Bandwidths
+count every key and value read once, against what a plain sum over 2 GiB reads in the same run.
+
+Where FlashInfer is installed it is measured beside: BatchDecodeWithPagedKVCacheWrapper with its plan made outside the
+timing, the better of tensor cores on and off.
 """
 
 from __future__ import annotations
 
 import datetime
 import math
+import multiprocessing
 import statistics
 import sys
 import time
@@ -25,7 +29,13 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-REPLAYS = 40
+try:
+    import flashinfer
+except ImportError:
+    flashinfer = None
+
+REPLAYS = 30
+COMPILERS = 14
 DEVICE = "cuda"
 
 
@@ -37,7 +47,6 @@ class Decode(NamedTuple):
     kv_heads: int
     head_dim: int = 128
     page_size: int = 16
-    flashinfer_us: float | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -56,12 +65,12 @@ def ragged(batch: int, longest: int) -> list[int]:
 
 
 TARGETS = (
-    Decode([4096] * 8, 32, 8, flashinfer_us=67),
-    Decode([8192], 32, 8, flashinfer_us=28),
-    Decode([65536], 32, 8, flashinfer_us=110),
-    Decode([4096] * 32, 32, 8, flashinfer_us=194),
-    Decode(ragged(32, 4473), 32, 8, flashinfer_us=134),
-    Decode([50] * 4, 16, 16, flashinfer_us=8.6),
+    Decode([4096] * 8, 32, 8),
+    Decode([8192], 32, 8),
+    Decode([65536], 32, 8),
+    Decode([4096] * 32, 32, 8),
+    Decode(ragged(32, 4473), 32, 8),
+    Decode([50] * 4, 16, 16),
 )
 
 
@@ -139,44 +148,92 @@ def decode_inputs(shape: Decode) -> dict[str, Tensor]:
     return dict(q=q, k_cache=k, v_cache=v, cache_seqlens=lengths, block_table=table.to(DEVICE))
 
 
-def decode_time(timer: Timer, shape: Decode) -> float:
+def decode_call(inputs: dict[str, Tensor]) -> Callable[[], object]:
+    return lambda: pagedflash.flash_attn_with_kvcache(**inputs, causal=True)  # type: ignore[arg-type]
+
+
+def flashinfer_call(shape: Decode, inputs: dict[str, Tensor], tensor_cores: bool) -> Callable[[], object]:
+    """FlashInfer's decode over the same pages, planned."""
+    pages = torch.tensor([-(-n // shape.page_size) for n in shape.lengths])
+    offsets = F.pad(pages.cumsum(0), (1, 0)).int().to(DEVICE)
+    indices = torch.cat([row[:count] for row, count in zip(inputs["block_table"], pages.tolist())])
+    last = torch.tensor([(n - 1) % shape.page_size + 1 for n in shape.lengths]).int().to(DEVICE)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(256 * 2**20, dtype=torch.uint8, device=DEVICE),
+        use_cuda_graph=True,
+        use_tensor_cores=tensor_cores,
+        paged_kv_indptr_buffer=offsets.clone(),
+        paged_kv_indices_buffer=indices.clone(),
+        paged_kv_last_page_len_buffer=last.clone(),
+    )
+    data = dict(q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16)
+    wrapper.plan(offsets, indices, last, shape.heads, shape.kv_heads, shape.head_dim, shape.page_size, **data)
+    q, out = inputs["q"][:, 0], torch.empty_like(inputs["q"][:, 0])
+    return lambda: wrapper.run(q, (inputs["k_cache"], inputs["v_cache"]), out=out)
+
+
+def decode_times(timer: Timer, shape: Decode) -> tuple[float, float | None]:
+    """Microseconds: (ours, FlashInfer's or None)"""
     inputs = decode_inputs(shape)
-    return timer(lambda: pagedflash.flash_attn_with_kvcache(**inputs, causal=True))  # type: ignore[arg-type]
+    ours = timer(decode_call(inputs))
+    if flashinfer is None:
+        return ours, None
+    return ours, min(timer(flashinfer_call(shape, inputs, cores)) for cores in (False, True))
+
+
+def compile_ahead(shape: Decode) -> None:
+    """In a process of its own: the compiled kernels stay in Triton's cache on disk."""
+    few = shape._replace(lengths=[1] * (len(shape.lengths) - 1) + [shape.page_size])
+    table_width = -(-max(shape.lengths) // shape.page_size)
+    inputs = decode_inputs(few)
+    inputs["block_table"] = F.pad(inputs["block_table"], (0, table_width - inputs["block_table"].shape[1]))
+    decode_call(inputs)()
 
 
 def decode_table(timer: Timer, bandwidth: float) -> None:
-    print("\n| decode, bf16 | KV MB | us | of read bandwidth | FlashInfer us (recorded) | x FlashInfer |")
-    print("|---|---|---|---|---|---|")
-    for shape in TARGETS:
-        us = decode_time(timer, shape)
-        share = shape.kv_bytes / us * 1e6 / bandwidth
-        assert shape.flashinfer_us is not None
-        print(
-            f"| {shape} | {shape.kv_bytes / 1e6:.1f} | {us:.1f} | {share:.0%} |"
-            f" {shape.flashinfer_us:.1f} | {shape.flashinfer_us / us:.2f} |",
-            flush=True,
-        )
+    for written in (False, True):
+        timer.written = written
+        print(f"\n| decode, bf16{', L2 written' if written else ''} | KV MB | us | of read bandwidth | FlashInfer us | x FlashInfer |")
+        print("|---|---|---|---|---|---|")
+        for shape in TARGETS:
+            ours, theirs = decode_times(timer, shape)
+            share = shape.kv_bytes / ours * 1e6 / bandwidth
+            compared = "- | -" if theirs is None else f"{theirs:.1f} | {theirs / ours:.2f}"
+            print(f"| {shape} | {shape.kv_bytes / 1e6:.1f} | {ours:.1f} | {share:.0%} | {compared} |", flush=True)
+    timer.written = False
 
 
 def grid_table(timer: Timer, bandwidth: float) -> None:
-    print("\n| grid, bf16 | KV MB | us | of read bandwidth |")
+    shapes = grid()
+    with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
+        pool.map(compile_ahead, shapes)
+    print("\n| grid, bf16 | KV MB | us | of read bandwidth | FlashInfer us | x FlashInfer |")
+    print("|---|---|---|---|---|---|")
+    results = []
+    for shape in shapes:
+        ours, theirs = decode_times(timer, shape)
+        share = shape.kv_bytes / ours * 1e6 / bandwidth
+        results.append((shape, share, None if theirs is None else theirs / ours))
+        compared = "- | -" if theirs is None else f"{theirs:.1f} | {theirs / ours:.2f}"
+        print(f"| {shape} | {shape.kv_bytes / 1e6:.1f} | {ours:.1f} | {share:.0%} | {compared} |", flush=True)
+
+    print("\n| grid | shapes | of read bandwidth: least, geometric mean | x FlashInfer: least, geometric mean |")
     print("|---|---|---|---|")
-    by_size: dict[str, list[float]] = {}
-    for shape in grid():
-        us = decode_time(timer, shape)
-        share = shape.kv_bytes / us * 1e6 / bandwidth
-        size = next(name for name, most in SIZES.items() if shape.kv_bytes <= most)
-        by_size.setdefault(size, []).append(share)
-        print(f"| {shape} | {shape.kv_bytes / 1e6:.1f} | {us:.1f} | {share:.0%} |", flush=True)
-    print("\n| KV | shapes | least | geometric mean of the share of read bandwidth |")
-    print("|---|---|---|---|")
-    for size in SIZES:
-        shares = by_size[size]
-        mean = math.exp(statistics.fmean(map(math.log, shares)))
-        print(f"| {size} | {len(shares)} | {min(shares):.0%} | {mean:.0%} |")
+    groups: dict[str, Callable[[Decode], bool]] = {"all": lambda shape: True}
+    for low, high in ((0, 30), (30, 134), (134, 500), (500, 5000)):
+        groups[f"{low} to {high} MB"] = lambda shape, low=low, high=high: low <= shape.kv_bytes / 1e6 < high  # type: ignore[misc]
+    for head_dim in (64, 128, 256):
+        groups[f"D={head_dim}"] = lambda shape, head_dim=head_dim: shape.head_dim == head_dim  # type: ignore[misc]
+    for name, belongs in groups.items():
+        shares = [share for shape, share, _ in results if belongs(shape)]
+        ratios = [ratio for shape, _, ratio in results if belongs(shape) and ratio is not None]
+        print(f"| {name} | {len(shares)} | {least_and_mean(shares)} | {least_and_mean(ratios)} |")
 
 
-SIZES = {"up to 30 MB": 3e7, "30 to 134 MB": 1.34e8, "134 to 500 MB": 5e8, "from 500 MB": math.inf}
+def least_and_mean(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return f"{min(values):.2f}, {math.exp(statistics.fmean(map(math.log, values))):.2f}"
 
 
 def prefill_table(timer: Timer) -> None:
@@ -255,16 +312,19 @@ def overhead_table() -> None:
     """Host microseconds of eager calls, the device never the bottleneck."""
     print("\n| eager call, host | us |")
     print("|---|---|")
-    inputs = decode_inputs(Decode([50] * 4, 32, 8))
+    shape = Decode([50] * 4, 32, 8)
+    inputs = decode_inputs(shape)
     new = torch.randn(4, 1, 8, 128, device=DEVICE, dtype=torch.bfloat16)
     angles = torch.randn(64, 64, device=DEVICE, dtype=torch.bfloat16)
     appending = dict(k=new, v=new, rotary_cos=angles, rotary_sin=angles)
-    q = torch.randn(1, 2000, 32, 128, device=DEVICE, dtype=torch.bfloat16)
+    q = torch.randn(1, 200, 32, 128, device=DEVICE, dtype=torch.bfloat16)
     calls: dict[str, Callable[[], object]] = {
         "decode": lambda: pagedflash.flash_attn_with_kvcache(**inputs, causal=True),  # type: ignore[arg-type]
         "append + rotary + decode": lambda: pagedflash.flash_attn_with_kvcache(**inputs, **appending, causal=True),  # type: ignore[arg-type]
         "prefill": lambda: pagedflash.flash_attn_func(q, q[:, :, :8], q[:, :, :8], causal=True),
     }
+    if flashinfer is not None:
+        calls["FlashInfer's decode, without its plan"] = flashinfer_call(shape, inputs, False)
     for name, call in calls.items():
         times = []
         for _ in range(20):
@@ -277,13 +337,14 @@ def overhead_table() -> None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["bandwidth", "decode", "grid", "prefill", "overhead"]
+    wanted = sys.argv[1:] or ["decode", "grid", "prefill", "overhead"]
     torch.manual_seed(0)
     timer = Timer()
     bandwidth = read_bandwidth(timer)
     print(
         f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__};"
-        f" read bandwidth {bandwidth / 1e12:.2f} TB/s; an empty graph node {timer(lambda: torch.empty(1, device=DEVICE).zero_()):.1f} us"
+        f" FlashInfer {flashinfer and flashinfer.__version__};"
+        f" read bandwidth {bandwidth / 1e12:.2f} TB/s; an empty graph {timer(lambda: torch.empty(1, device=DEVICE).zero_()):.1f} us"
     )
     if "decode" in wanted:
         decode_table(timer, bandwidth)

@@ -39,14 +39,14 @@ class Launches:
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """The kernels launched while the test runs, and the size of their grids."""
     seen = Launches([], [])
-    original = launch.Kernel.__call__
+    original = launch.Launch.__call__
 
-    def spy(self, plan, *rest):  # type: ignore[no-untyped-def]
-        seen.kernels.append(self._function.__name__)
-        seen.programs.append(plan.grid[0])
-        original(self, plan, *rest)
+    def spy(self, tensors, pointers):  # type: ignore[no-untyped-def]
+        seen.kernels.append(self.function.__name__)
+        seen.programs.append(self.grid[0])
+        original(self, tensors, pointers)
 
-    monkeypatch.setattr(launch.Kernel, "__call__", spy)
+    monkeypatch.setattr(launch.Launch, "__call__", spy)
     yield seen
 
 
@@ -111,10 +111,11 @@ def test_append_rotary_and_decode_take_at_most_two_launches(
 
 
 def test_more_sequences_than_one_block_of_lengths(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "MAX_BLOCK_B", 4)
-    run._decode_plans.cache_clear()
+    monkeypatch.setattr(run, "FEW_SEQUENCES", 4)
+    monkeypatch.setattr(run, "MANY_SEQUENCES", 4)
+    run._decode.cache_clear()
     assert_matches_reference(_decode_call(device, [5, 0, 70, 1, 9, 33, 200, 2, 0, 64, 17], heads=2), backend.attention)
-    run._decode_plans.cache_clear()
+    run._decode.cache_clear()
 
 
 @pytest.mark.parametrize("queries", (1, 90))

@@ -21,6 +21,7 @@ class Shape(NamedTuple):
     num_warps: int
     num_stages: int  # tiles in flight
     programs_per_processor: int = 0  # size of decode's grid
+    max_registers: int | None = None  # a thread's, where fewer let more programs run side by side
 
 
 def decode_shape(rows: int, block_d: int, element_size: int) -> Shape:
@@ -35,74 +36,57 @@ def decode_shape(rows: int, block_d: int, element_size: int) -> Shape:
 def prefill_shape(queries: int, block_d: int, element_size: int) -> Shape:
     """Prefill needs tiles that feed the matrix units; float32 runs without them and only needs to fit."""
     if element_size == 4:
-        return Shape(64 if block_d <= 128 else 32, 32 if block_d <= 128 else 16, 4, 2)
+        return Shape(32 if block_d <= 128 else 16, 16, 4, 2)
     if queries <= 64:
         return Shape(64, 64, 4, 3 if block_d <= 128 else 2)
-    if block_d <= 64:
-        return Shape(128, 128, 8, 3)
-    return Shape(128, 64, 8, 3 if block_d <= 128 else 2)
+    return Shape(128, 64, 8, 4 if block_d <= 128 else 2)
 
 
-class Code(NamedTuple):
-    """What the compiled code of a kernel depends on."""
+class Launch:
+    """A launch of a Triton kernel, but for its tensors: the same for all calls of the same shapes, strides and options.
 
-    constants: tuple  # the kernel's tl.constexpr arguments, in order
-    dtype: torch.dtype
-    device: torch.device
-    missing: tuple[bool, ...]  # which tensors are None
-    num_warps: int
-    num_stages: int
-    dependent: bool = False  # may be set up while the kernel before it still runs, and waits for its end itself
-
-
-class Plan(NamedTuple):
-    """A launch, but for its tensors. The same for all calls of the same shapes, strides and options."""
-
-    code: Code
-    grid: tuple[int, int, int]
-    numbers: tuple  # the kernel's numbers, in order
-    aligned: bool  # all tensors start at a multiple of 16 bytes
-
-
-class Kernel:
-    """A Triton kernel that finds its compiled form with one dictionary look-up.
-
-    Triton's own launch path types and hashes every argument of every call. Here a :class:`Plan` names everything that the
-    compiled code depends on, but for the alignment of the pointers: where they are not all multiples of 16 bytes,
-    Triton's path runs.
+    Triton's own launch path types and hashes every argument of every call; here the first call does, and the others
+    reuse what it compiled. The compiled code relies on pointers being multiples of 16 bytes where they were in that
+    call: unless all are (``aligned``), every call takes Triton's path.
     """
 
-    def __init__(self, function: Any) -> None:
-        self._function = function
-        self._compiled: dict[object, Any] = {}
+    def __init__(
+        self,
+        function: Any,
+        grid: tuple[int, int, int],
+        numbers: tuple,
+        constants: tuple,
+        shape: Shape,
+        device: torch.device,
+        aligned: bool,
+        dependent: bool = False,
+    ) -> None:
+        """``numbers`` and ``constants`` are the kernel's, in order, behind its tensors. A ``dependent`` kernel may be set
+        up while the one before it still runs, and waits for its end itself."""
+        self.function = function
+        self.grid = grid
+        self._arguments = (*numbers, *constants)
+        self._options: dict[str, Any] = dict(num_warps=shape.num_warps, num_stages=shape.num_stages)
+        if shape.max_registers is not None and device.type == "cuda":
+            self._options["maxnreg"] = shape.max_registers
+        if dependent:
+            self._options["launch_pdl"] = True
+        self._device_index = device.index
+        self._reusable = aligned and not INTERPRETED
+        self._compiled: Any = None
 
-    def __call__(self, plan: Plan, tensors: tuple[Tensor | None, ...], pointers: tuple[int | None, ...]) -> None:
+    def __call__(self, tensors: tuple[Tensor | None, ...], pointers: tuple[int | None, ...]) -> None:
         """Launch on the current stream. ``pointers`` are the addresses of ``tensors``."""
-        compiled = self._compiled.get(plan.code) if plan.aligned else None
+        compiled = self._compiled
         if compiled is None:
-            compiled = self._function[plan.grid](
-                *tensors,
-                *plan.numbers,
-                *plan.code.constants,
-                num_warps=plan.code.num_warps,
-                num_stages=plan.code.num_stages,
-                **({"launch_pdl": True} if plan.code.dependent else {}),
-            )
-            if plan.aligned and not INTERPRETED:
-                self._compiled[plan.code] = compiled
+            compiled = self.function[self.grid](*tensors, *self._arguments, **self._options)
+            if self._reusable:
+                self._compiled = compiled
+                self._stream = triton.runtime.driver.active.get_current_stream
             return
-        stream = triton.runtime.driver.active.get_current_stream(plan.code.device.index)
+        stream = self._stream(self._device_index)
         compiled.run(
-            *plan.grid,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *pointers,
-            *plan.numbers,
-            *plan.code.constants,
+            *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *pointers, *self._arguments
         )
 
 

@@ -1,7 +1,7 @@
 """From a description to launches: which kernel, with which arguments.
 
-What depends on shapes, strides and options only is a plan, made once for all calls alike: an eager call of a model's
-layer finds it in a cache, and adds the addresses of its tensors.
+What depends on shapes, strides and options only is made once for all calls alike, and kept: an eager call of a model's
+layer finds its launches in a cache, and adds the addresses of its tensors.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
 from .kernels.prefill import prefill
 from .launch import (
-    Code,
-    Kernel,
-    Plan,
+    Launch,
     Shape,
     addresses,
     decode_shape,
@@ -41,15 +39,10 @@ MAX_FUSED_TOKENS = 64
 MAX_WHOLE_TILES = 4
 """Tiles a sequence can have at most for ``decode`` to give each segment to one program: too few to be worth sharing."""
 
-MAX_BLOCK_B = 1024
-"""Lengths that a program of ``decode`` looks at in one step."""
+FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
+"""Lengths that a program of ``decode`` looks at in one step: what one warp holds, or for larger batches all four."""
 
 LOG2E = 1 / math.log(2)
-
-_decode = Kernel(decode)
-_combine = Kernel(combine)
-_prefill = Kernel(prefill)
-_kv_write = Kernel(kv_write_kernel)
 
 
 class _Problem(NamedTuple):
@@ -93,6 +86,9 @@ class _Problem(NamedTuple):
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend with ``decode`` (and ``combine``) or ``prefill``."""
     q, device = call.q, call.q.device
+    if _is_elsewhere(device):
+        with torch.cuda.device(device):
+            return attention(call)
     out = torch.empty(call.out_shape, dtype=q.dtype, device=device)
     lse = torch.empty(call.lse_shape, dtype=torch.float32, device=device)
     new_tokens = 0 if call.k_new is None else call.k_new.shape[1]
@@ -127,15 +123,14 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     pointers, aligned = addresses(tensors)
     problem = _problem(call, new_tokens, tuple([pointer is None for pointer in pointers]), aligned)
     if not is_decode:
-        _prefill(_prefill_plan(problem), tensors, pointers)
+        _prefill(problem)(tensors, pointers)
         return out, lse
-    plans = _decode_plans(problem)
-    partials = torch.empty(plans.scratch, dtype=torch.float32, device=device)
-    _decode(plans.decode, (partials, *tensors), (partials.data_ptr(), *pointers))
-    if plans.combine is not None:
+    launches = _decode(problem)
+    partials = torch.empty(launches.scratch, dtype=torch.float32, device=device) if launches.scratch else lse
+    launches.decode((partials, *tensors), (partials.data_ptr(), *pointers))
+    if launches.combine is not None:
         _, _, _, _, _, _, _, cu_q, cu_k, used_q, used_k, _, leftpad, *_, sinks = pointers
-        _combine(
-            plans.combine,
+        launches.combine(
             (
                 partials, out, lse, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
                 call.cache_leftpad, call.sinks,
@@ -177,27 +172,27 @@ def _problem(call: AttentionCall, new_tokens: int, missing: tuple[bool, ...], al
 
 
 @lru_cache(maxsize=4096)
-def _prefill_plan(problem: _Problem) -> Plan:
+def _prefill(problem: _Problem) -> Launch:
     block_d, block_dv = _block(problem.q_shape[-1]), _block(problem.v_head_dim)
     shape = prefill_shape(problem.max_seqlen_q, block_d, problem.dtype.itemsize)
     numbers, constants = _arguments(problem, ())
     constants += (shape.block_m, shape.block_n, block_d, block_dv)
     grid = (problem.q_shape[-2], problem.batch, max(1, -(-problem.max_seqlen_q // shape.block_m)))
-    return Plan(_code(problem, constants, shape), grid, numbers, problem.aligned)
+    return Launch(prefill, grid, numbers, constants, shape, problem.device, problem.aligned)
 
 
-class _DecodePlans(NamedTuple):
-    decode: Plan
-    combine: Optional[Plan]  # None where every program of decode has a whole segment
+class _Decode(NamedTuple):
+    decode: Launch
+    combine: Optional[Launch]  # None where every program of decode has a whole segment
     scratch: int  # float32 elements of partial results
 
 
 @lru_cache(maxsize=4096)
-def _decode_plans(problem: _Problem) -> _DecodePlans:
+def _decode(problem: _Problem) -> _Decode:
     block_d, block_dv = _block(problem.q_shape[-1]), _block(problem.v_head_dim)
     segments = problem.batch * problem.k_shape[-2]
     rows = power_of_two(max(problem.max_seqlen_q, 1) * problem.group)
-    block_b = min(power_of_two(problem.batch), MAX_BLOCK_B)
+    block_b = FEW_SEQUENCES if problem.batch <= FEW_SEQUENCES else MANY_SEQUENCES
     shape = decode_shape(rows, block_d, problem.dtype.itemsize)
     fused_tokens = problem.new_tokens if problem.new_tokens <= MAX_FUSED_TOKENS else 0
     block_new = max(16, power_of_two(fused_tokens)) if fused_tokens else 0
@@ -215,9 +210,9 @@ def _decode_plans(problem: _Problem) -> _DecodePlans:
     constants += (
         rows, shape.block_m, shape.block_n, block_d, block_dv, block_b, block_new, whole, dependent,
     )  # fmt: skip
-    decode_plan = Plan(_code(problem, constants, shape), (programs, 1, 1), numbers, problem.aligned)
+    decode_launch = Launch(decode, (programs, 1, 1), numbers, constants, shape, problem.device, problem.aligned)
     if whole:
-        return _DecodePlans(decode_plan, None, 0)
+        return _Decode(decode_launch, None, 0)
 
     # Rows together where there are enough segments to fill the device, else one by one.
     some_rows = rows if segments >= processors(problem.device) else 1
@@ -245,19 +240,18 @@ def _decode_plans(problem: _Problem) -> _DecodePlans:
         max(1, min(64, 8192 // (some_rows * block_dv))),
         dependent,
     )
-    combine_plan = Plan(
-        _code(problem, combine_constants, combine_shape, dependent),
-        (problem.k_shape[-2] * rows // some_rows, problem.batch, 1),
+    combine_grid = (problem.k_shape[-2] * rows // some_rows, problem.batch, 1)
+    combine_launch = Launch(
+        combine,
+        combine_grid,
         combine_numbers,
+        combine_constants,
+        combine_shape,
+        problem.device,
         problem.aligned,
+        dependent,
     )
-    return _DecodePlans(decode_plan, combine_plan, (segments + programs) * rows * (block_dv + 2))
-
-
-def _code(problem: _Problem, constants: tuple, shape: Shape, dependent: bool = False) -> Code:
-    return Code(
-        constants, problem.dtype, problem.device, problem.missing, shape.num_warps, shape.num_stages, dependent
-    )
+    return _Decode(decode_launch, combine_launch, (segments + programs) * rows * (block_dv + 2))
 
 
 def _arguments(problem: _Problem, new_strides: tuple[int, ...]) -> tuple[tuple, tuple]:
@@ -301,6 +295,7 @@ def _arguments(problem: _Problem, new_strides: tuple[int, ...]) -> tuple[tuple, 
         problem.slopes_per_sequence,
         problem.precision,
         align,
+        three(problem.k_strides) == three(problem.v_strides),
     )
     return numbers, constants
 
@@ -309,6 +304,9 @@ def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
     if write.k.numel() == 0:
         return
+    if _is_elsewhere(write.k.device):
+        with torch.cuda.device(write.k.device):
+            return kv_write(write)
     tensors = (
         write.k,
         write.v,
@@ -321,7 +319,7 @@ def kv_write(write: CacheWrite) -> None:
         write.rotary_sin,
     )
     pointers, aligned = addresses(tensors)
-    plan = _write_plan(
+    launch = _kv_write(
         write.k.dtype,
         write.k.device,
         write.k.shape,
@@ -337,11 +335,11 @@ def kv_write(write: CacheWrite) -> None:
         tuple([pointer is None for pointer in pointers]),
         aligned,
     )
-    _kv_write(plan, tensors, pointers)
+    launch(tensors, pointers)
 
 
 @lru_cache(maxsize=4096)
-def _write_plan(
+def _kv_write(
     dtype: torch.dtype,
     device: torch.device,
     k_shape: torch.Size,
@@ -356,7 +354,7 @@ def _write_plan(
     interleaved: bool,
     missing: tuple[bool, ...],
     aligned: bool,
-) -> Plan:
+) -> Launch:
     batch, new_tokens, heads, head_dim = k_shape
     num_pages, page_size = cache_shape[:2]
     strides = (*k_strides[:3], *v_strides[:3], *k_cache_strides[:3], *v_cache_strides[:3])
@@ -375,8 +373,15 @@ def _write_plan(
         _block(head_dim),
         _block(v_head_dim),
     )
-    code = Code(constants, dtype, device, missing, 1 if block_t == 1 else 4, 1)
-    return Plan(code, (heads, batch, -(-new_tokens // block_t)), numbers, aligned)
+    grid = (heads, batch, -(-new_tokens // block_t))
+    return Launch(
+        kv_write_kernel, grid, numbers, constants, Shape(0, 0, 1 if block_t == 1 else 4, 1), device, aligned
+    )
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    """Whether Triton would launch on another device than the tensors'."""
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
 
 
 def _block(head_dim: int) -> int:

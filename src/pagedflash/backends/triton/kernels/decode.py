@@ -83,6 +83,7 @@ def decode(
     SLOPES_PER_SEQUENCE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -112,6 +113,10 @@ def decode(
     v_page_stride *= ALIGN
     v_slot_stride *= ALIGN
     v_head_stride *= ALIGN
+    if SAME_STRIDES:  # keys and values of a token have the same offset: it is computed once
+        v_page_stride = k_page_stride
+        v_slot_stride = k_slot_stride
+        v_head_stride = k_head_stride
 
     if cu_seqlens_q is not None:
         clear_rows_behind(out, lse, cu_seqlens_q, batch, total_rows, program, programs, HEADS, DV, BLOCK_DV)
@@ -175,7 +180,7 @@ def decode(
         v_head = v + kv_head * v_head_stride
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        spread_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         pages = load_pages(table, cache_row, first_tile, begin, end, PAGE_SIZE, BLOCK_N)
         for tile in range(first_tile, first_tile + count):
             k_tile = load_tile(
@@ -188,10 +193,11 @@ def decode(
             )  # fmt: skip
             pages = load_pages(table, cache_row, tile + 1, begin, end, PAGE_SIZE, BLOCK_N)
             slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            acc, row_max, row_sum = attend_tile(
-                acc, row_max, row_sum, q_tile, k_tile, v_tile, slots, first, last_cached, position, slope, scale, softcap,
-                HAS_SOFTCAP, HAS_ALIBI, True, PRECISION,
+            acc, row_max, spread_sum = attend_tile(
+                acc, row_max, spread_sum, q_tile, k_tile, v_tile, slots, first, last_cached, position, slope, scale, softcap,
+                HAS_SOFTCAP, HAS_ALIBI, True, True, PRECISION,
             )  # fmt: skip
+        row_sum = tl.sum(spread_sum, 1)
 
         # The new tokens, with the last tile.
         if BLOCK_NEW > 0:
@@ -210,7 +216,7 @@ def decode(
                 )  # fmt: skip
                 acc, row_max, row_sum = attend_tile(
                     acc, row_max, row_sum, q_tile, new_k, new_v, before + token, first, last, position, slope, scale,
-                    softcap, HAS_SOFTCAP, HAS_ALIBI, True, PRECISION,
+                    softcap, HAS_SOFTCAP, HAS_ALIBI, True, False, PRECISION,
                 )  # fmt: skip
 
         # The result, or a part of it.

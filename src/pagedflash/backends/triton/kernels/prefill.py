@@ -81,7 +81,7 @@ def attend_tiles(
         slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         acc, row_max, row_sum = attend_tile(
             acc, row_max, row_sum, q_tile, k_tile, v_tile, slots, first, last, position, slope, scale, softcap,
-            HAS_SOFTCAP, HAS_ALIBI, MASKED, PRECISION,
+            HAS_SOFTCAP, HAS_ALIBI, MASKED, False, PRECISION,
         )  # fmt: skip
     return acc, row_max, row_sum
 
@@ -139,6 +139,7 @@ def prefill(
     SLOPES_PER_SEQUENCE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -161,6 +162,10 @@ def prefill(
     v_page_stride *= ALIGN
     v_slot_stride *= ALIGN
     v_head_stride *= ALIGN
+    if SAME_STRIDES:  # keys and values of a token have the same offset: it is computed once
+        v_page_stride = k_page_stride
+        v_slot_stride = k_slot_stride
+        v_head_stride = k_head_stride
 
     if cu_seqlens_q is not None:
         if (head == 0) & (b == 0):

@@ -29,11 +29,13 @@ def attend_tile(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     MASKED: tl.constexpr,
+    SPREAD_SUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``scale`` holds log2(e), or with a softcap 1 / softcap; ``softcap`` holds log2(e): the host folds them in.
 
-    If MASKED, a row sees the slots from ``first`` to ``last`` of its own; else it sees the whole tile.
+    If MASKED, a row sees the slots from ``first`` to ``last`` of its own; else it sees the whole tile. If SPREAD_SUM,
+    ``row_sum`` is ``(rows, BLOCK_N)``, to be summed after the last tile: one step less in which warps wait for each other.
     """
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
     if HAS_SOFTCAP:
@@ -51,6 +53,9 @@ def attend_tile(
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
     weights = tl.exp2(scores - pivot[:, None])
     shrink = tl.exp2(row_max - pivot)
-    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    if SPREAD_SUM:
+        row_sum = row_sum * shrink[:, None] + weights
+    else:
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
