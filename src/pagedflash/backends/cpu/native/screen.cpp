@@ -105,7 +105,7 @@ bool rows_are_distinct(const CacheWrite& write) {
 
 bool values_are_good(const CacheWrite& write) {
   const int64_t capacity = (write.block_table ? write.table_width : 1) * write.page_size;
-  if (!lengths_fit(write, write.new_tokens, capacity)) return false;
+  if (!lengths_fit(write, write.new_tokens, capacity) || !rows_are_good(write)) return false;
   for (int64_t b = 0; write.block_table && b < write.batch; b++)
     if (write.lengths[b] >= 0 && !table_row_is_good(write, b, write.lengths[b], write.lengths[b] + write.new_tokens))
       return false;

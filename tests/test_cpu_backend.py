@@ -1,0 +1,307 @@
+"""The native CPU kernels against the reference, in every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, assert_matches_reference, clone_call, random_call
+
+import pagedflash
+from pagedflash import reference
+from pagedflash.backends import cpu as backend
+from pagedflash.backends.cpu import launch
+from pagedflash.call import AttentionCall, CacheWrite, check_values, check_write_values
+
+# Where nobody has built the library these tests have nothing to run on; CI sets this variable, and then they must run.
+REQUIRED = os.environ.get("PAGEDFLASH_REQUIRE_NATIVE") == "1"
+if not REQUIRED and not backend.available()[0]:
+    pytest.skip(backend.available()[1], allow_module_level=True)
+
+ISAS = list(launch.library().isas)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with launch.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Whatever the test sets torch's threads to, they are set back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The numbers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_options(isa: str, rng: random.Random, rounds, layout: str, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    for _ in range(rounds(8)):
+        assert_matches_reference(random_call(rng, dtype=dtype, layout=layout), backend.attention)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_sequences_are_split_and_merged(isa: str, rng: random.Random, rounds, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    """Thousands of keys: several tasks a sequence, for decode (few rows) and prefill (many)."""
+    for _ in range(rounds(2)):
+        for layout in ("paged", "paged varlen"):
+            call = random_call(rng, dtype=dtype, layout=layout, max_keys=3000, head_dims=(64, 72), groups=(1, 3, 4))
+            assert_matches_reference(call, backend.attention)
+
+
+@pytest.mark.parametrize("queries", (1, 2, 4, 5, 6, 16, 17))
+@pytest.mark.parametrize("group", (1, 2, 3, 4, 7, 16, 20))
+def test_every_number_of_rows(isa: str, queries: int, group: int) -> None:
+    """Query rows per key head decide which block sizes, and which kernel, run."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, queries, 2 * group, 40), torch.randn(2, 70, 2, 40), torch.randn(2, 70, 2, 40)
+    with pagedflash.use_backend("cpu"):
+        out, lse = pagedflash.flash_attn_func(q, k, v, causal=True, return_softmax_lse=True)
+    with pagedflash.use_backend("reference"):
+        want, want_lse = pagedflash.flash_attn_func(q, k, v, causal=True, return_softmax_lse=True)
+    torch.testing.assert_close(out, want, rtol=0, atol=5e-6)
+    torch.testing.assert_close(lse, want_lse, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("num_splits", (0, 1, 2, 7, 1000))
+@pytest.mark.parametrize("queries", (1, 24))
+def test_splits_do_not_change_the_answer(isa: str, num_splits: int, queries: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, queries, 4, 64), torch.randn(1, 900, 2, 64), torch.randn(1, 900, 2, 64)
+    out = pagedflash.flash_attn_with_kvcache(q, k, v, causal=True, num_splits=num_splits)
+    whole = pagedflash.flash_attn_with_kvcache(q, k, v, causal=True, num_splits=1)
+    torch.testing.assert_close(out, whole, rtol=0, atol=2e-6)
+
+
+def test_large_scores_do_not_overflow(isa: str) -> None:
+    """Scores of thousands, of both signs, and differences below the smallest float's logarithm."""
+    q = torch.full((1, 1, 1, 64), 30.0)
+    k = torch.zeros(1, 100, 1, 64)
+    k[0, 37], k[0, 50] = 30.0, -30.0
+    v = torch.arange(100.0).view(1, 100, 1, 1).expand(1, 100, 1, 64).contiguous()
+    out, lse = pagedflash.flash_attn_func(q, k, v, softmax_scale=1.0, return_softmax_lse=True)
+    assert (out == 37.0).all()
+    assert lse.item() == pytest.approx(64 * 900.0)
+
+
+def test_nan_in_a_visible_key_is_not_swallowed(isa: str) -> None:
+    q, k, v = torch.randn(1, 1, 2, 64), torch.randn(1, 20, 2, 64), torch.randn(1, 20, 2, 64)
+    k[0, 7, 0, 3] = float("nan")
+    out = pagedflash.flash_attn_func(q, k, v)
+    assert out[0, 0, 0].isnan().all() and not out[0, 0, 1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_16_bit_number_survives_conversion(isa: str, dtype: torch.dtype) -> None:
+    """Rotating by zero widens and narrows every number: all 65,536, subnormals and infinities included."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = torch.where(numbers.isfinite(), numbers, torch.zeros((), dtype=dtype))
+    cos, sin = torch.ones(256, 32, dtype=dtype), torch.zeros(256, 32, dtype=dtype)
+    k_cache, v_cache = torch.zeros(2, 1, 256, 4, 64, dtype=dtype)
+    k = finite.view(1, 256, 4, 64)
+    q = torch.zeros(1, 1, 4, 64, dtype=dtype)
+    pagedflash.flash_attn_with_kvcache(q, k_cache, v_cache, k, k, cos, sin, cache_seqlens=0)
+    assert torch.equal(k_cache, k)
+
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 1.0], dtype=dtype).repeat(16).view(1, 1, 1, 64)
+    caches = torch.zeros(2, 1, 4, 1, 64, dtype=dtype)
+    # An angle of zero leaves infinities alone only where nothing is multiplied by them: beyond the rotated elements.
+    rotated = torch.cat((torch.ones(1, 1, 1, 16, dtype=dtype), special[..., 16:]), -1)
+    pagedflash.flash_attn_with_kvcache(
+        q[:, :, :1], caches[0], caches[1], rotated, special, cos[:, :8], sin[:, :8], cache_seqlens=0
+    )
+    torch.testing.assert_close(caches[0, :, :1], rotated, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_results_round_to_nearest_even(isa: str, dtype: torch.dtype) -> None:
+    """The mean of two neighbouring numbers lies halfway: it goes to the even one."""
+    low = torch.arange(2**14 - 64, 2**14, dtype=torch.int16).view(dtype)
+    high = torch.arange(2**14 - 63, 2**14 + 1, dtype=torch.int16).view(dtype)
+    v = torch.stack((low, high)).view(1, 2, 1, 64)
+    out = pagedflash.flash_attn_func(torch.zeros(1, 1, 1, 64, dtype=dtype), torch.zeros_like(v), v)
+    torch.testing.assert_close(out.flatten(), ((low.double() + high.double()) / 2).to(dtype), rtol=0, atol=0)
+
+
+def test_offsets_of_more_than_32_bits(isa: str) -> None:
+    """A cache of 2^32 elements, of which only the last page is ever touched."""
+    pages = torch.empty(2**22 + 1, 16, 1, 64, dtype=torch.float16)
+    table = torch.tensor([[2**22]], dtype=torch.int32)
+    k, v = torch.randn(2, 1, 5, 1, 64).half()
+    q = torch.randn(1, 1, 2, 64).half()
+    out = pagedflash.flash_attn_with_kvcache(
+        q, pages, pages[:, :, :, :32], k, v[..., :32], cache_seqlens=0, block_table=table
+    )
+    want = pagedflash.flash_attn_func(q, pages[-1:, :5], pages[-1:, :5, :, :32])
+    torch.testing.assert_close(out, want, rtol=0, atol=0)
+
+
+def test_kv_write(isa: str, rng: random.Random, rounds) -> None:  # type: ignore[no-untyped-def]
+    for _ in range(rounds(40)):
+        call = random_call(rng, layout=rng.choice(("paged", "cache")))
+        if call.k_new is None:
+            continue
+        want = clone_call(call)
+        reference.kv_write(want.write)
+        backend.kv_write(call.write)
+        step = 0.0 if call.rotary_cos is None else torch.finfo(call.k.dtype).eps
+        torch.testing.assert_close(call.k, want.k, rtol=2 * step, atol=step, equal_nan=True)
+        torch.testing.assert_close(call.v, want.v, rtol=0, atol=0, equal_nan=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The check of values
+# --------------------------------------------------------------------------------------------------------------------
+
+NUMBERS = (-(2**31), -7, -2, -1, 0, 1, 2, 3, 15, 16, 17, 10**6, 2**31 - 1)
+
+
+def _damage(rng: random.Random, call: AttentionCall) -> AttentionCall:
+    """Overwrite one number of one tensor of lengths or indices."""
+    damaged = clone_call(call)
+    fields = [value for value in damaged if isinstance(value, torch.Tensor) and value.dtype == torch.int32 and value.numel()]
+    if fields:
+        tensor = rng.choice(fields).view(-1)
+        position = rng.randrange(tensor.numel())
+        tensor[position] = rng.choice((*NUMBERS, int(tensor[rng.randrange(tensor.numel())])))
+    return damaged
+
+
+def _refused(run, description: AttentionCall | CacheWrite) -> bool:  # type: ignore[no-untyped-def]
+    try:
+        run(description)
+    except ValueError:
+        return True
+    return False
+
+
+def test_the_native_check_refuses_what_the_python_check_refuses(rng: random.Random, rounds) -> None:  # type: ignore[no-untyped-def]
+    """Neither more nor less, and before anything is written."""
+    refusals = 0
+    for _ in range(rounds(150)):
+        call = _damage(rng, random_call(rng))
+        before = clone_call(call)
+        refused = _refused(backend.attention, call)  # RuntimeError if the native check is stricter
+        assert refused == _refused(check_values, call)
+        refusals += refused
+        if refused:
+            for name in ("k", "v"):
+                torch.testing.assert_close(getattr(call, name), getattr(before, name), rtol=0, atol=0, equal_nan=True)
+        if call.k_new is not None and call.cache_batch_idx is None:  # kv_paged_write has no cache_batch_idx
+            assert _refused(backend.kv_write, call.write) == _refused(check_write_values, call.write)
+    assert refusals > 10, "the damage found nothing to refuse"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Threads
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_bits_whatever_the_number_of_threads(rng: random.Random, threads: None) -> None:
+    for layout in LAYOUTS:
+        call = random_call(rng, layout=layout, max_keys=1500)
+        answers = []
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            answers.append(backend.attention(clone_call(call)))
+        for out, lse in answers[1:]:
+            assert torch.equal(out, answers[0][0]) and torch.equal(lse, answers[0][1])
+
+
+def test_python_threads_may_call_at_once(rng: random.Random) -> None:
+    calls = [random_call(rng, max_keys=600) for _ in range(4)]
+    want = [backend.attention(clone_call(call)) for call in calls]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            out, lse = backend.attention(clone_call(calls[i]))
+            if not (torch.equal(out, want[i][0]) and torch.equal(lse, want[i][1])):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_the_gil_is_released(threads: None) -> None:
+    torch.set_num_threads(1)
+    q, k = torch.randn(1, 1500, 8, 128), torch.randn(1, 1500, 8, 128)
+    done = threading.Event()
+
+    def work() -> None:
+        pagedflash.flash_attn_func(q, k, k)
+        done.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    steps = 0
+    while not done.wait(0.001):
+        steps += 1
+    worker.join()
+    assert steps > 5, "this thread stood still during the call"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_no_thread_is_started_but_torchs() -> None:
+    """With torch set to one thread a call starts none."""
+    script = """
+import os, torch, pagedflash
+torch.set_num_threads(1)
+q = torch.randn(4, 300, 8, 64)
+before = len(os.listdir("/proc/self/task"))
+pagedflash.flash_attn_func(q, q, q)
+assert len(os.listdir("/proc/self/task")) == before
+"""
+    subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", script], check=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The library
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_library_is_said(tmp_path: Path) -> None:
+    with pytest.raises(launch.Unavailable, match="was not built"):
+        launch.Library(tmp_path / "libpagedflash_cpu.so")
+
+
+def test_a_library_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "libpagedflash_cpu.so"
+    path.write_bytes(b"not a library")
+    with pytest.raises(launch.Unavailable, match="cannot be loaded"):
+        launch.Library(path)
+
+
+def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ISAS:
+        monkeypatch.setenv(launch.ISA_VARIABLE, name)
+        chosen = launch.Library(launch.LIBRARY)
+        assert chosen.isa == chosen.isas[name]
+    monkeypatch.setenv(launch.ISA_VARIABLE, "mmx")
+    with pytest.raises(launch.Unavailable, match="mmx, expected one of"):
+        launch.Library(launch.LIBRARY)
+
+
+def test_only_cpu_tensors_are_supported() -> None:
+    q = torch.empty(1, 1, 1, 64, device="meta")
+    call = AttentionCall(q, q, q, *[None] * 13, 1, 1, 1.0, -1, -1, 0.0, False, 0)
+    supported, reason = backend.supports(call)
+    assert not supported and "meta" in reason
