@@ -1,6 +1,8 @@
 """Decode, prefill and call overhead on a CUDA GPU: the tables of docs/cuda.md.
 
-    python benchmarks/cuda_attention.py [decode] [grid] [prefill] [overhead]
+    python benchmarks/cuda_attention.py [decode] [prefill] [overhead] [grid | grid:24]
+
+``grid:24`` takes 24 shapes of the grid at random (always the same ones).
 
 Every GPU time is the median over replays of a CUDA graph that holds one call, the empty graph's time (printed first)
 included. Before each replay the L2 cache is filled with other data: by reading a buffer of five times its size, or,
@@ -16,18 +18,20 @@ from __future__ import annotations
 import datetime
 import math
 import multiprocessing
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pagedflash
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import pagedflash
 
 try:
     import flashinfer
@@ -193,7 +197,8 @@ def compile_ahead(shape: Decode) -> None:
 def decode_table(timer: Timer, bandwidth: float) -> None:
     for written in (False, True):
         timer.written = written
-        print(f"\n| decode, bf16{', L2 written' if written else ''} | KV MB | us | of read bandwidth | FlashInfer us | x FlashInfer |")
+        title = "decode, bf16, L2 written" if written else "decode, bf16"
+        print(f"\n| {title} | KV MB | us | of read bandwidth | FlashInfer us | x FlashInfer |")
         print("|---|---|---|---|---|---|")
         for shape in TARGETS:
             ours, theirs = decode_times(timer, shape)
@@ -203,8 +208,8 @@ def decode_table(timer: Timer, bandwidth: float) -> None:
     timer.written = False
 
 
-def grid_table(timer: Timer, bandwidth: float) -> None:
-    shapes = grid()
+def grid_table(timer: Timer, bandwidth: float, count: int | None) -> None:
+    shapes = grid() if count is None else random.Random(0).sample(grid(), count)
     with multiprocessing.get_context("spawn").Pool(COMPILERS) as pool:
         pool.map(compile_ahead, shapes)
     print("\n| grid, bf16 | KV MB | us | of read bandwidth | FlashInfer us | x FlashInfer |")
@@ -236,76 +241,87 @@ def least_and_mean(values: list[float]) -> str:
     return f"{min(values):.2f}, {math.exp(statistics.fmean(map(math.log, values))):.2f}"
 
 
+PREFILL_HEADS, PREFILL_KV_HEADS = 32, 8
+
+
+def prefill_inputs(tokens: int, head_dim: int = 128) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (
+        torch.randn(1, tokens, heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
+        for heads in (PREFILL_HEADS, PREFILL_KV_HEADS, PREFILL_KV_HEADS)
+    )
+    return q, k, v
+
+
+def sdpa_time(timer: Timer, q: Tensor, k: Tensor, v: Tensor) -> float:
+    """torch's flash kernel, causal; only for as many queries as keys, since it aligns the mask to the top left."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return timer(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 10)
+
+
+def prefill_row(name: str, us: float, sdpa_us: float, pairs: float, head_dim: int = 128) -> None:
+    tflops = 4 * pairs * PREFILL_HEADS * head_dim / us / 1e6
+    print(f"| {name} | {us:.0f} | {tflops:.0f} | {sdpa_us:.0f} | {sdpa_us / us:.2f} |", flush=True)
+
+
+def dense_prefill(timer: Timer, tokens: int, head_dim: int) -> None:
+    q, k, v = prefill_inputs(tokens, head_dim)
+    ours = timer(lambda: pagedflash.flash_attn_func(q, k, v, causal=True), 10)
+    prefill_row(f"dense {tokens} D={head_dim}", ours, sdpa_time(timer, q, k, v), tokens**2 / 2, head_dim)
+
+
+def varlen_prefill(timer: Timer, lengths: list[int]) -> None:
+    """Against SDPA over the same sequences one by one, its times added up."""
+    q, k, v = (x[0] for x in prefill_inputs(sum(lengths)))
+    cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32).to(DEVICE)
+    longest = max(lengths)
+    ours = timer(lambda: pagedflash.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True), 10)
+    parts = zip(*(x.split(lengths) for x in (q, k, v)))
+    theirs = sum(sdpa_time(timer, *(x[None] for x in part)) for part in parts)
+    prefill_row(f"varlen {lengths}", ours, theirs, sum(n * n / 2 for n in lengths))
+
+
+def paged_prefill(timer: Timer, tokens: int, page_size: int, chunk: int) -> None:
+    """A whole prompt on pages, and its last chunk. SDPA's flash kernel has no mask aligned to the bottom right: the
+    chunk's share of its time over the whole prompt stands in."""
+    q, k, v = prefill_inputs(tokens)
+    theirs = sdpa_time(timer, q, k, v)
+    table = torch.randperm(tokens // page_size).to(torch.int32).to(DEVICE)[None]
+    pages = [x.view(-1, page_size, PREFILL_KV_HEADS, 128) for x in (k, v)]
+    lengths = torch.tensor([tokens], dtype=torch.int32, device=DEVICE)
+    kvcache = pagedflash.flash_attn_with_kvcache
+    ours = timer(lambda: kvcache(q, *pages, cache_seqlens=lengths, block_table=table, causal=True), 10)
+    prefill_row(f"paged {tokens}, page {page_size}", ours, theirs, tokens**2 / 2)
+
+    cu = torch.tensor([0, chunk], dtype=torch.int32, device=DEVICE)
+    last = q[0, -chunk:]
+    options = dict(seqused_k=lengths, block_table=table, causal=True)
+    ours = timer(lambda: pagedflash.flash_attn_varlen_func(last, *pages, cu, None, chunk, tokens, **options), 10)
+    pairs = chunk * (tokens - chunk / 2)
+    prefill_row(f"paged chunk {chunk} of {tokens}, page {page_size}", ours, theirs * pairs / (tokens**2 / 2), pairs)
+
+
+def window_time(timer: Timer, tokens: int, window: int) -> float:
+    q, k, v = prefill_inputs(tokens)
+    return timer(lambda: pagedflash.flash_attn_func(q, k, v, causal=True, window_size=(window, 0)), 10)
+
+
 def prefill_table(timer: Timer) -> None:
-    """Against torch's flash SDPA, dense; a varlen mix and pages against SDPA over the same sequences one by one."""
-    print("\n| prefill, bf16 causal, 32/8, D=128 | us | TFLOP/s | torch flash SDPA us | x SDPA |")
+    """Against torch's flash SDPA in the same run."""
+    print("\n| prefill, bf16 causal, 32/8 | us | TFLOP/s | torch flash SDPA us | x SDPA |")
     print("|---|---|---|---|---|")
-    heads, kv_heads = 32, 8
+    for tokens, head_dim in ((8192, 128), (2048, 128), (8192, 64), (8192, 80), (8192, 96), (8192, 192), (8192, 256)):
+        dense_prefill(timer, tokens, head_dim)
+    for lengths in ([4096, 2048, 1024, 512, 512], [300, 5000, 17, 1200, 64, 1611]):
+        varlen_prefill(timer, lengths)
+    for page_size in (16, 256):
+        paged_prefill(timer, 8192, page_size, 2048)
 
-    def make(tokens: int, count: int, head_dim: int = 128) -> Tensor:
-        return torch.randn(1, tokens, count, head_dim, device=DEVICE, dtype=torch.bfloat16)
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Keys end where queries end; SDPA's is_causal aligns to the top left, which is the same for square problems.
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    def row(name: str, us: float, sdpa_us: float, pairs: float, head_dim: int = 128) -> None:
-        flops = 4 * pairs * heads * head_dim
-        print(f"| {name} | {us:.0f} | {flops / us / 1e6:.0f} | {sdpa_us:.0f} | {sdpa_us / us:.2f} |", flush=True)
-
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
-        for tokens, head_dim in ((8192, 128), (2048, 128), (8192, 64), (8192, 80), (8192, 96), (8192, 192), (8192, 256)):
-            q, k, v = make(tokens, heads, head_dim), make(tokens, kv_heads, head_dim), make(tokens, kv_heads, head_dim)
-            ours = timer(lambda: pagedflash.flash_attn_func(q, k, v, causal=True), 10)
-            theirs = timer(lambda: sdpa(q, k, v), 10)
-            row(f"dense {tokens} D={head_dim}", ours, theirs, tokens**2 / 2, head_dim)
-
-        for lengths in ([4096, 2048, 1024, 512, 512], [300, 5000, 17, 1200, 64, 1611]):
-            total = sum(lengths)
-            q, k, v = make(total, heads)[0], make(total, kv_heads)[0], make(total, kv_heads)[0]
-            cu = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32).to(DEVICE)
-            ours = timer(
-                lambda: pagedflash.flash_attn_varlen_func(q, k, v, cu, cu, max(lengths), max(lengths), causal=True), 10
-            )
-            parts = [tuple(x.split(lengths)[i][None] for x in (q, k, v)) for i in range(len(lengths))]
-            theirs = sum(timer(lambda p=p: sdpa(*p), 10) for p in parts)  # type: ignore[misc]
-            row(f"varlen {lengths}", ours, theirs, sum(n * n / 2 for n in lengths))
-
-        for page_size in (16, 256):
-            tokens = 8192
-            order = torch.randperm(tokens // page_size).to(torch.int32).to(DEVICE)
-            q, k, v = make(tokens, heads), make(tokens, kv_heads), make(tokens, kv_heads)
-            pages = [x.view(-1, page_size, kv_heads, 128) for x in (k, v)]
-            lengths_k = torch.tensor([tokens], dtype=torch.int32, device=DEVICE)
-            theirs = timer(lambda: sdpa(q, k, v), 10)
-            ours = timer(
-                lambda: pagedflash.flash_attn_with_kvcache(
-                    q, *pages, cache_seqlens=lengths_k, block_table=order[None], causal=True
-                ),
-                10,
-            )
-            row(f"paged {tokens} page {page_size}", ours, theirs, tokens**2 / 2)
-            chunk = 2048
-            cu = torch.tensor([0, chunk], dtype=torch.int32, device=DEVICE)
-            ours = timer(
-                lambda: pagedflash.flash_attn_varlen_func(
-                    q[0, -chunk:], *pages, cu, None, chunk, tokens, seqused_k=lengths_k, block_table=order[None], causal=True
-                ),
-                10,
-            )
-            # SDPA has no bottom-right causal mask in its flash kernel: the chunk's share of the square's time stands in.
-            pairs = chunk * (tokens - chunk / 2)
-            row(f"paged chunk {chunk} of {tokens} page {page_size}", ours, theirs * pairs / (tokens**2 / 2), pairs)
-
-    print("\n| prefill with a window, 32/8, D=128, us | 8192 | 32768 |")
+    print("\n| window, us, 32/8, D=128 | 8192 tokens | 32768 tokens |")
     print("|---|---|---|")
     for window in (128, 1024, 4096):
-        times = []
-        for tokens in (8192, 32768):
-            q, k, v = make(tokens, heads), make(tokens, kv_heads), make(tokens, kv_heads)
-            times.append(timer(lambda: pagedflash.flash_attn_func(q, k, v, causal=True, window_size=(window, 0)), 10))
-        print(f"| {window} | {times[0]:.0f} | {times[1]:.0f} |", flush=True)
+        short, long = (window_time(timer, tokens, window) for tokens in (8192, 32768))
+        print(f"| {window} | {short:.0f} | {long:.0f} |", flush=True)
 
 
 def overhead_table() -> None:
@@ -337,23 +353,29 @@ def overhead_table() -> None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["decode", "grid", "prefill", "overhead"]
+    wanted = sys.argv[1:] or ["decode", "prefill", "overhead", "grid"]
     torch.manual_seed(0)
     timer = Timer()
     bandwidth = read_bandwidth(timer)
+    one = torch.empty(1, device=DEVICE)
+    empty = timer(one.zero_)
     print(
         f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__};"
         f" FlashInfer {flashinfer and flashinfer.__version__};"
-        f" read bandwidth {bandwidth / 1e12:.2f} TB/s; an empty graph {timer(lambda: torch.empty(1, device=DEVICE).zero_()):.1f} us"
+        f" read bandwidth {bandwidth / 1e12:.2f} TB/s; an empty graph {empty:.1f} us"
     )
-    if "decode" in wanted:
-        decode_table(timer, bandwidth)
-    if "grid" in wanted:
-        grid_table(timer, bandwidth)
-    if "prefill" in wanted:
-        prefill_table(timer)
-    if "overhead" in wanted:
-        overhead_table()
+    for table in wanted:
+        name, _, count = table.partition(":")
+        if name == "decode":
+            decode_table(timer, bandwidth)
+        elif name == "prefill":
+            prefill_table(timer)
+        elif name == "overhead":
+            overhead_table()
+        elif name == "grid":
+            grid_table(timer, bandwidth, int(count) if count else None)
+        else:
+            sys.exit(f"there is no table {table!r}: decode, prefill, overhead, grid")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def assert_matches_reference(call: AttentionCall, run: Run) -> None:
 
 def _assert_close(name: str, got: Tensor, want: Tensor, tolerance: float, message: str) -> None:
     assert not got.isnan().any(), f"{name} has NaN: {message}"
-    got = got.double()
+    got = got.cpu().double()
     assert torch.equal(got.isinf(), want.isinf()), f"{name} is infinite at other places: {message}"
     error = (got - want).masked_fill(want.isinf(), 0.0).abs()
     allowed = tolerance * want.masked_fill(want.isinf(), 0.0).abs().clamp(min=1.0)

@@ -14,19 +14,19 @@ import torch
 
 pytest.importorskip("triton")
 
-import pagedflash
 import triton_interpreter  # noqa: F401
 from cases import LAYOUTS, assert_matches_reference, random_call
+
+import pagedflash
 from pagedflash.backends import triton as backend
 from pagedflash.backends.triton import launch, run
 from pagedflash.call import AttentionCall
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
-def test_all_options(rng: random.Random, rounds, device: str, layout: str, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
-    for _ in range(rounds(1)):
-        assert_matches_reference(random_call(rng, dtype=dtype, layout=layout, device=device), backend.attention)
+def test_all_options(rng: random.Random, rounds, device: str, layout: str) -> None:  # type: ignore[no-untyped-def]
+    for _ in range(rounds(3)):
+        assert_matches_reference(random_call(rng, layout=layout, device=device), backend.attention)
 
 
 @dataclass
@@ -83,12 +83,12 @@ def _decode_call(device: str, lengths: list[int], *, page_size: int = 16, width:
 
 
 def test_one_long_sequence_is_split_over_all_programs(device: str, launches: Launches) -> None:
-    call = _decode_call(device, [1500, 3, 0])
+    call = _decode_call(device, [900, 3, 0])
     assert_matches_reference(call, backend.attention)
     shape = launch.decode_shape(2, 32, 4)
     assert launches.kernels == ["decode", "combine"]
     assert launches.programs[:1] == [launch.processors(call.q.device) * shape.programs_per_processor]
-    tiles_of_the_long_one = -(-1500 // shape.block_n)
+    tiles_of_the_long_one = -(-900 // shape.block_n)
     assert tiles_of_the_long_one > 2, "the premise: it has tiles for more than one program"
 
 
@@ -102,7 +102,7 @@ def test_num_splits_sets_the_number_of_programs(
     assert launches.programs[0] == 2 * 2 * num_splits
 
 
-@pytest.mark.parametrize("lengths, kernels", (([33, 1500], ["decode", "combine"]), ([33, 50], ["decode"])), ids=str)
+@pytest.mark.parametrize("lengths, kernels", (([33, 600], ["decode", "combine"]), ([33, 50], ["decode"])), ids=str)
 def test_append_rotary_and_decode_take_at_most_two_launches(
     device: str, launches: Launches, lengths: list[int], kernels: list[str]
 ) -> None:
@@ -125,7 +125,6 @@ def test_keys_left_of_the_window_are_not_touched(device: str, launches: Launches
     q = torch.randn(1, queries, 4, 32).to(device)
     call = call._replace(q=q, max_seqlen_q=queries)
     out, _ = backend.attention(call)
-    call.k.view(-1, 2, 32)
     seen_from = 600 - queries - 20
     for token in range(seen_from):
         page = int(call.block_table[0, token // 16])  # type: ignore[index]
@@ -137,9 +136,9 @@ def test_keys_left_of_the_window_are_not_touched(device: str, launches: Launches
 
 
 def test_results_are_the_same_every_time(device: str) -> None:
-    call = _decode_call(device, [1500, 800, 3])
+    call = _decode_call(device, [600, 300, 3])
     first, _ = backend.attention(call)
-    for _ in range(3):
+    for _ in range(2):
         assert torch.equal(backend.attention(call)[0], first)
 
 
@@ -163,7 +162,7 @@ def test_a_captured_graph_follows_lengths_tables_and_contents(device: str) -> No
     with torch.cuda.graph(graph):
         out, lse = backend.attention(call)
 
-    for seed, lengths in enumerate(([1023, 0, 17, 256], [3, -1, 1000, 0], [500, 500, 500, 500])):
+    for lengths in ([1023, 0, 17, 256], [3, -1, 1000, 0], [500, 500, 500, 500]):
         fresh = _decode_call(device, [max(n, 0) for n in lengths], width=64, append=True, dtype=torch.float16)
         assert fresh.seqused_k is not None
         fresh.seqused_k.copy_(torch.tensor(lengths))

@@ -1,7 +1,8 @@
-"""The Triton backend: ``kv_write``, ``decode``, ``combine`` and ``prefill`` for NVIDIA GPUs, and whatever else Triton runs on.
+"""The Triton backend: ``kv_write``, ``decode``, ``combine`` and ``prefill`` for NVIDIA GPUs, and what else Triton runs on.
 
-A call is at most two launches: ``kv_write`` if it appends, then ``decode`` (which holds ``combine``) or ``prefill``.
-Nothing is read on the host, so every call can be captured in a CUDA graph.
+A call with few queries is at most two launches, ``decode`` and ``combine``: decode appends new tokens itself. A call with
+many is ``kv_write``, if it appends, and ``prefill``. Nothing is read on the host, so every call can be captured in a CUDA
+graph, and replayed with other lengths, tables and contents.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +54,8 @@ class Launch:
         self,
         function: Any,
         grid: tuple[int, int, int],
-        numbers: tuple,
-        constants: tuple,
+        numbers: tuple[float, ...],
+        constants: tuple[object, ...],
         shape: Shape,
         device: torch.device,
         aligned: bool,
@@ -116,15 +116,15 @@ def power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-@lru_cache(maxsize=None)
+@cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device. The interpreter pretends to a few, so that work gets split there too."""
     if INTERPRETED:
         return 3
-    return torch.get_device_module(device).get_device_properties(device).multi_processor_count
+    return int(torch.get_device_module(device).get_device_properties(device).multi_processor_count)
 
 
-@lru_cache(maxsize=None)
+@cache
 def has_dependent_launch(device: torch.device) -> bool:
     """Whether a kernel can be set up while the one before it still runs (Hopper and later)."""
     return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,12 +56,12 @@ class _Problem(NamedTuple):
     k_strides: tuple[int, ...]
     v_strides: tuple[int, ...]
     v_head_dim: int
-    k_new_strides: Optional[tuple[int, ...]]
-    v_new_strides: Optional[tuple[int, ...]]
+    k_new_strides: tuple[int, ...] | None
+    v_new_strides: tuple[int, ...] | None
     batch: int
     new_tokens: int
-    table_width: Optional[int]
-    rotary_shape: Optional[torch.Size]
+    table_width: int | None
+    rotary_shape: torch.Size | None
     slopes_per_sequence: bool
     missing: tuple[bool, ...]
     max_seqlen_q: int
@@ -183,7 +183,7 @@ def _prefill(problem: _Problem) -> Launch:
 
 class _Decode(NamedTuple):
     decode: Launch
-    combine: Optional[Launch]  # None where every program of decode has a whole segment
+    combine: Launch | None  # None where every program of decode has a whole segment
     scratch: int  # float32 elements of partial results
 
 
@@ -254,7 +254,7 @@ def _decode(problem: _Problem) -> _Decode:
     return _Decode(decode_launch, combine_launch, (segments + programs) * rows * (block_dv + 2))
 
 
-def _arguments(problem: _Problem, new_strides: tuple[int, ...]) -> tuple[tuple, tuple]:
+def _arguments(problem: _Problem, new_strides: tuple[int, ...]) -> tuple[tuple[float, ...], tuple[object, ...]]:
     """What ``decode`` and ``prefill`` both take: (numbers, constants)."""
     q_shape, k_shape = problem.q_shape, problem.k_shape
 
@@ -349,8 +349,8 @@ def _kv_write(
     cache_shape: torch.Size,
     k_cache_strides: tuple[int, ...],
     v_cache_strides: tuple[int, ...],
-    table_width: Optional[int],
-    rotary_pairs: Optional[int],
+    table_width: int | None,
+    rotary_pairs: int | None,
     interleaved: bool,
     missing: tuple[bool, ...],
     aligned: bool,

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM102 (an if on constants chooses code when the kernel is compiled)
 """``decode``: few queries a sequence, many keys. Bound by how fast the keys and values can be read.
 
 All query rows that share a KV head (its group of query heads, times the queries) are the rows of one tile, so that
@@ -162,7 +163,9 @@ def decode(
         first_row, owned_rows = query_rows(b, cu_seqlens_q, dense_queries)
         used = (i < queries) & (keys >= 0)
         position = i + keys - queries
-        first, last = visible_bounds(position, begin, tl.maximum(keys, 0), used, window_left, window_right, HAS_LEFT, HAS_RIGHT)
+        first, last = visible_bounds(
+            position, begin, tl.maximum(keys, 0), used, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
         last_cached = tl.minimum(last, end - 1)
         slope = load_slopes(alibi_slopes, b, head, used, HEADS, SLOPES_PER_SEQUENCE)
         q_tile = load_queries(

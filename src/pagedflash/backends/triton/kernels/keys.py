@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108 (an if on constants chooses code when the kernel is compiled)
 """Where the keys are: how many each sequence has, which of them can be seen, and how a tile of them is loaded.
 
 Functions that take a sequence ``b`` take one number or a vector of them alike. ``inside`` masks what is past the batch.

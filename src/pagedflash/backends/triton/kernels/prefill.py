@@ -1,3 +1,4 @@
+# ruff: noqa: SIM102 (an if on constants chooses code when the kernel is compiled)
 r"""``prefill``: many queries a sequence. Bound by the matrix units.
 
 A program takes BLOCK_M queries of one head and walks the tiles of keys that any of them sees. Only the tiles at the

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108 (an if on constants chooses code when the kernel is compiled)
 """Where the queries are, what each of them sees, and where its results go.
 
 A program holds some rows; row ``r`` is query ``i[r]`` of one sequence for query head ``head[r]`` (or one head for all).

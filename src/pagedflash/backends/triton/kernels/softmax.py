@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108 (an if on constants chooses code when the kernel is compiled)
 """One step of the online softmax: a tile of keys and values goes into the rows' running state.
 
 The state of a row is ``(acc, row_max, row_sum)``: the weighted sum of values, the largest score so far, and the sum of
