@@ -16,6 +16,8 @@ timing, the better of tensor cores on and off.
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
+import importlib.util
 import math
 import multiprocessing
 import random
@@ -33,11 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pagedflash
 
-try:
-    import flashinfer
-except ImportError:
-    flashinfer = None
-
+HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
 REPLAYS = 30
 COMPILERS = 14
 DEVICE = "cuda"
@@ -158,6 +156,8 @@ def decode_call(inputs: dict[str, Tensor]) -> Callable[[], object]:
 
 def flashinfer_call(shape: Decode, inputs: dict[str, Tensor], tensor_cores: bool) -> Callable[[], object]:
     """FlashInfer's decode over the same pages, planned."""
+    import flashinfer  # here: it is slow to import, and processes that only compile do not need it
+
     pages = torch.tensor([-(-n // shape.page_size) for n in shape.lengths])
     offsets = F.pad(pages.cumsum(0), (1, 0)).int().to(DEVICE)
     indices = torch.cat([row[:count] for row, count in zip(inputs["block_table"], pages.tolist())])
@@ -180,7 +180,7 @@ def decode_times(timer: Timer, shape: Decode) -> tuple[float, float | None]:
     """Microseconds: (ours, FlashInfer's or None)"""
     inputs = decode_inputs(shape)
     ours = timer(decode_call(inputs))
-    if flashinfer is None:
+    if not HAS_FLASHINFER:
         return ours, None
     return ours, min(timer(flashinfer_call(shape, inputs, cores)) for cores in (False, True))
 
@@ -339,7 +339,7 @@ def overhead_table() -> None:
         "append + rotary + decode": lambda: pagedflash.flash_attn_with_kvcache(**inputs, **appending, causal=True),  # type: ignore[arg-type]
         "prefill": lambda: pagedflash.flash_attn_func(q, q[:, :, :8], q[:, :, :8], causal=True),
     }
-    if flashinfer is not None:
+    if HAS_FLASHINFER:
         calls["FlashInfer's decode, without its plan"] = flashinfer_call(shape, inputs, False)
     for name, call in calls.items():
         times = []
@@ -359,9 +359,10 @@ def main() -> None:
     bandwidth = read_bandwidth(timer)
     one = torch.empty(1, device=DEVICE)
     empty = timer(one.zero_)
+    theirs = importlib.metadata.version("flashinfer-python") if HAS_FLASHINFER else "not installed"
     print(
         f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__};"
-        f" FlashInfer {flashinfer and flashinfer.__version__};"
+        f" FlashInfer {theirs};"
         f" read bandwidth {bandwidth / 1e12:.2f} TB/s; an empty graph {empty:.1f} us"
     )
     for table in wanted:

@@ -25,7 +25,7 @@ from pagedflash.call import AttentionCall
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_options(rng: random.Random, rounds, device: str, layout: str) -> None:  # type: ignore[no-untyped-def]
-    for _ in range(rounds(3)):
+    for _ in range(rounds(2)):
         assert_matches_reference(random_call(rng, layout=layout, device=device), backend.attention)
 
 

@@ -72,7 +72,7 @@ def combine(
     for start in range(first, last + 1, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         there = (part <= last)[:, None]
-        rows = part[:, None] * ROWS + row[None, :]
+        rows = part.to(tl.int64)[:, None] * ROWS + row[None, :]
         part_max = tl.load(maxima + rows, there, other=float("-inf"))
         part_sum = tl.load(sums + rows, there, other=0.0)
         values = tl.load(partials + rows[:, :, None] * BLOCK_DV + d[None, None, :], there[:, :, None], other=0.0)
@@ -96,7 +96,7 @@ def combine(
 @triton.jit
 def partial_states(partials, parts, ROWS: tl.constexpr, BLOCK_DV: tl.constexpr):
     """Where the maxima and the sums lie, behind the values ``(parts, ROWS, BLOCK_DV)`` of one buffer."""
-    maxima = partials + parts * ROWS * BLOCK_DV
+    maxima = partials + parts.to(tl.int64) * ROWS * BLOCK_DV
     return maxima, maxima + parts * ROWS
 
 
@@ -116,7 +116,7 @@ def store_partial(
     row = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_DV)
     real = row < ROWS
-    rows = part * ROWS + row
+    rows = part.to(tl.int64) * ROWS + row
     maxima, sums = partial_states(partials, parts, ROWS, BLOCK_DV)
     tl.store(partials + rows[:, None] * BLOCK_DV + d[None, :], acc, real[:, None])
     tl.store(maxima + rows, row_max, real)
