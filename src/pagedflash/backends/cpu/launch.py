@@ -22,6 +22,9 @@ from ...call import AttentionCall, CacheWrite, check_values, check_write_values
 ISA_VARIABLE = "PAGEDFLASH_CPU_ISA"
 """Names the instruction set to use (``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``generic``) instead of the best one."""
 
+LIBRARY_VARIABLE = "PAGEDFLASH_CPU_LIBRARY"
+"""Path of a library to use instead of the installed one: a build with sanitizers, for one."""
+
 LIBRARY = Path(__file__).with_name("pagedflash_cpu.dll" if os.name == "nt" else "libpagedflash_cpu.so")
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -87,7 +90,7 @@ def library() -> Library:
     Raises:
         Unavailable: it is missing, does not fit, or this processor cannot run it.
     """
-    return Library(LIBRARY)
+    return Library(Path(os.environ.get(LIBRARY_VARIABLE, LIBRARY)))
 
 
 @contextmanager

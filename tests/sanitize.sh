@@ -1,0 +1,20 @@
+#!/bin/sh
+# The CPU backend's tests with its C++ under the address and undefined-behaviour sanitizers (GCC or Clang, Linux).
+#
+#   tests/sanitize.sh [pytest arguments]
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd)
+build=$root/build/sanitize
+python=${PYTHON:-python}
+
+cmake -S "$root" -B "$build" -DPAGEDFLASH_SANITIZE=ON >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
+cmake --build "$build" --parallel 2
+# Python itself is not instrumented: the runtime must be there before it, and its own leaks are none of ours.
+runtime=$(${CXX:-c++} -print-file-name=libasan.so)
+export LD_PRELOAD="$runtime${LD_PRELOAD:+:$LD_PRELOAD}"
+export ASAN_OPTIONS=detect_leaks=0
+export UBSAN_OPTIONS=print_stacktrace=1
+export PAGEDFLASH_CPU_LIBRARY=$build/libpagedflash_cpu.so
+export PAGEDFLASH_REQUIRE_NATIVE=1
+# (The cache of 2^32 elements would be filled with the sanitizer's own bookkeeping.)
+exec "$python" -m pytest "$root/tests/test_cpu_backend.py" -k "not more_than_32_bits" "$@"
