@@ -69,8 +69,17 @@ def test_a_single_sequence_fills_the_gpu(cores: int, group: int) -> None:
 
 @pytest.mark.parametrize("cores", (8, 40, 80, 132))
 def test_a_large_batch_is_not_split(cores: int) -> None:
-    plan = plan_decode(4, 1, 4096, 128, 128, 2, 16)
+    plan = plan_decode(64 * 8, 4, 1, 4096, 128, 128, 2, 16)
     assert plan_splits(64 * 8, plan.simdgroups, plan.rows, 4096, cores) == 1
+
+
+@pytest.mark.parametrize("cores", (80, 132))
+def test_splits_fill_the_gpu_once(cores: int) -> None:
+    """A core runs three threadgroups of four simdgroups: a few more than that, and they wait for a second turn."""
+    plan = plan_decode(8 * 8, 4, 1, 4096, 128, 128, 2, 16)
+    splits = plan_splits(8 * 8, plan.simdgroups, plan.rows, 4096, cores)
+    assert plan.simdgroups == 4
+    assert 0.7 <= splits * 8 * 8 / (3 * cores) <= 1
 
 
 def test_layout_knows_shapes_and_cores_only() -> None:

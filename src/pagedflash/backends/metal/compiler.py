@@ -13,8 +13,8 @@ import torch
 Compiler = Callable[[str], Any]
 """Metal source -> a library whose attributes are its kernels, as ``torch.mps.compile_shader``."""
 
-UNKNOWN_CORE_COUNT = 80
-"""Assumed where there is no Apple GPU to ask: that of the largest one, so that a simulator sees the most splits."""
+UNKNOWN_CORE_COUNT = 128
+"""Assumed where there is no Apple GPU to ask: more than the largest has, so that a simulator sees the most splits."""
 
 SOURCES = {
     "kv_write": ("types", "paging", "sequence", "rotary", "kv_write"),

@@ -152,7 +152,7 @@ def _decode(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
     heads, kv_heads, head_dim, v_head_dim = call.q.shape[-2], call.k.shape[-2], call.q.shape[-1], call.v.shape[-1]
     group, batch, page_size = heads // kv_heads, call.batch_size, _page_size(call)
     max_keys, max_queries = _most_keys_seen(call), max(1, call.max_seqlen_q)  # 1: rows behind all sequences
-    plan = plan_decode(group, max_queries, max_keys, head_dim, v_head_dim, dtype.itemsize, page_size)
+    plan = plan_decode(batch * kv_heads, group, max_queries, max_keys, head_dim, v_head_dim, dtype.itemsize, page_size)
     row_tiles = -(-group * max_queries // plan.rows)
     if row_tiles > 1 and call.k_new is not None:  # several threadgroups read the new keys: they must be there before
         kv_write(call.write)

@@ -6,6 +6,7 @@ The numbers chosen here go to the shader as definitions, so host and kernel cann
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 192, 256)
@@ -24,12 +25,12 @@ MAX_OUTPUT_REGISTERS = 64
 KEY_REGISTERS = 32  # for keys unpacked and multiplied at once
 LOAD_REGISTERS = 32  # for loads under way; twice that where there are few rows
 FEW_ROWS = 2
-MANY_ROWS = 4  # more than this, and a threadgroup has eight simdgroups: its queries and outputs are then worth more keys
+MANY_ROWS = 4  # more than this, and a threadgroup has eight simdgroups, not four: its queries are then worth more keys
 MERGE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups merge some rows at a time
 
-SIMDGROUPS_PER_CORE = 16  # in flight, to hide the memory's latency
-MIN_SIMDGROUPS = 512  # in flight even on small GPUs
-NEEDLESS_SPLIT = 0.2  # a further split must add more than this share of a full GPU
+SIMDGROUPS_PER_CORE = 13  # a core has registers for
+MIN_SIMDGROUPS = 512  # to have in flight even on small GPUs
+PART_TILES = 1.5  # what comes before and after the tiles of a part takes as long as so many of them
 KEYS_PER_ROW = 48  # of a part, at least: what it loads and leaves besides keys stays near 3 % of them
 MAX_SPLITS = 128
 
@@ -55,10 +56,18 @@ class DecodePlan(NamedTuple):
     v_run: int
 
 
+@cache
 def plan_decode(
-    group: int, max_queries: int, max_keys: int, head_dim: int, v_head_dim: int, element_bytes: int, page_size: int
+    sequences: int,
+    group: int,
+    max_queries: int,
+    max_keys: int,
+    head_dim: int,
+    v_head_dim: int,
+    element_bytes: int,
+    page_size: int,
 ) -> DecodePlan:
-    """Lay out decode for ``group * max_queries`` rows a KV head."""
+    """Lay out decode for ``sequences`` (those of each KV head counted), each with ``group * max_queries`` rows."""
     total_rows = group * max_queries
     most_rows = min(MAX_ROWS, MAX_OUTPUT_REGISTERS // _lane_dims(head_dim, total_rows, element_bytes))
     row_tiles = -(-total_rows // most_rows)
@@ -72,7 +81,9 @@ def plan_decode(
         min(lanes, _power_of_two(registers * 4 // (chunks * chunk * element_bytes)))
         for lanes, chunks in ((k_lanes, k_chunks), (v_lanes, v_chunks))
     )
-    simdgroups = min(8 if rows > MANY_ROWS else 4, _power_of_two(max(1, -(-max_keys // TILE_KEYS))))
+    most_in_flight = sequences * row_tiles * _most_splits(4, rows, max_keys) * 4
+    simdgroups = 8 if rows > MANY_ROWS or most_in_flight <= MIN_SIMDGROUPS else 4
+    simdgroups = min(simdgroups, _power_of_two(max(1, -(-max_keys // TILE_KEYS))))
     return DecodePlan(
         rows=rows,
         chunk=chunk,
@@ -90,15 +101,27 @@ def plan_decode(
     )
 
 
+@cache
 def plan_splits(threadgroups: int, simdgroups: int, rows: int, max_keys: int, cores: int) -> int:
-    """How many parts to split the keys into: enough simdgroups to fill the GPU, all with as many tiles.
+    """How many parts to split the keys into: the number that takes the least time.
 
-    A part loads its queries and leaves an output in float32 for every row, so the more rows, the more keys it must have.
+    ``threadgroups`` is their number without splits. The GPU runs one load of them after another, as many at once as its
+    cores have registers for; each load takes as long as the tiles of one simdgroup.
     """
-    wanted = max(MIN_SIMDGROUPS, SIMDGROUPS_PER_CORE * cores) / max(1, threadgroups * simdgroups)
+    load = max(MIN_SIMDGROUPS // simdgroups, SIMDGROUPS_PER_CORE // simdgroups * cores)
+    if threadgroups >= load:
+        return 1
+
+    def time(splits: int) -> float:
+        return -(-threadgroups * splits // load) * (-(-max_keys // (TILE_KEYS * simdgroups * splits)) + PART_TILES)
+
+    return min(range(1, 1 + _most_splits(simdgroups, rows, max_keys)), key=time)
+
+
+def _most_splits(simdgroups: int, rows: int, max_keys: int) -> int:
+    """Splits that are of use: a part loads its queries and leaves an output in float32 for every row."""
     round_of_tiles = TILE_KEYS * simdgroups
-    useful = max_keys // (round_of_tiles * -(-KEYS_PER_ROW * rows // round_of_tiles))
-    return max(1, min(math.ceil(wanted - NEEDLESS_SPLIT), useful, MAX_SPLITS))
+    return max(1, min(max_keys // (round_of_tiles * -(-KEYS_PER_ROW * rows // round_of_tiles)), MAX_SPLITS))
 
 
 class PrefillPlan(NamedTuple):

@@ -5,6 +5,7 @@
 
 #define THREADS (SIMDGROUPS * 32)
 #define COLUMNS ((V_HEAD_DIM + 31) / 32)  // columns a lane adds up
+#define LOADS 4                           // parts whose loads a simdgroup issues together
 
 [[max_total_threads_per_threadgroup(THREADS)]]
 kernel void combine(
@@ -29,26 +30,39 @@ kernel void combine(
     device const float2* sums = partial_sums + out_row * splits;  // maximum and sum of each part
     device const float* parts = partial_out + out_row * splits * V_HEAD_DIM;
 
-    // ---- Maximum and sum over all parts, in every simdgroup -------------------------------------------------------------
+    // ---- Add up the parts: 32 at a time, one a lane; of them every simdgroup adds up its own ----------------------------
     float top = LOWEST, total = 0.0f;
-    for (int part = lane; part < splits; part += 32) top = max(top, sums[part].x);
-    top = simd_max(top);
-
-    // ---- Add up the parts -----------------------------------------------------------------------------------------------
     float output[COLUMNS];
     UNROLL
     for (int c = 0; c < COLUMNS; c++) output[c] = 0.0f;
     for (int first = 0; first < splits; first += 32) {
-        const float2 of_part = first + lane < splits ? sums[first + lane] : float2(LOWEST, 0.0f);  // one part a lane
-        const float weight = of_part.y > 0.0f ? exp2(of_part.x - top) : 0.0f;
-        total += of_part.y * weight;
-        for (int i = simdgroup; i < min(32, splits - first); i += SIMDGROUPS) {
-            const float w = simd_shuffle(weight, ushort(i));
-            if (w == 0.0f) continue;  // saw no key and wrote no output
+        const float2 of_part = first + lane < splits ? sums[first + lane] : float2(LOWEST, 0.0f);
+        const float new_top = max(top, simd_max(of_part.x));
+        const float shrink = exp2(top - new_top);
+        const float weight = of_part.y > 0.0f ? exp2(of_part.x - new_top) : 0.0f;
+        total = total * shrink + of_part.y * weight;
+        top = new_top;
+        UNROLL
+        for (int c = 0; c < COLUMNS; c++) output[c] *= shrink;
+
+        for (int i = simdgroup; i < min(32, splits - first); i += SIMDGROUPS * LOADS) {
+            float weights[LOADS], columns[LOADS][COLUMNS];
             UNROLL
-            for (int c = 0; c < COLUMNS; c++) {
-                const int d = c * 32 + lane;
-                if (d < V_HEAD_DIM) output[c] += w * parts[(first + i) * V_HEAD_DIM + d];
+            for (int j = 0; j < LOADS; j++) {
+                const int part = i + j * SIMDGROUPS;
+                const float w = simd_shuffle(weight, ushort(part & 31));
+                weights[j] = part < 32 ? w : 0.0f;
+                UNROLL
+                for (int c = 0; c < COLUMNS; c++) {
+                    const int d = c * 32 + lane;
+                    const bool written = weights[j] > 0.0f && d < V_HEAD_DIM;  // a part that saw no key wrote no output
+                    columns[j][c] = written ? parts[(first + part) * V_HEAD_DIM + d] : 0.0f;
+                }
+            }
+            UNROLL
+            for (int j = 0; j < LOADS; j++) {
+                UNROLL
+                for (int c = 0; c < COLUMNS; c++) output[c] += weights[j] * columns[j][c];
             }
         }
     }

@@ -190,29 +190,6 @@ kernel void decode(
     );
     if (first_of_rows >= s.rows * GROUP) return;
 
-    // ---- The queries, turned and scaled, into threadgroup memory --------------------------------------------------------
-    device const T* queries = q + first_head * sizes.q_head_stride
-        + (sizes.has_query_offsets ? s.first_row * sizes.q_token_stride : b * sizes.q_batch_stride);
-    for (int i = thread_index; i < ROWS * QUERY_FLOATS; i += THREADS) {
-        const int r = i / QUERY_FLOATS, d = i % QUERY_FLOATS;
-        const int query = (first_of_rows + r) / GROUP, head = (first_of_rows + r) % GROUP;
-        float x = 0.0f;
-        if (query < s.queries && d < HEAD_DIM) {
-            device const T* row = queries + query * sizes.q_token_stride + head * sizes.q_head_stride;
-            x = float(
-                sizes.rotary_half
-                    ? rotated(row, d, rotary_position(s, sizes, query), cosines, sines, sizes)
-                    : row[d]
-            );
-        }
-        scratch[r * QUERY_FLOATS + slice_index(d) + d % SLICE] = x * numbers.scale;
-    }
-    for (int r = thread_index; r < ROWS; r += THREADS) {
-        const int head = first_head + (first_of_rows + r) % GROUP;
-        row_slope[r] = sizes.has_slopes ? slopes[b * sizes.slope_batch_stride + head] * LOG2_E : 0.0f;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
     // ---- Which keys: those any row sees, plus the new ones, which must be written; of them the tiles of this split ------
     const int first_query = first_of_rows / GROUP;
     const int last_query = min((first_of_rows + ROWS - 1) / GROUP, s.queries - 1);
@@ -236,6 +213,32 @@ kernel void decode(
     const int k_token_stride = int(sizes.k_token_stride), v_token_stride = int(sizes.v_token_stride);
     const float softcap = numbers.softcap;
 
+    const int first_of_tiles = tiles_begin + simdgroup;  // its pages are on their way while the queries are
+    int page = first_of_tiles < tiles_end ? looked_up(table, first_of_tiles, lane, begin, end) : 0;
+
+    // ---- The queries, turned and scaled, into threadgroup memory --------------------------------------------------------
+    device const T* queries = q + first_head * sizes.q_head_stride
+        + (sizes.has_query_offsets ? s.first_row * sizes.q_token_stride : b * sizes.q_batch_stride);
+    for (int i = thread_index; i < ROWS * QUERY_FLOATS; i += THREADS) {
+        const int r = i / QUERY_FLOATS, d = i % QUERY_FLOATS;
+        const int query = (first_of_rows + r) / GROUP, head = (first_of_rows + r) % GROUP;
+        float x = 0.0f;
+        if (query < s.queries && d < HEAD_DIM) {
+            device const T* row = queries + query * sizes.q_token_stride + head * sizes.q_head_stride;
+            x = float(
+                sizes.rotary_half
+                    ? rotated(row, d, rotary_position(s, sizes, query), cosines, sines, sizes)
+                    : row[d]
+            );
+        }
+        scratch[r * QUERY_FLOATS + slice_index(d) + d % SLICE] = x * numbers.scale;
+    }
+    for (int r = thread_index; r < ROWS; r += THREADS) {
+        const int head = first_head + (first_of_rows + r) % GROUP;
+        row_slope[r] = sizes.has_slopes ? slopes[b * sizes.slope_batch_stride + head] * LOG2_E : 0.0f;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
     float maximum[ROWS], sum[ROWS];  // of each row: over all keys so far; over the keys this lane owned
     float output[ROWS][V_DIMS];
     UNROLL
@@ -247,8 +250,6 @@ kernel void decode(
     }
 
     // ---- The tiles ------------------------------------------------------------------------------------------------------
-    const int first_of_tiles = tiles_begin + simdgroup;
-    int page = first_of_tiles < tiles_end ? looked_up(table, first_of_tiles, lane, begin, end) : 0;
     for (int t = first_of_tiles; t < tiles_end; t += SIMDGROUPS) {
         Tile tile;
         tile.first_key = t * 32;
