@@ -73,7 +73,7 @@ def calls() -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     table = Table("call", "median us", "least us", title="Overhead of a call without its kernel")
-    with torch.no_grad(), use_backend(idle_backend()):
+    with use_backend(idle_backend()):
         for name, call in calls().items():
             call()
             times = [time / CALLS * 1e6 for time in timeit.repeat(call, number=CALLS, repeat=ROUNDS)]

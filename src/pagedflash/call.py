@@ -196,7 +196,7 @@ def check(call: AttentionCall, names: Names) -> None:
 
     Raises TypeError (wrong type or dtype) or ValueError, naming the argument, what came and what is expected.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(call)):
         return _check_fields(call, names)
     signature = _signature(call)
     try:
@@ -210,11 +210,15 @@ def check(call: AttentionCall, names: Names) -> None:
     _passed.add(signature)
 
 
+def _requires_grad(call: AttentionCall) -> bool:
+    return any([value.requires_grad for value in call if isinstance(value, Tensor)])
+
+
 _PLAIN = frozenset((int, float, bool, type(None)))
 
 
 def _signature(call: AttentionCall) -> tuple[object, ...]:
-    """All that :func:`check` looks at while grad mode is off. Unhashable with wrong types, subclasses or symbolic sizes."""
+    """All that :func:`check` looks at where no gradient is asked for. Unhashable with wrong types, subclasses or symbolic sizes."""
     return (
         call.k.stride(),
         call.v.stride(),
