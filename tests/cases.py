@@ -155,9 +155,7 @@ class _Draw:
         """Lengths cluster where kernels break: 0, 1, page and tile boundaries."""
         return min(most, self.rng.choice((0, 1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 96, 128, self.rng.randint(0, most))))
 
-    def call(
-        self, head_dim: int, group: int, page_sizes: tuple[int, ...], max_queries: int, max_keys: int
-    ) -> AttentionCall:
+    def call(self, head_dim: int, group: int, page_sizes: tuple[int, ...], max_queries: int, max_keys: int) -> AttentionCall:
         rng = self.rng
         batch = rng.choice((0, 1, 1, 2, 3, 4))
         kv_heads = rng.choice((1, 2, 3)) if group < 8 else 1
@@ -224,11 +222,7 @@ class _Draw:
                 q = self.normal(batch, tokens, heads, head_dim)
             return dict(q=q, max_seqlen_q=tokens)
         total = sum(lengths) + (self.rng.choice((1, 7)) if self.maybe(0.2) else 0)
-        q = (
-            self.normal(total, heads + 1, head_dim)[:, :heads]
-            if self.maybe(0.3)
-            else self.normal(total, heads, head_dim)
-        )
+        q = self.normal(total, heads + 1, head_dim)[:, :heads] if self.maybe(0.3) else self.normal(total, heads, head_dim)
         used = [self.rng.randint(0, n) for n in lengths] if self.maybe(0.2) else None
         return dict(
             q=q,
@@ -348,9 +342,7 @@ class _Draw:
     def poisoned(self, *shape: int) -> Tensor:
         return torch.full(shape, math.nan, dtype=self.dtype, device=self.device)
 
-    def poisoned_pair(
-        self, rows: int, tokens: int, heads: int, head_dim: int, v_head_dim: int
-    ) -> tuple[Tensor, Tensor]:
+    def poisoned_pair(self, rows: int, tokens: int, heads: int, head_dim: int, v_head_dim: int) -> tuple[Tensor, Tensor]:
         """Two caches full of NaN: contiguous, head-major, or fused in one allocation along the head dim."""
         kind = self.rng.choice(("contiguous", "head-major", "fused"))
         if kind == "head-major":

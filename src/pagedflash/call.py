@@ -211,14 +211,17 @@ def check(call: AttentionCall, names: Names) -> None:
 
 
 def _requires_grad(call: AttentionCall) -> bool:
-    return any([value.requires_grad for value in call if isinstance(value, Tensor)])
+    return any(value.requires_grad for value in call if isinstance(value, Tensor))
 
 
 _PLAIN = frozenset((int, float, bool, type(None)))
 
 
 def _signature(call: AttentionCall) -> tuple[object, ...]:
-    """All that :func:`check` looks at where no gradient is asked for. Unhashable with wrong types, subclasses or symbolic sizes."""
+    """All that :func:`check` looks at where no gradient is asked for.
+
+    Unhashable where that cannot be remembered: with wrong types, tensor subclasses or symbolic sizes.
+    """
     return (
         call.k.stride(),
         call.v.stride(),

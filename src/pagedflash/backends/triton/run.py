@@ -374,9 +374,7 @@ def _kv_write(
         _block(v_head_dim),
     )
     grid = (heads, batch, -(-new_tokens // block_t))
-    return Launch(
-        kv_write_kernel, grid, numbers, constants, Shape(0, 0, 1 if block_t == 1 else 4, 1), device, aligned
-    )
+    return Launch(kv_write_kernel, grid, numbers, constants, Shape(0, 0, 1 if block_t == 1 else 4, 1), device, aligned)
 
 
 def _is_elsewhere(device: torch.device) -> bool:

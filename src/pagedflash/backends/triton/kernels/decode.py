@@ -230,9 +230,7 @@ def decode(
             )  # fmt: skip
         else:
             part = b * KV_HEADS + kv_head + program
-            store_partial(
-                partials, batch * KV_HEADS + programs, part, acc, row_max, row_sum, ROWS, BLOCK_M, BLOCK_DV
-            )
+            store_partial(partials, batch * KV_HEADS + programs, part, acc, row_max, row_sum, ROWS, BLOCK_M, BLOCK_DV)
 
         place += count
         if place == sequence_begin + tiles * KV_HEADS:

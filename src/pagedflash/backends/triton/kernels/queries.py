@@ -78,9 +78,7 @@ def load_queries(
 
 
 @triton.jit
-def visible_bounds(
-    position, begin, end, used, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):
+def visible_bounds(position, begin, end, used, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """First and last slot that each row sees; none (last = -1) for a row that is not used."""
     first = position * 0 + begin
     last = position * 0 + (end - 1)
