@@ -24,11 +24,6 @@ constexpr int64_t AHEAD_BYTES = 16 << 10;    // how far ahead keys and values ar
 constexpr int64_t MAX_AHEAD = 32;           // the same in tokens, at most
 constexpr int ROW_BLOCK = 4;                // rows that share each loaded key
 
-constexpr int64_t LINE = 64;                // bytes that are fetched together
-
-// Into the second nearest cache: the nearest is full of queries and sums.
-PAGEDFLASH_INLINE void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
-
 // Keys that meet a block of `rows` rows at a time, and chunks of values: as many as there are registers for the sums.
 constexpr int tokens_at_once(int rows) { return rows == 3 ? ACCUMULATORS / 2 : ACCUMULATORS / rows; }
 constexpr int chunks_at_once(int rows) { return ACCUMULATORS / 2 / (rows == 3 ? 4 : rows); }

@@ -51,8 +51,10 @@ struct PrefillScratch {
     described = carver.take<Row>(rows);
     k_panels = carver.take<float>(head_dim * PREFILL_TILE);
     v_panels = carver.take<float>(v_size * PREFILL_TILE);
-    k = carver.take<const T*>(PREFILL_TILE);
-    v = carver.take<const T*>(PREFILL_TILE);
+    for (int i = 0; i < 2; i++) {
+      k[i] = carver.take<const T*>(PREFILL_TILE);
+      v[i] = carver.take<const T*>(PREFILL_TILE);
+    }
     bytes = carver.taken();
   }
 
@@ -64,7 +66,7 @@ struct PrefillScratch {
   Row* described;   // (rows)
   float* k_panels;  // (PREFILL_TILE / PANEL, head_dim, PANEL)
   float* v_panels;  // (v_head_dim / PANEL, PREFILL_TILE, PANEL)
-  const T **k, **v; // where the tile's tokens lie
+  const T **k[2], **v[2]; // where the tokens of this tile and the next lie
   int64_t bytes;
 };
 
@@ -83,22 +85,36 @@ class Prefill {
 
   void run() {
     load_queries();
-    for (int64_t first = task_.keys.begin; first < task_.keys.end; first += PREFILL_TILE) {
-      const int64_t tokens = lesser(PREFILL_TILE, task_.keys.end - first);
-      locate(call_, sequence_, first, tokens, my_.k, my_.v);
-      pack_keys(tokens);
+    int now = 0;
+    find_tile(now, task_.keys.begin);
+    for (int64_t first = task_.keys.begin; first < task_.keys.end; first += PREFILL_TILE, now ^= 1) {
+      const int64_t tokens = tile_size(first), next = first + PREFILL_TILE;
+      find_tile(now ^ 1, next);
+      pack_keys(my_.k[now], tokens);
+      // While the scores are computed the tile's values are fetched, while those are added the next tile's keys.
       multiply(my_.queries, head_dim_, my_.k_panels, head_dim_, head_dim_ * PANEL, my_.scores, PREFILL_TILE,
-               round_up(tokens, PANEL), false);
+               round_up(tokens, PANEL), nullptr, {my_.v[now], tokens, kv_head_ * call_.write.v.head, v_head_dim_});
       soften(first, tokens);
-      pack_values(tokens);
-      multiply(my_.scores, PREFILL_TILE, my_.v_panels, tokens, PREFILL_TILE * PANEL, my_.values, value_size_,
-               value_size_, true);
+      pack_values(my_.v[now], tokens);
+      multiply(my_.scores, PREFILL_TILE, my_.v_panels, tokens, PREFILL_TILE * PANEL, my_.values, value_size_, value_size_,
+               my_.shrink, {my_.k[now ^ 1], tile_size(next), kv_head_ * call_.write.k.head, head_dim_});
     }
     for (int64_t row = 0; row < rows_; row++)
       finish_row<T>(plan_, task_, kv_head_, task_.rows.begin + row, my_.values + row * value_size_, my_.states[row]);
   }
 
  private:
+  // Rows of keys or values that will be needed soon.
+  struct Upcoming {
+    const T* const* tokens;
+    int64_t count, offset, size;  // rows, elements to the head, elements of a row
+  };
+
+  int64_t tile_size(int64_t first) const { return greater(0, lesser(PREFILL_TILE, task_.keys.end - first)); }
+  void find_tile(int which, int64_t first) {
+    locate(call_, sequence_, first, tile_size(first), my_.k[which], my_.v[which]);
+  }
+
   void load_queries() {
     T row[MAX_HEAD_DIM];
     for (int64_t r = 0; r < rows_; r++) {
@@ -114,24 +130,24 @@ class Prefill {
   }
 
   // Keys become columns: LANES keys x LANES elements are transposed in registers. Behind the last key it is repeated.
-  void pack_keys(int64_t tokens) {
+  void pack_keys(const T* const* k, int64_t tokens) {
     const int64_t offset = kv_head_ * call_.write.k.head;
     for (int64_t t = 0; t < round_up(tokens, PANEL); t += LANES) {
       float* panel = my_.k_panels + t / PANEL * PANEL * head_dim_ + t % PANEL;
       for (int64_t d = 0; d < head_dim_; d += LANES) {
         Vec block[LANES];
         for (int i = 0; i < LANES; i++)
-          block[i] = load_part(my_.k[lesser(t + i, tokens - 1)] + offset + d, head_dim_ - d);
+          block[i] = load_part(k[lesser(t + i, tokens - 1)] + offset + d, head_dim_ - d);
         transpose(block);
         for (int i = 0; i < LANES && d + i < head_dim_; i++) store(panel + (d + i) * PANEL, block[i]);
       }
     }
   }
 
-  void pack_values(int64_t tokens) {
+  void pack_values(const T* const* v, int64_t tokens) {
     const int64_t offset = kv_head_ * call_.write.v.head;
     for (int64_t t = 0; t < tokens; t++) {
-      const T* value = my_.v[t] + offset;
+      const T* value = v[t] + offset;
       for (int64_t d = 0; d < value_size_; d += LANES) {
         float* panel = my_.v_panels + d / PANEL * PANEL * PREFILL_TILE + d % PANEL;
         store(panel + t * PANEL, d < v_head_dim_ ? load_part(value + d, v_head_dim_ - d) : zero());
@@ -139,14 +155,18 @@ class Prefill {
     }
   }
 
-  // c (rows x columns) from a (rows x depth) and panels; a panel stays in the nearest cache while all rows pass.
+  // c (rows x columns) from a (rows x depth) and panels, onto c * shrink if that is given. A panel stays in the nearest
+  // cache while all rows pass; with each panel a share of `upcoming` is fetched.
   void multiply(const float* a, int64_t a_stride, const float* panels, int64_t depth, int64_t panel_size, float* c,
-                int64_t c_stride, int64_t columns, bool onto_shrunk) {
+                int64_t c_stride, int64_t columns, const float* shrink, const Upcoming& upcoming) {
     for (int64_t column = 0; column < columns; column += PANEL) {
       const float* panel = panels + column / PANEL * panel_size;
+      const int64_t fetched = lesser(column + PANEL, columns) * upcoming.count / columns;
+      for (int64_t t = column * upcoming.count / columns; t < fetched; t++)
+        for (int64_t d = 0; d < upcoming.size; d += LINE / sizeof(T)) fetch(upcoming.tokens[t] + upcoming.offset + d);
       for (int64_t row = 0; row < padded_rows_; row += GEMM_ROWS)
         multiply_block(a + row * a_stride, a_stride, panel, depth, c + row * c_stride + column, c_stride,
-                       onto_shrunk ? my_.shrink + row : nullptr);
+                       shrink ? shrink + row : nullptr);
     }
   }
 
