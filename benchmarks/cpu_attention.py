@@ -2,8 +2,9 @@
 
     python benchmarks/cpu_attention.py [--cases decode hot prefill options chunked speculative] [--json FILE] [--rounds N]
 
-Every case runs all its contenders in interleaved rounds in one process; a ratio is the median over rounds of two times
-measured in the same round. "Streaming" reads 1 GiB with the same threads between the contenders.
+Every case runs all its contenders in interleaved rounds in one process. A ratio is the median over rounds of two times
+measured in the same round; behind it, of the fastest round of each, which a busy machine
+disturbs less. "Streaming" reads 1 GiB with the same threads between the contenders.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from pagedflash.bench import (
     STREAM_BYTES,
     Contender,
     DecodeShape,
+    Ratio,
     decode_contenders,
     decode_problem,
     describe_device,
     interleave,
-    median_ratio,
     pagedflash_decode,
+    ratio,
     streaming,
 )
 
@@ -45,7 +47,7 @@ class Row(NamedTuple):
 
     case: str
     milliseconds: float
-    ratios: dict[str, float]  # what it is compared with -> ratio
+    ratios: dict[str, Ratio]  # by what it is compared with
     target: str
 
 
@@ -81,9 +83,9 @@ def decode(rounds: int) -> Iterator[Row]:
         seconds = interleave({"streaming": stream, **decode_contenders(problem)}, rounds)
         ours = seconds[OURS]
         fraction = problem.cache_bytes / STREAM_BYTES
-        ratios = {"streaming": fraction * median_ratio(seconds["streaming"], ours)}
+        ratios = {"streaming": ratio(seconds["streaming"], ours, fraction)}
         ratios |= {
-            name: median_ratio(best(seconds, name), ours)
+            name: ratio(best(seconds, name), ours)
             for name in ("OpenVINO", "gather")
             if any(other.startswith(name) for other in seconds)
         }
@@ -97,9 +99,7 @@ def hot(rounds: int) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         problem = decode_problem(DecodeShape(16, 16, 128, 16, dtype), [50] * 4)
         seconds = interleave(decode_contenders(problem), 5 * rounds, calls=50)
-        ratios = {
-            name: median_ratio(best(seconds, name), seconds[OURS]) for name in ("OpenVINO", "gather") if name in seconds
-        }
+        ratios = {name: ratio(best(seconds, name), seconds[OURS]) for name in ("OpenVINO", "gather") if name in seconds}
         yield Row(
             f"hot decode B=4 16/16 S=50, {name_of(dtype)}",
             1e3 * statistics.median(seconds[OURS]),
@@ -135,7 +135,7 @@ def prefill(rounds: int) -> Iterator[Row]:
         contenders = {OURS: lambda q=q, k=k, v=v: flash_attn_func(q, k, v, causal=True)}
         contenders |= both_sdpa(lambda repeat, q=q, k=k, v=v: sdpa(q, k, v, repeat))
         seconds = interleave(contenders, rounds)
-        ratios = {"SDPA": median_ratio(best(seconds, "SDPA"), seconds[OURS])}
+        ratios = {"SDPA": ratio(best(seconds, "SDPA"), seconds[OURS])}
         yield Row(f"prefill 2048 causal 32/8, {name_of(dtype)}", 1e3 * statistics.median(seconds[OURS]), ratios, target)
 
 
@@ -175,9 +175,9 @@ def options(rounds: int) -> Iterator[Row]:
             )
     seconds = interleave(contenders, rounds)
     for name in ("softcap", "sinks"):
-        ratios = {"plain": median_ratio(seconds["plain"], seconds[name])}
+        ratios = {"plain": ratio(seconds["plain"], seconds[name])}
         yield Row(f"prefill 2048 with {name}, float32", 1e3 * statistics.median(seconds[name]), ratios, "0.77 plain")
-    ratios = {"SDPA": median_ratio(best(seconds, "SDPA"), seconds["window"])}
+    ratios = {"SDPA": ratio(best(seconds, "SDPA"), seconds["window"])}
     yield Row(
         "prefill 2048 with window 256, float32", 1e3 * statistics.median(seconds["window"]), ratios, "2.0 SDPA in blocks"
     )
@@ -208,7 +208,7 @@ def chunked(rounds: int) -> Iterator[Row]:
             return run
 
         seconds = interleave({OURS: paged, **both_sdpa(gathered)}, rounds)
-        ratios = {"gather": median_ratio(best(seconds, "SDPA"), seconds[OURS])}
+        ratios = {"gather": ratio(best(seconds, "SDPA"), seconds[OURS])}
         yield Row(
             f"chunked prefill 512 on 4096, pages of 16, {name_of(dtype)}",
             1e3 * statistics.median(seconds[OURS]),
@@ -225,7 +225,7 @@ def speculative(rounds: int) -> Iterator[Row]:
         contenders = {str(n): pagedflash_decode(decode_problem(shape, lengths, num_queries=n)) for n in (1, 2, 4, 8, 16)}
         seconds = interleave(contenders, rounds)
         for name in list(seconds)[1:]:
-            ratios = {"1 token": median_ratio(seconds["1"], seconds[name])}
+            ratios = {"1 token": ratio(seconds["1"], seconds[name])}
             target = {"2": "0.67", "4": "0.67", "8": "0.33", "16": "0.33"}[name]
             yield Row(
                 f"decode 32/8, {name} tokens, {name_of(dtype)}", 1e3 * statistics.median(seconds[name]), ratios, target
@@ -269,17 +269,20 @@ def main() -> None:
     console = Console(width=170)
     rows: list[Row] = []
     table = Table(title=", ".join(f"{key} {value}" for key, value in versions().items()))
-    for column in ("case", "ms", "ratios (theirs / ours)", "wanted"):
+    for column in ("case", "ms", "theirs / ours: median (of the best rounds)", "wanted"):
         table.add_column(column)
     for name in arguments.cases:
         for row in CASES[name](arguments.rounds):
             rows.append(row)
-            ratios = ", ".join(f"{ratio:.2f} {other}" for other, ratio in row.ratios.items())
+            ratios = ", ".join(f"{found.median:.2f} ({found.best:.2f}) {other}" for other, found in row.ratios.items())
             console.print(f"{row.case}: {row.milliseconds:.3f} ms, {ratios}")
             table.add_row(row.case, f"{row.milliseconds:.3f}", ratios, row.target)
     console.print(table)
     if arguments.json is not None:
-        report: dict[str, Any] = {**versions(), "rows": [row._asdict() for row in rows]}
+        report: dict[str, Any] = {
+            **versions(),
+            "rows": [row._asdict() | {"ratios": {k: r._asdict() for k, r in row.ratios.items()}} for row in rows],
+        }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

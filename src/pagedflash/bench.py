@@ -305,9 +305,18 @@ def interleave(
     return seconds
 
 
-def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    """The median over rounds of one contender's time to another's: what the machine does meanwhile hits both."""
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+class Ratio(NamedTuple):
+    """How much longer one contender takes than another."""
+
+    median: float  # of the rounds' ratios: what the machine does meanwhile hits both
+    best: float  # of the fastest rounds: what a machine with nothing else to do shows
+
+
+def ratio(theirs: list[float], ours: list[float], scale: float = 1.0) -> Ratio:
+    """``scale`` x the time of one contender to another's."""
+    return Ratio(
+        scale * statistics.median(a / b for a, b in zip(theirs, ours, strict=True)), scale * min(theirs) / min(ours)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
