@@ -196,7 +196,7 @@ def check(call: AttentionCall, names: Names) -> None:
 
     Raises TypeError (wrong type or dtype) or ValueError, naming the argument, what came and what is expected.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(call)):
+    if torch.compiler.is_compiling():
         return _check_fields(call, names)
     signature = _signature(call)
     try:
@@ -210,23 +210,20 @@ def check(call: AttentionCall, names: Names) -> None:
     _passed.add(signature)
 
 
-def _requires_grad(call: AttentionCall) -> bool:
-    return any(value.requires_grad for value in call if isinstance(value, Tensor))
-
-
 _PLAIN = frozenset((int, float, bool, type(None)))
 
 
 def _signature(call: AttentionCall) -> tuple[object, ...]:
-    """All that :func:`check` looks at where no gradient is asked for.
+    """All that :func:`check` looks at.
 
     Unhashable where that cannot be remembered: with wrong types, tensor subclasses or symbolic sizes.
     """
     return (
         call.k.stride(),
         call.v.stride(),
+        torch.is_grad_enabled(),
         *[
-            (value.shape, value.dtype, value.device)
+            (value.shape, value.dtype, value.device, value.requires_grad)
             if value.__class__ is Tensor
             else (value if value.__class__ in _PLAIN else [])
             for value in call

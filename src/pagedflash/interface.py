@@ -439,7 +439,9 @@ def _window(window_size: Given, causal: Given) -> tuple[int, int]:
     """``(left, right)``; causal is a right window of 0."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         refuse("window_size", window_size, "a pair (left, right)")
-    left, right = _integer("window_size", window_size[0]), _integer("window_size", window_size[1])
+    left, right = window_size
+    if left.__class__ is not int or right.__class__ is not int:
+        left, right = _integer("window_size", left), _integer("window_size", right)
     return left, 0 if causal and right >= -1 else right
 
 
@@ -449,7 +451,7 @@ def _capacity(k_cache: Tensor, table: Given) -> int:
 
 def _lengths(name: str, lengths: Given, batched: Tensor) -> Given:
     """One length for all sequences becomes a tensor of them."""
-    if isinstance(lengths, (int, torch.SymInt)) and not isinstance(lengths, bool):
+    if not isinstance(lengths, Tensor) and isinstance(lengths, (int, torch.SymInt)) and not isinstance(lengths, bool):
         return torch.full((batched.shape[0],), cast(int, lengths), dtype=torch.int32, device=batched.device)
     return _int32(name, lengths)
 
