@@ -26,7 +26,7 @@ from metal_harness import PagedDecode, counted, paged_decode, plain_decode  # no
 DOCUMENT = ROOT / "docs" / "metal.md"
 BEGIN, END = "<!-- counters: begin -->", "<!-- counters: end -->"
 
-DECODE_CASES = (  # batch, query heads, KV heads, head dim, keys, dtype
+DECODE_CASES = (  # batch, query heads, KV heads, head dim, keys, dtype; then the page size if it is not 16
     (4, 16, 16, 128, 50, torch.float32),
     (1, 32, 8, 128, 4096, torch.float16),
     (1, 8, 8, 128, 1024, torch.float16),
@@ -35,6 +35,8 @@ DECODE_CASES = (  # batch, query heads, KV heads, head dim, keys, dtype
     (1, 32, 2, 64, 1024, torch.float16),
     (1, 32, 2, 128, 1024, torch.float16),
     (1, 16, 2, 256, 1024, torch.float16),
+    (1, 8, 8, 128, 512, torch.float16, 1),
+    (1, 2, 2, 256, 512, torch.float16, 1),
 )
 HEADER = (
     "| case | kernel | bytes loaded / K and V | used of each transaction | simd operations / (key, query head) |"
@@ -53,9 +55,10 @@ def decode_row(name: str, kernel: str, dispatches: list[Dispatch], problem: Page
 
 def decode_table() -> list[str]:
     lines = [HEADER]
-    for batch, heads, kv_heads, head_dim, keys, dtype in DECODE_CASES:
-        problem = paged_decode(batch, heads, kv_heads, head_dim, keys, dtype)
+    for batch, heads, kv_heads, head_dim, keys, dtype, *page_size in DECODE_CASES:
+        problem = paged_decode(batch, heads, kv_heads, head_dim, keys, dtype, *page_size)
         name = f"B={batch} {heads}/{kv_heads} D={head_dim} S={keys} {str(dtype).removeprefix('torch.')}"
+        name += "".join(f", pages of {size}" for size in page_size)
         dispatches = counted(lambda problem=problem: run_decode(problem))
         lines.append(decode_row(name, " + ".join(d.kernel for d in dispatches), dispatches, problem))
         lines.append(decode_row("", "baseline", counted(lambda problem=problem: plain_decode(problem)), problem))
