@@ -436,5 +436,5 @@ def _plot(report: dict[str, Any], results: list[dict[str, Any]], file: Path) -> 
     axes.set_ylabel("GB/s of keys and values read")
     axes.set_title(f"Paged decode, {report['shape']['dtype'].removeprefix('torch.')}, {report['device']}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(axes.lines), frameon=False, fontsize="small")
     figure.savefig(file, dpi=150)
