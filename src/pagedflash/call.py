@@ -187,6 +187,8 @@ def _check_last_axis(name: str, tensor: Tensor) -> None:
 _passed: set[tuple[object, ...]] = set()
 """Signatures of calls that have passed :func:`check`. Decoding makes the same call thousands of times."""
 _PASSED_AT_MOST = 4096
+_NUM_TENSORS = AttentionCall._fields.index("max_seqlen_q")
+"""Fields of a description that are tensors: those before the numbers."""
 
 
 def check(call: AttentionCall, names: Names) -> None:
@@ -210,9 +212,6 @@ def check(call: AttentionCall, names: Names) -> None:
     _passed.add(signature)
 
 
-_PLAIN = frozenset((int, float, bool, type(None)))
-
-
 def _signature(call: AttentionCall) -> tuple[object, ...]:
     """All that :func:`check` looks at.
 
@@ -222,11 +221,12 @@ def _signature(call: AttentionCall) -> tuple[object, ...]:
         call.k.stride(),
         call.v.stride(),
         torch.is_grad_enabled(),
+        call[_NUM_TENSORS:],
         *[
             (value.shape, value.dtype, value.device, value.requires_grad)
             if value.__class__ is Tensor
-            else (value if value.__class__ in _PLAIN else [])
-            for value in call
+            else (None if value is None else [])
+            for value in call[:_NUM_TENSORS]
         ],
     )
 
