@@ -335,15 +335,10 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); FlashInfer's ``merge_state``.
     """
-    check_tensor(
-        "out_a",
-        out_a,
-        "..., Hq, Dv" if _tensor("out_a", out_a).dim() == 3 else "B, Sq, Hq, Dv",
-        out_a,
-        FLOAT_DTYPES,
-    )
-    dense = out_a.dim() == 4
-    check_tensor("out_b", out_b, "B, Sq, Hq, Dv" if dense else "total_q, Hq, Dv", out_a, (out_a.dtype,))
+    dense = _tensor("out_a", out_a).dim() != 3
+    out_words = "B, Sq, Hq, Dv" if dense else "total_q, Hq, Dv"
+    check_tensor("out_a", out_a, out_words, out_a, FLOAT_DTYPES)
+    check_tensor("out_b", out_b, out_words, out_a, (out_a.dtype,))
     check_shape("out_b", out_b, tuple(out_a.shape), "as out_a")
     *rows, heads, _ = out_a.shape
     lse_shape = (rows[0], heads, rows[1]) if dense else (heads, rows[0])
