@@ -13,6 +13,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on the CPU's memory or a device's."""
 
 
+Tensors = tuple[Tensor | None, ...]
+Pointers = tuple[int | None, ...]
+
+
 class Shape(NamedTuple):
     """Launch parameters of an attention kernel."""
 
@@ -73,31 +77,40 @@ class Launch:
             self._options["launch_pdl"] = True
         self._device_index = device.index
         self._reusable = aligned and not INTERPRETED
-        self._compiled: Any = None
+        self._run: Any = None
+        self._compiled: tuple[Any, ...] = ()
+        self._current_stream: Any = None
 
-    def __call__(self, tensors: tuple[Tensor | None, ...], pointers: tuple[int | None, ...]) -> None:
+    def __call__(self, tensors: Tensors, pointers: Pointers) -> None:
         """Launch on the current stream. ``pointers`` are the addresses of ``tensors``."""
-        compiled = self._compiled
-        if compiled is None:
-            compiled = self.function[self.grid](*tensors, *self._arguments, **self._options)
-            if self._reusable:
-                self._compiled = compiled
-                self._stream = triton.runtime.driver.active.get_current_stream
+        if self._run is not None:
+            stream = self._current_stream(self._device_index)
+            self._run(*self.grid, stream, *self._compiled, *pointers, *self._arguments)
             return
-        stream = self._stream(self._device_index)
-        compiled.run(
-            *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *pointers, *self._arguments
-        )
+        compiled = self.function[self.grid](*tensors, *self._arguments, **self._options)
+        if self._reusable:
+            no_metadata, no_hooks = None, (None, None)
+            self._compiled = (compiled.function, compiled.packed_metadata, no_metadata, *no_hooks)
+            self._current_stream = triton.runtime.driver.active.get_current_stream
+            self._run = compiled.run
 
 
-def addresses(tensors: tuple[Tensor | None, ...]) -> tuple[tuple[int | None, ...], bool]:
-    """(the address of each tensor, whether all are multiples of 16)"""
-    pointers = tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
+def describe(tensors: Tensors) -> tuple[Pointers, bool, list[object]]:
+    """(the address of each tensor, whether all are multiples of 16, shapes and strides: equal only where all are)"""
+    pointers: list[int | None] = []
+    layouts: list[object] = []
     bits = 0
-    for pointer in pointers:
-        if pointer is not None:
+    for tensor in tensors:
+        if tensor is None:
+            pointers.append(None)
+            layouts.append(None)
+        else:
+            pointer = tensor.data_ptr()
+            pointers.append(pointer)
             bits |= pointer
-    return pointers, bits % 16 == 0
+            layouts.append(tensor.shape)
+            layouts.append(tensor.stride())
+    return tuple(pointers), bits % 16 == 0, layouts
 
 
 def stride_factor(strides: tuple[int, ...], aligned: bool) -> int:

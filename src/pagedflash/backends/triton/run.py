@@ -1,14 +1,14 @@
 """From a description to launches: which kernel, with which arguments.
 
-What depends on shapes, strides and options only is made once for all calls alike, and kept: an eager call of a model's
-layer finds its launches in a cache, and adds the addresses of its tensors.
+What depends on shapes, strides and options only is made once for all calls of one signature, and kept: an eager call of a
+model's layer finds its plan by its signature, and adds the addresses of its tensors. A call costs the host a few
+microseconds of Python before and between its launches, so that path looks at every tensor once.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from .kernels.prefill import prefill
 from .launch import (
     Launch,
     Shape,
-    addresses,
+    Tensors,
     decode_shape,
+    describe,
     has_dependent_launch,
     power_of_two,
     prefill_shape,
@@ -45,193 +46,155 @@ FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 LOG2E = 1 / math.log(2)
 
 
-class _Problem(NamedTuple):
-    """What of a call its plan depends on."""
+_NUM_TENSORS = AttentionCall._fields.index("max_seqlen_q")
+_NUM_WRITE_TENSORS = CacheWrite._fields.index("rotary_interleaved")
+"""Fields of the descriptions that are tensors: those before the numbers."""
 
-    dtype: torch.dtype
-    device: torch.device
-    q_shape: torch.Size
-    q_strides: tuple[int, ...]
-    k_shape: torch.Size
-    k_strides: tuple[int, ...]
-    v_strides: tuple[int, ...]
-    v_head_dim: int
-    k_new_strides: tuple[int, ...] | None
-    v_new_strides: tuple[int, ...] | None
-    batch: int
-    new_tokens: int
-    table_width: int | None
-    rotary_shape: torch.Size | None
-    slopes_per_sequence: bool
-    missing: tuple[bool, ...]
-    max_seqlen_q: int
-    scale: float
-    window_left: int
-    window_right: int
-    softcap: float
-    rotary_interleaved: bool
-    num_splits: int
-    precision: str
-    aligned: bool
+_NUMBERS = AttentionCall._fields.index("scale")
+"""The first number behind ``max_seqlen_k``: that is a hint, not needed here, and may be another one in every call."""
 
-    @property
-    def group(self) -> int:
-        return self.q_shape[-2] // self.k_shape[-2]
 
-    @property
-    def capacity(self) -> int:
-        return self.k_shape[-3] if self.table_width is None else self.table_width * self.k_shape[1]
+class _Plan(NamedTuple):
+    """All that calls of one signature share. It holds no tensor."""
+
+    out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    lse_strides: tuple[int, ...]
+    writes_first: bool = False  # more new tokens than ``decode`` appends itself
+    prefill: Launch | None = None
+    decode: Launch | None = None
+    scratch: int = 0  # float32 elements of partial results
+    combine: Launch | None = None  # where programs of ``decode`` leave partial results
+
+
+_plans: dict[tuple[object, ...], _Plan] = {}
+_write_launches: dict[tuple[object, ...], Launch] = {}
+_KEPT_AT_MOST = 4096
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend with ``decode`` (and ``combine``) or ``prefill``."""
-    q, device = call.q, call.q.device
+    q = call.q
+    dtype, device = q.dtype, q.device
     if _is_elsewhere(device):
         with torch.cuda.device(device):
             return attention(call)
-    out = torch.empty(call.out_shape, dtype=q.dtype, device=device)
-    lse = torch.empty(call.lse_shape, dtype=torch.float32, device=device)
-    new_tokens = 0 if call.k_new is None else call.k_new.shape[1]
-    is_decode = call.max_seqlen_q * (q.shape[-2] // call.k.shape[-2]) <= MAX_DECODE_ROWS
-    is_empty = out.numel() == 0 or call.batch_size == 0
-    is_fused = is_decode and not is_empty and 0 < new_tokens <= MAX_FUSED_TOKENS
-    if new_tokens and not is_fused:
-        kv_write(call.write)
-    if is_empty:
-        return out.zero_(), lse.fill_(math.inf)
+    tensors = cast(Tensors, call[:_NUM_TENSORS])
+    pointers, aligned, layouts = describe(tensors)
+    signature = (dtype, device, aligned, _precision(dtype), call.max_seqlen_q, call[_NUMBERS:], *layouts)
+    plan = _plans.get(signature)
+    if plan is None:
+        plan = _keep(_plans, signature, _plan(call, aligned))
 
-    tensors = (
-        q,
-        call.k,
-        call.v,
-        out,
-        lse,
-        call.k_new if is_fused else None,
-        call.v_new if is_fused else None,
-        call.cu_seqlens_q,
-        call.cu_seqlens_k,
-        call.seqused_q,
-        call.seqused_k,
-        call.cache_batch_idx,
-        call.cache_leftpad,
-        call.block_table,
-        call.rotary_cos,
-        call.rotary_sin,
-        call.alibi_slopes,
-        call.sinks,
-    )
-    pointers, aligned = addresses(tensors)
-    problem = _problem(call, new_tokens, tuple([pointer is None for pointer in pointers]), aligned)
-    if not is_decode:
-        _prefill(problem)(tensors, pointers)
-        return out, lse
-    launches = _decode(problem)
-    partials = torch.empty(launches.scratch, dtype=torch.float32, device=device) if launches.scratch else lse
-    launches.decode((partials, *tensors), (partials.data_ptr(), *pointers))
-    if launches.combine is not None:
-        _, _, _, _, _, _, _, cu_q, cu_k, used_q, used_k, _, leftpad, *_, sinks = pointers
-        launches.combine(
+    out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
+    lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
+    if plan.writes_first:
+        kv_write(call.write)
+    if plan.prefill is not None:
+        plan.prefill((out, lse, *tensors), (out.data_ptr(), lse.data_ptr(), *pointers))
+    elif plan.decode is None:
+        out.zero_()
+        lse.fill_(math.inf)
+    elif plan.combine is None:
+        plan.decode((None, out, lse, *tensors), (None, out.data_ptr(), lse.data_ptr(), *pointers))
+    else:
+        partials = torch.empty_strided((plan.scratch,), (1,), dtype=torch.float32, device=device)
+        results = (partials.data_ptr(), out.data_ptr(), lse.data_ptr())
+        plan.decode((partials, out, lse, *tensors), (*results, *pointers))
+        _, _, _, _, _, cu_q, cu_k, used_q, used_k, _, leftpad, *_, sinks = pointers
+        plan.combine(
             (
                 partials, out, lse, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
                 call.cache_leftpad, call.sinks,
             ),
-            (partials.data_ptr(), pointers[3], pointers[4], cu_q, cu_k, used_q, used_k, leftpad, sinks),
+            (*results, cu_q, cu_k, used_q, used_k, leftpad, sinks),
         )  # fmt: skip
     return out, lse
 
 
-def _problem(call: AttentionCall, new_tokens: int, missing: tuple[bool, ...], aligned: bool) -> _Problem:
-    q, k, v = call.q, call.k, call.v
-    return _Problem(
-        q.dtype,
-        q.device,
-        q.shape,
-        q.stride(),
-        k.shape,
-        k.stride(),
-        v.stride(),
-        v.shape[-1],
-        None if call.k_new is None else call.k_new.stride(),
-        None if call.v_new is None else call.v_new.stride(),
-        call.batch_size,
-        new_tokens,
-        None if call.block_table is None else call.block_table.shape[1],
-        None if call.rotary_cos is None else call.rotary_cos.shape,
-        call.alibi_slopes is not None and call.alibi_slopes.dim() == 2,
-        missing,
-        call.max_seqlen_q,
-        call.scale,
-        call.window_left,
-        call.window_right,
-        call.softcap,
-        call.rotary_interleaved,
-        call.num_splits,
-        _precision(q.dtype),
-        aligned,
+Kept = TypeVar("Kept", _Plan, Launch)
+
+
+def _keep(kept: dict[tuple[object, ...], Kept], signature: tuple[object, ...], made: Kept) -> Kept:
+    if len(kept) == _KEPT_AT_MOST:
+        kept.clear()
+    kept[signature] = made
+    return made
+
+
+def _plan(call: AttentionCall, aligned: bool) -> _Plan:
+    """Reads of ``call`` only what its signature holds."""
+    new_tokens = _new_tokens(call)
+    is_decode = call.max_seqlen_q * _group(call) <= MAX_DECODE_ROWS
+    is_empty = call.batch_size == 0 or 0 in call.out_shape
+    is_fused = is_decode and not is_empty and new_tokens <= MAX_FUSED_TOKENS
+    plan = _Plan(
+        call.out_shape,
+        _contiguous_strides(call.out_shape),
+        call.lse_shape,
+        _contiguous_strides(call.lse_shape),
+        writes_first=new_tokens > 0 and not is_fused,
     )
+    if is_empty:
+        return plan
+    if not is_decode:
+        return plan._replace(prefill=_prefill(call, aligned))
+    return _with_decode(plan, call, new_tokens if is_fused else 0, aligned)
 
 
-@lru_cache(maxsize=4096)
-def _prefill(problem: _Problem) -> Launch:
-    block_d, block_dv = _block(problem.q_shape[-1]), _block(problem.v_head_dim)
-    shape = prefill_shape(problem.max_seqlen_q, block_d, problem.dtype.itemsize)
-    numbers, constants = _arguments(problem, ())
+def _prefill(call: AttentionCall, aligned: bool) -> Launch:
+    block_d, block_dv = _block(call.q.shape[-1]), _block(call.v.shape[-1])
+    shape = prefill_shape(call.max_seqlen_q, block_d, call.q.element_size())
+    numbers, constants = _arguments(call, (), aligned)
     constants += (shape.block_m, shape.block_n, block_d, block_dv)
-    grid = (problem.q_shape[-2], problem.batch, max(1, -(-problem.max_seqlen_q // shape.block_m)))
-    return Launch(prefill, grid, numbers, constants, shape, problem.device, problem.aligned)
+    grid = (call.q.shape[-2], call.batch_size, max(1, -(-call.max_seqlen_q // shape.block_m)))
+    return Launch(prefill, grid, numbers, constants, shape, call.q.device, aligned)
 
 
-class _Decode(NamedTuple):
-    decode: Launch
-    combine: Launch | None  # None where every program of decode has a whole segment
-    scratch: int  # float32 elements of partial results
-
-
-@lru_cache(maxsize=4096)
-def _decode(problem: _Problem) -> _Decode:
-    block_d, block_dv = _block(problem.q_shape[-1]), _block(problem.v_head_dim)
-    segments = problem.batch * problem.k_shape[-2]
-    rows = power_of_two(max(problem.max_seqlen_q, 1) * problem.group)
-    block_b = FEW_SEQUENCES if problem.batch <= FEW_SEQUENCES else MANY_SEQUENCES
-    shape = decode_shape(rows, block_d, problem.dtype.itemsize)
-    fused_tokens = problem.new_tokens if problem.new_tokens <= MAX_FUSED_TOKENS else 0
+def _with_decode(plan: _Plan, call: AttentionCall, fused_tokens: int, aligned: bool) -> _Plan:
+    device, batch, kv_heads, group = call.q.device, call.batch_size, call.k.shape[-2], _group(call)
+    block_d, block_dv = _block(call.q.shape[-1]), _block(call.v.shape[-1])
+    segments = batch * kv_heads
+    rows = power_of_two(max(call.max_seqlen_q, 1) * group)
+    block_b = FEW_SEQUENCES if batch <= FEW_SEQUENCES else MANY_SEQUENCES
+    shape = decode_shape(rows, block_d, call.q.element_size())
     block_new = max(16, power_of_two(fused_tokens)) if fused_tokens else 0
 
-    whole = problem.num_splits == 1 or problem.capacity <= MAX_WHOLE_TILES * shape.block_n
-    programs = processors(problem.device) * shape.programs_per_processor
-    if whole or problem.num_splits:
-        programs = segments * max(problem.num_splits, 1)
-    dependent = not whole and has_dependent_launch(problem.device)
+    whole = call.num_splits == 1 or call.capacity <= MAX_WHOLE_TILES * shape.block_n
+    programs = processors(device) * shape.programs_per_processor
+    if whole or call.num_splits:
+        programs = segments * max(call.num_splits, 1)
+    dependent = not whole and has_dependent_launch(device)
 
     no_strides = (0, 0, 0)
-    new_strides = (*(problem.k_new_strides or no_strides)[:3], *(problem.v_new_strides or no_strides)[:3])
-    numbers, constants = _arguments(problem, new_strides)
-    numbers += (fused_tokens, problem.k_shape[0])
+    new_strides = [no_strides if new is None else new.stride()[:3] for new in (call.k_new, call.v_new)]
+    numbers, constants = _arguments(call, (*new_strides[0], *new_strides[1]), aligned)
+    numbers += (fused_tokens, call.k.shape[0])
     constants += (
         rows, shape.block_m, shape.block_n, block_d, block_dv, block_b, block_new, whole, dependent,
     )  # fmt: skip
-    decode_launch = Launch(decode, (programs, 1, 1), numbers, constants, shape, problem.device, problem.aligned)
+    plan = plan._replace(decode=Launch(decode, (programs, 1, 1), numbers, constants, shape, device, aligned))
     if whole:
-        return _Decode(decode_launch, None, 0)
+        return plan
 
     # Rows together where there are enough segments to fill the device, else one by one.
-    some_rows = rows if segments >= processors(problem.device) else 1
-    combine_shape = Shape(0, 0, 4, 1)
+    some_rows = rows if segments >= processors(device) else 1
     combine_numbers = (
-        problem.batch,
-        problem.q_shape[0],
-        problem.max_seqlen_q,
-        problem.capacity,
-        problem.new_tokens,
+        batch,
+        call.q.shape[0],
+        call.max_seqlen_q,
+        call.capacity,
+        _new_tokens(call),
         fused_tokens,
-        problem.window_left,
+        call.window_left,
         programs,
     )
     combine_constants = (
-        problem.k_shape[-2],
-        problem.group,
-        problem.v_head_dim,
-        problem.window_left >= 0,
+        kv_heads,
+        group,
+        call.v.shape[-1],
+        call.window_left >= 0,
         rows,
         some_rows,
         shape.block_n,
@@ -240,62 +203,58 @@ def _decode(problem: _Problem) -> _Decode:
         max(1, min(64, 8192 // (some_rows * block_dv))),
         dependent,
     )
-    combine_grid = (problem.k_shape[-2] * rows // some_rows, problem.batch, 1)
-    combine_launch = Launch(
-        combine,
-        combine_grid,
-        combine_numbers,
-        combine_constants,
-        combine_shape,
-        problem.device,
-        problem.aligned,
-        dependent,
+    grid = (kv_heads * rows // some_rows, batch, 1)
+    return plan._replace(
+        scratch=(segments + programs) * rows * (block_dv + 2),
+        combine=Launch(combine, grid, combine_numbers, combine_constants, Shape(0, 0, 4, 1), device, aligned, dependent),
     )
-    return _Decode(decode_launch, combine_launch, (segments + programs) * rows * (block_dv + 2))
 
 
-def _arguments(problem: _Problem, new_strides: tuple[int, ...]) -> tuple[tuple[float, ...], tuple[object, ...]]:
+def _arguments(
+    call: AttentionCall, new_strides: tuple[int, ...], aligned: bool
+) -> tuple[tuple[float, ...], tuple[object, ...]]:
     """What ``decode`` and ``prefill`` both take: (numbers, constants)."""
-    q_shape, k_shape = problem.q_shape, problem.k_shape
 
-    def three(strides: tuple[int, ...]) -> tuple[int, int, int]:
+    def three(tensor: Tensor) -> tuple[int, int, int]:
         """Strides of the sequence or page (none for ragged rows), of the row, of the head."""
+        strides = tensor.stride()
         return (strides[0] if len(strides) == 4 else 0, strides[-3], strides[-2])
 
-    strides = (*three(problem.q_strides), *three(problem.k_strides), *three(problem.v_strides), *new_strides)
-    align = stride_factor(strides, problem.aligned)
-    scale, softcap = problem.scale * LOG2E, 0.0
-    if problem.softcap > 0:
-        scale, softcap = problem.scale / problem.softcap, problem.softcap * LOG2E
+    strides = (*three(call.q), *three(call.k), *three(call.v), *new_strides)
+    align = stride_factor(strides, aligned)
+    scale, softcap = call.scale * LOG2E, 0.0
+    if call.softcap > 0:
+        scale, softcap = call.scale / call.softcap, call.softcap * LOG2E
+    rotary_rows, rotary_pairs = (0, 0) if call.rotary_cos is None else call.rotary_cos.shape
     numbers = (
         *[stride // align for stride in strides],
-        problem.batch,
-        q_shape[0],
-        problem.max_seqlen_q,
-        problem.capacity,
-        problem.new_tokens,
-        problem.table_width or 0,
-        0 if problem.rotary_shape is None else problem.rotary_shape[0],
-        problem.window_left,
-        problem.window_right,
+        call.batch_size,
+        call.q.shape[0],
+        call.max_seqlen_q,
+        call.capacity,
+        _new_tokens(call),
+        0 if call.block_table is None else call.block_table.shape[1],
+        rotary_rows,
+        call.window_left,
+        call.window_right,
         scale,
         softcap,
     )
     constants = (
-        k_shape[-2],
-        problem.group,
-        q_shape[-1],
-        problem.v_head_dim,
-        0 if problem.table_width is None else k_shape[1],
-        0 if problem.rotary_shape is None else 2 * problem.rotary_shape[1],
-        problem.rotary_interleaved,
-        problem.window_left >= 0,
-        problem.window_right >= 0,
-        problem.softcap > 0,
-        problem.slopes_per_sequence,
-        problem.precision,
+        call.k.shape[-2],
+        _group(call),
+        call.q.shape[-1],
+        call.v.shape[-1],
+        0 if call.block_table is None else call.k.shape[1],
+        2 * rotary_pairs,
+        call.rotary_interleaved,
+        call.window_left >= 0,
+        call.window_right >= 0,
+        call.softcap > 0,
+        call.alibi_slopes is not None and call.alibi_slopes.dim() == 2,
+        _precision(call.q.dtype),
         align,
-        three(problem.k_strides) == three(problem.v_strides),
+        three(call.k) == three(call.v),
     )
     return numbers, constants
 
@@ -304,77 +263,55 @@ def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
     if write.k.numel() == 0:
         return
-    if _is_elsewhere(write.k.device):
-        with torch.cuda.device(write.k.device):
+    device = write.k.device
+    if _is_elsewhere(device):
+        with torch.cuda.device(device):
             return kv_write(write)
-    tensors = (
-        write.k,
-        write.v,
-        write.k_cache,
-        write.v_cache,
-        write.seq_lens,
-        write.block_table,
-        write.cache_batch_idx,
-        write.rotary_cos,
-        write.rotary_sin,
-    )
-    pointers, aligned = addresses(tensors)
-    launch = _kv_write(
-        write.k.dtype,
-        write.k.device,
-        write.k.shape,
-        write.v.shape[-1],
-        write.k.stride(),
-        write.v.stride(),
-        write.k_cache.shape,
-        write.k_cache.stride(),
-        write.v_cache.stride(),
-        None if write.block_table is None else write.block_table.shape[1],
-        None if write.rotary_cos is None else write.rotary_cos.shape[1],
-        write.rotary_interleaved,
-        tuple([pointer is None for pointer in pointers]),
-        aligned,
-    )
+    tensors = cast(Tensors, write[:_NUM_WRITE_TENSORS])
+    pointers, aligned, layouts = describe(tensors)
+    signature = (write.k.dtype, device, aligned, write.rotary_interleaved, *layouts)
+    launch = _write_launches.get(signature)
+    if launch is None:
+        launch = _keep(_write_launches, signature, _kv_write(write, aligned))
     launch(tensors, pointers)
 
 
-@lru_cache(maxsize=4096)
-def _kv_write(
-    dtype: torch.dtype,
-    device: torch.device,
-    k_shape: torch.Size,
-    v_head_dim: int,
-    k_strides: tuple[int, ...],
-    v_strides: tuple[int, ...],
-    cache_shape: torch.Size,
-    k_cache_strides: tuple[int, ...],
-    v_cache_strides: tuple[int, ...],
-    table_width: int | None,
-    rotary_pairs: int | None,
-    interleaved: bool,
-    missing: tuple[bool, ...],
-    aligned: bool,
-) -> Launch:
-    batch, new_tokens, heads, head_dim = k_shape
-    num_pages, page_size = cache_shape[:2]
-    strides = (*k_strides[:3], *v_strides[:3], *k_cache_strides[:3], *v_cache_strides[:3])
-    align = stride_factor(strides, aligned)
-    capacity = page_size * (1 if table_width is None else table_width)
-    numbers = (*[stride // align for stride in strides], new_tokens, capacity, table_width or 0, num_pages)
+def _kv_write(write: CacheWrite, aligned: bool) -> Launch:
+    """Reads of ``write`` only what its signature holds."""
+    batch, new_tokens, heads, head_dim = write.k.shape
+    num_pages, page_size = write.k_cache.shape[:2]
+    v_head_dim = write.v.shape[-1]
+    strides = [stride for x in (write.k, write.v, write.k_cache, write.v_cache) for stride in x.stride()[:3]]
+    align = stride_factor(tuple(strides), aligned)
+    table_width = 0 if write.block_table is None else write.block_table.shape[1]
+    numbers = (*[stride // align for stride in strides], new_tokens, write.capacity, table_width, num_pages)
     block_t = min(16, power_of_two(new_tokens))
     constants = (
         head_dim,
         v_head_dim,
-        0 if table_width is None else page_size,
-        2 * (rotary_pairs or 0),
-        interleaved,
+        0 if write.block_table is None else page_size,
+        0 if write.rotary_cos is None else 2 * write.rotary_cos.shape[1],
+        write.rotary_interleaved,
         align,
         block_t,
         _block(head_dim),
         _block(v_head_dim),
     )
     grid = (heads, batch, -(-new_tokens // block_t))
-    return Launch(kv_write_kernel, grid, numbers, constants, Shape(0, 0, 1 if block_t == 1 else 4, 1), device, aligned)
+    shape = Shape(0, 0, 1 if block_t == 1 else 4, 1)
+    return Launch(kv_write_kernel, grid, numbers, constants, shape, write.k.device, aligned)
+
+
+def _new_tokens(call: AttentionCall) -> int:
+    return 0 if call.k_new is None else call.k_new.shape[1]
+
+
+def _group(call: AttentionCall) -> int:
+    return call.q.shape[-2] // call.k.shape[-2]
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _is_elsewhere(device: torch.device) -> bool:

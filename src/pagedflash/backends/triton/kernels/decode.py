@@ -25,11 +25,11 @@ from .softmax import attend_tile
 @triton.jit
 def decode(
     partials,
+    out,
+    lse,
     q,
     k,
     v,
-    out,
-    lse,
     k_new,
     v_new,
     cu_seqlens_q,

@@ -89,11 +89,11 @@ def attend_tiles(
 
 @triton.jit
 def prefill(
+    out,
+    lse,
     q,
     k,
     v,
-    out,
-    lse,
     k_new,
     v_new,
     cu_seqlens_q,
