@@ -20,7 +20,7 @@ constexpr int64_t DECODE_TILE = 64;         // tokens
 constexpr int64_t SCORE_TOKENS = ACCUMULATORS;  // tokens scored for one head before the next
 constexpr int64_t VALUE_TOKENS = 8;         // tokens added to the sums of one head before the next
 constexpr int64_t QUERY_BYTES = 16 << 10;   // queries (or sums) that should stay in the nearest cache
-constexpr int64_t AHEAD_BYTES = 16 << 10;    // how far ahead keys and values are asked for
+constexpr int64_t AHEAD_BYTES = 16 << 10;   // how far ahead keys and values are asked for
 constexpr int64_t MAX_AHEAD = 32;           // the same in tokens, at most
 constexpr int ROW_BLOCK = 4;                // rows that share each loaded key
 
@@ -84,8 +84,12 @@ class Decode {
  private:
   using Query = typename Dot<T>::Query;
 
-  // Whether the chunk at element d of a row is the first in its line (if the row is the first in its).
-  static PAGEDFLASH_INLINE bool starts_line(int64_t d) { return d * sizeof(T) % LINE == 0; }
+  // Elements of whole lines and whole chunks.
+  static constexpr int STEP = CHUNK * sizeof(T) > LINE ? CHUNK : LINE / sizeof(T);
+
+  static PAGEDFLASH_INLINE void fetch_step(const T* row) {
+    for (int i = 0; i < STEP; i += LINE / sizeof(T)) fetch(row + i);
+  }
 
   void load_queries() {
     T row[MAX_HEAD_DIM + CHUNK];
@@ -118,20 +122,35 @@ class Decode {
     }
   }
 
+  // What the loops need lies in local constants, here and in add_tokens: behind every store the compiler would read the
+  // members again.
   template <int ROWS>
   void score_tokens(Range heads, int64_t tokens) {
     constexpr int TOKENS = tokens_at_once(ROWS);
+    const int64_t rows = rows_, query_size = query_size_, k_head = call_.write.k.head, ahead = ahead_;
+    const T* const* k = my_.k;
     for (int64_t begin = 0; begin < tokens; begin += SCORE_TOKENS) {
       const int64_t end = lesser(begin + SCORE_TOKENS, tokens);
       for (int64_t head = heads.begin; head < heads.end; head++) {
+        const int64_t offset = (task_.heads.begin + head) * k_head;
+        const Query* query = my_.queries + head * rows * query_size;
         for (int64_t t = begin; t < end; t += TOKENS) {
-          int64_t row = 0;
-          for (; row + ROWS <= rows_; row += ROWS) score_block<ROWS, TOKENS>(head, row, t);
-          if (ROWS == ROW_BLOCK) {
-            switch (rows_ - row) {
-              case 1: score_block<1, TOKENS>(head, row, t); break;
-              case 2: score_block<2, TOKENS>(head, row, t); break;
-              case 3: score_block<3, TOKENS>(head, row, t); break;
+          const T *key[TOKENS], *upcoming[TOKENS];
+          for (int j = 0; j < TOKENS; j++) {
+            key[j] = k[t + j] + offset;
+            upcoming[j] = k[t + j + ahead] + offset;
+          }
+          float* scores = my_.scores + head * rows * DECODE_TILE + t;
+          score_block<ROWS, TOKENS, true>(key, upcoming, query, scores);
+          if (ROWS < ROW_BLOCK) continue;
+          for (int64_t row = ROWS; row < rows; row += ROWS) {
+            const Query* of_rows = query + row * query_size;
+            float* to = scores + row * DECODE_TILE;
+            switch (lesser(ROWS, rows - row)) {
+              case 1: score_block<1, TOKENS, false>(key, upcoming, of_rows, to); break;
+              case 2: score_block<2, TOKENS, false>(key, upcoming, of_rows, to); break;
+              case 3: score_block<3, TOKENS, false>(key, upcoming, of_rows, to); break;
+              case 4: score_block<4, TOKENS, false>(key, upcoming, of_rows, to); break;
             }
           }
         }
@@ -140,33 +159,28 @@ class Decode {
   }
 
   // Dot products of ROWS query rows with TOKENS keys. Each pair has a register of sums; totals() then folds LANES of these
-  // registers into one.
+  // registers into one. The first block of rows asks for what is `upcoming`.
   //
   //            key t   key t+1            a loaded chunk of a key meets all ROWS rows,
   //   row 0    sum     sum                a row's chunk comes from the nearest cache
   //   row 1    sum     sum
-  template <int ROWS, int TOKENS>
-  PAGEDFLASH_INLINE void score_block(int64_t head, int64_t row, int64_t t) {
+  template <int ROWS, int TOKENS, bool FIRST>
+  PAGEDFLASH_INLINE void score_block(const T* const* key, const T* const* upcoming, const Query* query, float* scores) {
     constexpr int SUMS = (ROWS * TOKENS + LANES - 1) / LANES * LANES;
-    const int64_t offset = (task_.heads.begin + head) * call_.write.k.head, whole = head_dim_ / CHUNK * CHUNK;
-    const Query* query = my_.queries + (head * rows_ + row) * query_size_;
-    const T *key[TOKENS], *ahead[TOKENS];
-    for (int j = 0; j < TOKENS; j++) {
-      key[j] = my_.k[t + j] + offset;
-      ahead[j] = my_.k[t + j + ahead_] + offset;
-    }
+    const int64_t head_dim = head_dim_, whole = head_dim / STEP * STEP;
     Vec sum[SUMS];
     for (int i = 0; i < SUMS; i++) sum[i] = zero();
-    for (int64_t d = 0; d < whole; d += CHUNK) {
-      if (starts_line(d))
-        for (int j = 0; j < TOKENS; j++) fetch(ahead[j] + d);
-      score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key(key[j] + d); }, query + d, sum);
+    for (int64_t d = 0; d < whole; d += STEP) {
+      if (FIRST)
+        for (int j = 0; j < TOKENS; j++) fetch_step(upcoming[j] + d);
+#pragma GCC unroll 4
+      for (int c = 0; c < STEP; c += CHUNK)
+        score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key(key[j] + d + c); }, query + d + c, sum);
     }
-    if (whole < head_dim_)
-      score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key_part(key[j] + whole, head_dim_ - whole); }, query + whole, sum);
+    for (int64_t d = whole; d < head_dim; d += CHUNK)
+      score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key_part(key[j] + d, head_dim - d); }, query + d, sum);
     float folded[SUMS];
     for (int i = 0; i < SUMS; i += LANES) store(folded + i, totals(sum + i));
-    float* scores = my_.scores + (head * rows_ + row) * DECODE_TILE + t;
     for (int r = 0; r < ROWS; r++) memcpy(scores + r * DECODE_TILE, folded + r * TOKENS, TOKENS * sizeof(float));
   }
 
@@ -201,55 +215,74 @@ class Decode {
   }
 
   void add_tile(Range heads, int64_t tokens) {
-    for (int64_t t = 0; t < tokens; t += VALUE_TOKENS) {
-      const int64_t count = lesser(VALUE_TOKENS, tokens - t);
-      for (int64_t head = heads.begin; head < heads.end; head++) {
-        int64_t row = 0;
-        for (; row + ROW_BLOCK <= rows_; row += ROW_BLOCK) add_rows<ROW_BLOCK>(head, row, t, count);
-        switch (rows_ - row) {
-          case 1: add_rows<1>(head, row, t, count); break;
-          case 2: add_rows<2>(head, row, t, count); break;
-          case 3: add_rows<3>(head, row, t, count); break;
-        }
-      }
+    switch (lesser(rows_, ROW_BLOCK)) {
+      case 1: return add_tokens<1>(heads, tokens);
+      case 2: return add_tokens<2>(heads, tokens);
+      case 3: return add_tokens<3>(heads, tokens);
+      case 4: return add_tokens<4>(heads, tokens);
     }
   }
 
   template <int ROWS>
-  void add_rows(int64_t head, int64_t row, int64_t t, int64_t count) {
-    const int64_t whole = v_head_dim_ / CHUNK * CHUNK;
+  void add_tokens(Range heads, int64_t tokens) {
     constexpr int CHUNKS = chunks_at_once(ROWS);
-    if (count == VALUE_TOKENS) {  // a constant: the compiler unrolls
-      add_chunks<ROWS, CHUNKS>(head, row, t, VALUE_TOKENS, 0, whole);
-    } else {
-      add_chunks<ROWS, CHUNKS>(head, row, t, count, 0, whole);
+    const int64_t rows = rows_, value_size = value_size_, v_head = call_.write.v.head, ahead = ahead_;
+    const int64_t v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
+    const T* const* v = my_.v;
+    for (int64_t t = 0; t < tokens; t += VALUE_TOKENS) {
+      const int64_t count = lesser(VALUE_TOKENS, tokens - t);
+      for (int64_t head = heads.begin; head < heads.end; head++) {
+        const int64_t offset = (task_.heads.begin + head) * v_head;
+        Values values = {{}, {}, my_.scores + head * rows * DECODE_TILE + t, my_.values + head * rows * value_size};
+        for (int j = 0; j < VALUE_TOKENS; j++) {
+          values.value[j] = v[t + j] + offset;
+          values.upcoming[j] = v[t + j + ahead] + offset;
+        }
+        int64_t d = 0;
+        if (count == VALUE_TOKENS)  // a constant: the compiler unrolls
+          for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK) add_chunks<ROWS, CHUNKS, true>(values, VALUE_TOKENS, d);
+        for (; d < v_head_dim; d += CHUNK) add_chunks<ROWS, 1, false>(values, count, d);
+      }
     }
-    if (whole < v_head_dim_) add_block<ROWS, 1, true>(head, row, t, count, whole);
   }
 
-  // From element d to `whole`, CHUNKS chunks at a time; what is left, half as many at a time, and so on.
-  template <int ROWS, int CHUNKS>
-  PAGEDFLASH_INLINE void add_chunks(int64_t head, int64_t row, int64_t t, int64_t count, int64_t d, int64_t whole) {
-    for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK) add_block<ROWS, CHUNKS, false>(head, row, t, count, d);
-    if constexpr (CHUNKS > 1) add_chunks<ROWS, CHUNKS / 2>(head, row, t, count, d, whole);
+  // What a few tokens add to the sums of a head.
+  struct Values {
+    const T *value[VALUE_TOKENS], *upcoming[VALUE_TOKENS];
+    const float* weights;  // (rows, DECODE_TILE)
+    float* sums;           // (rows, value_size)
+  };
+
+  // CHUNKS chunks from element d on (WHOLE: none beyond the end of a row): all rows, while the chunks are near.
+  template <int ROWS, int CHUNKS, bool WHOLE>
+  PAGEDFLASH_INLINE void add_chunks(const Values& values, int64_t count, int64_t d) {
+    add_block<ROWS, CHUNKS, WHOLE, true>(values, 0, count, d);
+    if (ROWS < ROW_BLOCK) return;
+    for (int64_t row = ROWS; row < rows_; row += ROWS) {
+      switch (lesser(ROWS, rows_ - row)) {
+        case 1: add_block<1, CHUNKS, WHOLE, false>(values, row, count, d); break;
+        case 2: add_block<2, CHUNKS, WHOLE, false>(values, row, count, d); break;
+        case 3: add_block<3, CHUNKS, WHOLE, false>(values, row, count, d); break;
+        case 4: add_block<4, CHUNKS, WHOLE, false>(values, row, count, d); break;
+      }
+    }
   }
 
   // Sums of ROWS rows and CHUNKS chunks, in registers, += weights x values of `count` tokens.
-  template <int ROWS, int CHUNKS, bool PART>
-  PAGEDFLASH_INLINE void add_block(int64_t head, int64_t row, int64_t t, int64_t count, int64_t d) {
-    const int64_t offset = (task_.heads.begin + head) * call_.write.v.head + d;
-    const float* weights = my_.scores + (head * rows_ + row) * DECODE_TILE + t;
-    float* values = my_.values + (head * rows_ + row) * value_size_ + d;
-    const T *const *v = my_.v + t, *const *ahead = v + ahead_;
+  template <int ROWS, int CHUNKS, bool WHOLE, bool FIRST>
+  PAGEDFLASH_INLINE void add_block(const Values& values, int64_t row, int64_t count, int64_t d) {
+    const int64_t value_size = value_size_, v_head_dim = v_head_dim_;
+    const float* weights = values.weights + row * DECODE_TILE;
+    float* sums = values.sums + row * value_size + d;
     Vec sum[ROWS][2 * CHUNKS];
     for (int r = 0; r < ROWS; r++)
-      for (int i = 0; i < 2 * CHUNKS; i++) sum[r][i] = load(values + r * value_size_ + i * LANES);
+      for (int i = 0; i < 2 * CHUNKS; i++) sum[r][i] = load(sums + r * value_size + i * LANES);
 #pragma GCC unroll 4
     for (int64_t j = 0; j < count; j++) {
       for (int c = 0; c < CHUNKS; c++) {
-        if (starts_line(d + c * CHUNK)) fetch(ahead[j] + offset + c * CHUNK);
-        const T* value = v[j] + offset + c * CHUNK;
-        const Chunk chunk = PART ? load_chunk_part(value, v_head_dim_ - d) : load_chunk(value);
+        const int64_t at = d + c * CHUNK;
+        if (FIRST && at % STEP == 0) fetch_step(values.upcoming[j] + at);
+        const Chunk chunk = WHOLE ? load_chunk(values.value[j] + at) : load_chunk_of(values.value[j], at, v_head_dim);
         for (int r = 0; r < ROWS; r++) {
           const Vec weight = splat(weights[r * DECODE_TILE + j]);
           sum[r][2 * c] = fma(weight, chunk.a, sum[r][2 * c]);
@@ -258,7 +291,7 @@ class Decode {
       }
     }
     for (int r = 0; r < ROWS; r++)
-      for (int i = 0; i < 2 * CHUNKS; i++) store(values + r * value_size_ + i * LANES, sum[r][i]);
+      for (int i = 0; i < 2 * CHUNKS; i++) store(sums + r * value_size + i * LANES, sum[r][i]);
   }
 
   void finish() {

@@ -13,7 +13,7 @@
 
 namespace pagedflash {
 
-constexpr int64_t PREFILL_ROWS = 96;     // most rows of a prefill task
+constexpr int64_t PREFILL_ROWS = 192;    // most rows of a prefill task
 constexpr int64_t MAX_DECODE_ROWS = 16;  // more rows than this for a key head: prefill
 
 PAGEDFLASH_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }

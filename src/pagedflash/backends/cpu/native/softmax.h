@@ -46,16 +46,11 @@ struct RowState {
   float sum = 0;              // of 2^(score - highest)
 };
 
-// One query row against keys `first` to `first + count`, in place: dot products in, 2^(score - highest) out, zeros where the
-// mask hides the key, up to the next multiple of LANES behind `count`. Returns the factor that brings earlier sums to the
-// new highest score.
-PAGEDFLASH_INLINE float softmax_tile(float* scores, int64_t first, int64_t count, const ScoreRule& rule, const Row& row,
-                                     RowState& state) {
-  const Vec hidden = splat(-INFINITY);
-  const Range visible = {greater(row.visible.begin - first, 0), lesser(row.visible.end - first, count)};
-  const bool all_visible = visible.size() == count && count % LANES == 0;
-  const Vec lo = splat((float)visible.begin), hi = splat((float)visible.end), position = splat((float)(row.position - first));
-  Vec top = hidden;
+// Dot products of one query row with keys `first` to `first + count` become scores, in place; -inf where the mask hides the
+// key, up to the next multiple of LANES behind `count`.
+PAGEDFLASH_INLINE void score_tile(float* scores, int64_t first, int64_t count, const ScoreRule& rule, const Row& row) {
+  const Vec lo = splat((float)(row.visible.begin - first)), hi = splat((float)lesser(row.visible.end - first, count));
+  const Vec position = splat((float)(row.position - first));
   Vec index = iota();
   for (int64_t i = 0; i < count; i += LANES, index = add(index, splat(LANES))) {
     Vec score = load(scores + i);
@@ -66,17 +61,30 @@ PAGEDFLASH_INLINE float softmax_tile(float* scores, int64_t first, int64_t count
       score = mul(score, splat(rule.scale));
     }
     if (row.slope != 0) score = sub(score, mul(splat(row.slope), abs(sub(index, position))));
-    if (!all_visible) score = keep_inside(score, index, lo, hi, hidden);
-    store(scores + i, score);
-    top = max(score, top);
+    store(scores + i, keep_inside(score, index, lo, hi, splat(-INFINITY)));
   }
-  const float before = state.highest, tile_top = highest(top);
+}
+
+// One query row against keys `first` to `first + count`, in place: dot products in, 2^(score - highest) out, zeros where the
+// mask hides the key, up to the next multiple of LANES behind `count`. Returns the factor that brings earlier sums to the
+// new highest score.
+PAGEDFLASH_INLINE float softmax_tile(float* scores, int64_t first, int64_t count, const ScoreRule& rule, const Row& row,
+                                     RowState& state) {
+  // Where scores are only scaled, the scaling waits for the exponent.
+  const bool only_scaled = !rule.capped && rule.scale >= 0 && row.slope == 0 && count % LANES == 0 &&
+                           row.visible.begin <= first && first + count <= row.visible.end;
+  const float scale = only_scaled ? rule.scale : 1.0f;
+  if (!only_scaled) score_tile(scores, first, count, rule, row);
+
+  Vec top = splat(-INFINITY);
+  for (int64_t i = 0; i < count; i += LANES) top = max(load(scores + i), top);
+  const float before = state.highest, tile_top = scale * highest(top);
   state.highest = tile_top > before ? tile_top : before;
   const float base = state.highest == -INFINITY ? 0.0f : state.highest;  // -inf - -inf would be NaN
 
   Vec sum = zero();
   for (int64_t i = 0; i < count; i += LANES) {
-    const Vec p = exp2(sub(load(scores + i), splat(base)));
+    const Vec p = exp2(fma(load(scores + i), splat(scale), splat(-base)));
     store(scores + i, p);
     sum = add(sum, p);
   }
