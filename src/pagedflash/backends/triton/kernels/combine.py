@@ -5,7 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from .queries import query_rows, store_result
-from .schedule import line_position, sequence_tiles
+from .schedule import line_position, program_at, sequence_tiles
 
 
 @triton.jit
@@ -54,11 +54,10 @@ def combine(
         b, b < batch, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
         capacity, new_tokens, fused_tokens, dense_queries, window_left, HAS_LEFT, BLOCK_N,
     )  # fmt: skip
-    share = tl.cdiv(line, programs)
     segment_begin = sequence_begin + kv_head * tiles
     segment = b * KV_HEADS + kv_head
-    first = segment + segment_begin // share
-    last = segment + (segment_begin + tiles - 1) // share
+    first = segment + program_at(segment_begin, programs, line)
+    last = segment + program_at(segment_begin + tiles - 1, programs, line)
     first_row, owned_rows = query_rows(b, cu_seqlens_q, dense_queries)
 
     # ---- The parts, some at a time ----

@@ -18,7 +18,7 @@ from .combine import store_partial
 from .keys import load_pages, load_tile, locate_sequence
 from .kv_write import write_tokens
 from .queries import clear_rows_behind, load_queries, load_slopes, query_rows, store_result, visible_bounds
-from .schedule import line_position, sequence_at, sequence_tiles
+from .schedule import line_position, sequence_at, sequence_tiles, share_begin
 from .softmax import attend_tile
 
 
@@ -137,9 +137,8 @@ def decode(
             0, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
             batch, capacity, new_tokens, fused_tokens, dense_queries, window_left, KV_HEADS, HAS_LEFT, BLOCK_N, BLOCK_B,
         )  # fmt: skip
-        share = tl.cdiv(line, programs)
-        place = program * share
-        share_end = tl.minimum(place + share, line)
+        place = share_begin(program, programs, line)
+        share_end = share_begin(program + 1, programs, line)
         b, sequence_begin = sequence_at(
             place, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
             batch, capacity, new_tokens, fused_tokens, dense_queries, window_left, KV_HEADS, HAS_LEFT, BLOCK_N, BLOCK_B,
@@ -158,6 +157,13 @@ def decode(
         first_tile = begin // BLOCK_N + (place - segment_begin)
         count = tl.minimum(segment_begin + tiles, share_end) - place
 
+        # The pages of a tile are looked up one tile ahead; those of the first one while the queries are on their way.
+        cache_row, offset = locate_sequence(b, cu_seqlens_k, cache_batch_idx, PAGED)
+        table = block_table
+        if PAGED:
+            table += b.to(tl.int64) * table_width
+        pages = load_pages(table, cache_row, first_tile, begin, end, PAGE_SIZE, BLOCK_N)
+
         # The rows: query i of the sequence for query head `head`.
         head = kv_head * GROUP + row % GROUP
         first_row, owned_rows = query_rows(b, cu_seqlens_q, dense_queries)
@@ -174,17 +180,12 @@ def decode(
             D, BLOCK_D, ROTARY_DIM, INTERLEAVED, HAS_LEFT or HAS_RIGHT,
         )  # fmt: skip
 
-        # The keys. The pages of a tile are looked up one tile ahead.
-        cache_row, offset = locate_sequence(b, cu_seqlens_k, cache_batch_idx, PAGED)
-        table = block_table
-        if PAGED:
-            table += b.to(tl.int64) * table_width
+        # The keys.
         k_head = k + kv_head * k_head_stride
         v_head = v + kv_head * v_head_stride
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         spread_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        pages = load_pages(table, cache_row, first_tile, begin, end, PAGE_SIZE, BLOCK_N)
         for tile in range(first_tile, first_tile + count):
             k_tile = load_tile(
                 k_head, pages, tile, offset, begin, end, k_page_stride, k_slot_stride,

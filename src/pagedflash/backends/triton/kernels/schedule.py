@@ -5,7 +5,7 @@ The work is a line of tiles of BLOCK_N keys, sequence by sequence, KV head by KV
     sequence       0               1                  2
     KV head     0     1     0        1        0   1
     tiles      [aaaa][aaaa][bbbbbbb][bbbbbbb][cc][cc]      only the tiles that hold a visible key
-    programs   |--0---|---1---|---2---|---3---|--4--|      equal shares, whatever the lengths
+    programs   |--0---|---1---|---2---|---3---|--4--|      shares that differ by one tile at most, whatever the lengths
 
 A segment is one (sequence, KV head); a part is what one program has of one segment. Along the line either the segment
 or the program steps on from one part to the next, so (segment + program) numbers the parts.
@@ -17,6 +17,22 @@ import triton.language as tl
 
 from .keys import first_slot, key_count, visible_slots
 from .queries import query_count
+
+
+@triton.jit
+def share_begin(program, programs, line):
+    """Where the share of ``program`` begins on the line. The first ``line % programs`` have one tile more."""
+    return program * (line // programs) + tl.minimum(program, line % programs)
+
+
+@triton.jit
+def program_at(place, programs, line):
+    """The program whose share holds ``place``."""
+    tiles = line // programs
+    long_programs = line % programs
+    long_end = long_programs * (tiles + 1)
+    behind = long_programs + (place - long_end) // tl.maximum(tiles, 1)
+    return tl.where(place < long_end, place // (tiles + 1), behind)
 
 
 @triton.jit
