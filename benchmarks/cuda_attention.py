@@ -329,13 +329,14 @@ def overhead_table() -> None:
     print("\n| eager call, host | us |")
     print("|---|---|")
     shape = Decode([50] * 4, 32, 8)
-    inputs = decode_inputs(shape)
+    inputs, long_inputs = decode_inputs(shape), decode_inputs(Decode([4096] * 4, 32, 8))
     new = torch.randn(4, 1, 8, 128, device=DEVICE, dtype=torch.bfloat16)
     angles = torch.randn(64, 64, device=DEVICE, dtype=torch.bfloat16)
     appending = dict(k=new, v=new, rotary_cos=angles, rotary_sin=angles)
     q = torch.randn(1, 200, 32, 128, device=DEVICE, dtype=torch.bfloat16)
     calls: dict[str, Callable[[], object]] = {
         "decode": lambda: pagedflash.flash_attn_with_kvcache(**inputs, causal=True),  # type: ignore[arg-type]
+        "decode of 4096 keys, two launches": lambda: pagedflash.flash_attn_with_kvcache(**long_inputs, causal=True),  # type: ignore[arg-type]
         "append + rotary + decode": lambda: pagedflash.flash_attn_with_kvcache(**inputs, **appending, causal=True),  # type: ignore[arg-type]
         "prefill": lambda: pagedflash.flash_attn_func(q, q[:, :, :8], q[:, :, :8], causal=True),
     }

@@ -83,13 +83,28 @@ def _decode_call(device: str, lengths: list[int], *, page_size: int = 16, width:
 
 
 def test_one_long_sequence_is_split_over_all_programs(device: str, launches: Launches) -> None:
-    call = _decode_call(device, [900, 3, 0])
+    call = _decode_call(device, [1100, 3, 0])
     assert_matches_reference(call, backend.attention)
     shape = launch.decode_shape(2, 32, 4)
     assert launches.kernels == ["decode", "combine"]
     assert launches.programs[:1] == [launch.processors(call.q.device) * shape.programs_per_processor]
-    tiles_of_the_long_one = -(-900 // shape.block_n)
+    tiles_of_the_long_one = -(-1100 // shape.block_n)
     assert tiles_of_the_long_one > 2, "the premise: it has tiles for more than one program"
+
+
+@pytest.mark.parametrize("last", (1100, 70), ids=("alike", "unlike"))
+def test_as_many_segments_as_programs(device: str, launches: Launches, last: int) -> None:
+    """Alike, each has a program to itself, which stores its result; else some are shared."""
+    programs = launch.processors(torch.device(device)) * launch.decode_shape(2, 32, 4).programs_per_processor
+    call = _decode_call(device, [1100] * (programs // 2 - 1) + [last])
+    assert_matches_reference(call, backend.attention)
+    assert launches.programs[0] == programs == call.batch_size * call.k.shape[-2]
+
+
+def test_one_program_takes_each_of_many_short_segments(device: str, launches: Launches) -> None:
+    processors = launch.processors(torch.device(device))
+    assert_matches_reference(_decode_call(device, [700] + [20] * (processors // 2)), backend.attention)
+    assert launches.kernels == ["decode"]
 
 
 @pytest.mark.parametrize("num_splits, kernels", ((1, ["decode"]), (3, ["decode", "combine"])))
@@ -102,7 +117,7 @@ def test_num_splits_sets_the_number_of_programs(
     assert launches.programs[0] == 2 * 2 * num_splits
 
 
-@pytest.mark.parametrize("lengths, kernels", (([33, 600], ["decode", "combine"]), ([33, 50], ["decode"])), ids=str)
+@pytest.mark.parametrize("lengths, kernels", (([33, 1100], ["decode", "combine"]), ([33, 50], ["decode"])), ids=str)
 def test_append_rotary_and_decode_take_at_most_two_launches(
     device: str, launches: Launches, lengths: list[int], kernels: list[str]
 ) -> None:
@@ -121,11 +136,11 @@ def test_more_sequences_than_one_block_of_lengths(device: str, monkeypatch: pyte
 @pytest.mark.parametrize("queries", (1, 90))
 def test_keys_left_of_the_window_are_not_touched(device: str, launches: Launches, queries: int) -> None:
     """They are NaN here: read, they would show, since 0 x NaN is NaN."""
-    call = _decode_call(device, [600], window_left=20)
+    call = _decode_call(device, [1100], window_left=20)
     q = torch.randn(1, queries, 4, 32).to(device)
     call = call._replace(q=q, max_seqlen_q=queries)
     out, _ = backend.attention(call)
-    seen_from = 600 - queries - 20
+    seen_from = 1100 - queries - 20
     for token in range(seen_from):
         page = int(call.block_table[0, token // 16])  # type: ignore[index]
         call.k[page, token % 16] = torch.nan

@@ -40,6 +40,10 @@ MAX_FUSED_TOKENS = 64
 MAX_WHOLE_TILES = 4
 """Tiles a sequence can have at most for ``decode`` to give each segment to one program: too few to be worth sharing."""
 
+MAX_WHOLE_KEYS = 1024
+"""The same in keys, where there are segments for half of the processors: even one long one among short ones is read in
+about the time that sharing costs."""
+
 FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 """Lengths that a program of ``decode`` looks at in one step: what one warp holds, or for larger batches all four."""
 
@@ -161,7 +165,10 @@ def _with_decode(plan: _Plan, call: AttentionCall, fused_tokens: int, aligned: b
     shape = decode_shape(rows, block_d, call.q.element_size())
     block_new = max(16, power_of_two(fused_tokens)) if fused_tokens else 0
 
-    whole = call.num_splits == 1 or call.capacity <= MAX_WHOLE_TILES * shape.block_n
+    few_keys = MAX_WHOLE_TILES * shape.block_n
+    if 2 * segments >= processors(device):
+        few_keys = max(few_keys, MAX_WHOLE_KEYS)
+    whole = call.num_splits == 1 or (call.num_splits == 0 and call.capacity <= few_keys)
     programs = processors(device) * shape.programs_per_processor
     if whole or call.num_splits:
         programs = segments * max(call.num_splits, 1)

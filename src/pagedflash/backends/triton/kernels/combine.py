@@ -5,7 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from .queries import query_rows, store_result
-from .schedule import line_position, program_at, sequence_tiles
+from .schedule import line_position, program_at, sequence_tiles, sharer_count
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def combine(
     b = tl.program_id(1)
 
     # ---- Which programs of decode hold parts of it ----
-    sequence_begin, line = line_position(
+    sequence_begin, line, longest = line_position(
         b, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
         batch, capacity, new_tokens, fused_tokens, dense_queries, window_left, KV_HEADS, HAS_LEFT, BLOCK_N, BLOCK_B,
     )  # fmt: skip
@@ -56,13 +56,16 @@ def combine(
     )  # fmt: skip
     segment_begin = sequence_begin + kv_head * tiles
     segment = b * KV_HEADS + kv_head
-    first = segment + program_at(segment_begin, programs, line)
-    last = segment + program_at(segment_begin + tiles - 1, programs, line)
+    sharers = sharer_count(line, longest, batch * KV_HEADS, programs)
+    first = segment + program_at(segment_begin, sharers, line)
+    last = segment + program_at(segment_begin + tiles - 1, sharers, line)
     first_row, owned_rows = query_rows(b, cu_seqlens_q, dense_queries)
 
     # ---- The parts, some at a time ----
     if DEPENDENT:
         gdc_wait()
+    if first == last:  # its program has stored the result
+        return
     d = tl.arange(0, BLOCK_DV)
     acc = tl.zeros([SOME_ROWS, BLOCK_DV], tl.float32)
     row_max = tl.full([SOME_ROWS], float("-inf"), tl.float32)

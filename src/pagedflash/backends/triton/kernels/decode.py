@@ -3,8 +3,8 @@
 
 All query rows that share a KV head (its group of query heads, times the queries) are the rows of one tile, so that
 each key is read once. The work is split as :mod:`.schedule` says: nothing is read on the host, a captured graph follows
-when lengths change, and one long sequence among short ones occupies all processors. Each part leaves its softmax state
-for ``combine``; where every program has a segment of its own (WHOLE), it stores the result itself.
+when lengths change, and one long sequence among short ones occupies all processors. A part leaves its softmax state for
+``combine``; a program that has a segment to itself, as all have where the host says so (WHOLE), stores the result.
 
 New tokens are appended here too: the program that has a segment's last tile rotates and writes them, and attends to
 them from registers. Nobody reads a slot of the cache that is written in the same launch.
@@ -18,7 +18,7 @@ from .combine import store_partial
 from .keys import load_pages, load_tile, locate_sequence
 from .kv_write import write_tokens
 from .queries import clear_rows_behind, load_queries, load_slopes, query_rows, store_result, visible_bounds
-from .schedule import line_position, sequence_at, sequence_tiles, share_begin
+from .schedule import line_position, sequence_at, sequence_tiles, share_begin, sharer_count
 from .softmax import attend_tile
 
 
@@ -133,12 +133,13 @@ def decode(
         place = program % KV_HEADS * tiles
         share_end = place + tiles
     else:
-        _, line = line_position(
+        _, line, longest = line_position(
             0, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
             batch, capacity, new_tokens, fused_tokens, dense_queries, window_left, KV_HEADS, HAS_LEFT, BLOCK_N, BLOCK_B,
         )  # fmt: skip
-        place = share_begin(program, programs, line)
-        share_end = share_begin(program + 1, programs, line)
+        sharers = sharer_count(line, longest, batch * KV_HEADS, programs)
+        place = share_begin(program, sharers, line)
+        share_end = share_begin(program + 1, sharers, line)
         b, sequence_begin = sequence_at(
             place, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
             batch, capacity, new_tokens, fused_tokens, dense_queries, window_left, KV_HEADS, HAS_LEFT, BLOCK_N, BLOCK_B,
@@ -224,14 +225,15 @@ def decode(
                 )  # fmt: skip
 
         # The result, or a part of it.
-        if WHOLE:
+        if not WHOLE:
+            if count < tiles:
+                part = b * KV_HEADS + kv_head + program
+                store_partial(partials, batch * KV_HEADS + programs, part, acc, row_max, row_sum, ROWS, BLOCK_M, BLOCK_DV)
+        if count == tiles:
             store_result(
                 out, lse, acc, row_max, row_sum, b, first_row, i, head, i < owned_rows, sinks,
                 cu_seqlens_q, total_rows, dense_queries, HEADS, DV, BLOCK_DV,
             )  # fmt: skip
-        else:
-            part = b * KV_HEADS + kv_head + program
-            store_partial(partials, batch * KV_HEADS + programs, part, acc, row_max, row_sum, ROWS, BLOCK_M, BLOCK_DV)
 
         place += count
         if place == sequence_begin + tiles * KV_HEADS:

@@ -5,10 +5,11 @@ The work is a line of tiles of BLOCK_N keys, sequence by sequence, KV head by KV
     sequence       0               1                  2
     KV head     0     1     0        1        0   1
     tiles      [aaaa][aaaa][bbbbbbb][bbbbbbb][cc][cc]      only the tiles that hold a visible key
-    programs   |--0---|---1---|---2---|---3---|--4--|      shares that differ by one tile at most, whatever the lengths
+    sharers    |--0---|---1---|---2---|---3---|--4--|      shares that differ by one tile at most, whatever the lengths
 
 A segment is one (sequence, KV head); a part is what one program has of one segment. Along the line either the segment
-or the program steps on from one part to the next, so (segment + program) numbers the parts.
+or the program steps on from one part to the next, so (segment + program) numbers the parts. A segment in one part is
+finished by its program; the others are left to ``combine``.
 Source of the split: Dao et al., "Flash-Decoding" (2023); of the equal shares: Osama et al., "Stream-K" (2023).
 """
 
@@ -20,16 +21,26 @@ from .queries import query_count
 
 
 @triton.jit
-def share_begin(program, programs, line):
-    """Where the share of ``program`` begins on the line. The first ``line % programs`` have one tile more."""
-    return program * (line // programs) + tl.minimum(program, line % programs)
+def sharer_count(line, longest, segments, programs):
+    """Programs that share the line: all of them, or one for each segment where segments are alike and nearly as many.
+
+    Then no program has to start on a second segment, and there is nothing to combine.
+    """
+    alike = (line == longest * segments) & (segments <= programs) & (segments * 8 >= programs * 7)
+    return tl.where(alike, segments, programs)
 
 
 @triton.jit
-def program_at(place, programs, line):
+def share_begin(program, sharers, line):
+    """Where the share of ``program`` begins on the line. The first ``line % sharers`` have one tile more."""
+    return tl.minimum(program * (line // sharers) + tl.minimum(program, line % sharers), line)
+
+
+@triton.jit
+def program_at(place, sharers, line):
     """The program whose share holds ``place``."""
-    tiles = line // programs
-    long_programs = line % programs
+    tiles = line // sharers
+    long_programs = line % sharers
     long_end = long_programs * (tiles + 1)
     behind = long_programs + (place - long_end) // tl.maximum(tiles, 1)
     return tl.where(place < long_end, place // (tiles + 1), behind)
@@ -85,9 +96,10 @@ def line_position(
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """(where sequence ``b`` begins on the line, the line's length)"""
+    """(where sequence ``b`` begins on the line, the line's length, tiles of the longest segment)"""
     begin = 0
     line = 0
+    longest = 0
     for start in range(0, batch, BLOCK_B):
         some = start + tl.arange(0, BLOCK_B)
         tiles, _, _, _, _ = sequence_tiles(
@@ -96,7 +108,8 @@ def line_position(
         )  # fmt: skip
         begin += tl.sum(tl.where(some < b, tiles, 0)) * KV_HEADS
         line += tl.sum(tiles) * KV_HEADS
-    return begin, line
+        longest = tl.maximum(longest, tl.max(tiles))
+    return begin, line, longest
 
 
 @triton.jit
