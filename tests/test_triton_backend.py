@@ -95,8 +95,8 @@ def test_one_long_sequence_is_split_over_all_programs(device: str, launches: Lau
 @pytest.mark.parametrize("last", (1100, 70), ids=("alike", "unlike"))
 def test_as_many_segments_as_programs(device: str, launches: Launches, last: int) -> None:
     """Alike, each has a program to itself, which stores its result; else some are shared."""
-    programs = launch.processors(torch.device(device)) * launch.decode_shape(2, 32, 4).programs_per_processor
-    call = _decode_call(device, [1100] * (programs // 2 - 1) + [last])
+    programs = launch.processors(torch.device(device)) * launch.decode_shape(2, 64, 4).programs_per_processor
+    call = _decode_call(device, [1100] * (programs // 2 - 1) + [last], head_dim=64)
     assert_matches_reference(call, backend.attention)
     assert launches.programs[0] == programs == call.batch_size * call.k.shape[-2]
 

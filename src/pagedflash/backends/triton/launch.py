@@ -34,6 +34,8 @@ def decode_shape(rows: int, block_d: int, element_size: int) -> Shape:
     block_n = max(16, min(128, 16384 // row_bytes))
     if rows > 32 and element_size == 4:
         block_n = min(block_n, 32)
+    if row_bytes <= 128:
+        return Shape(max(16, rows), min(block_n, 64), 4, 3, 3)
     return Shape(max(16, rows), block_n, 4, 3, 2)
 
 
