@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from cases import LAYOUTS, random_call
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pagedflash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, kv_paged_write
 
@@ -145,3 +148,25 @@ def test_operators_pass_opcheck(layout, rng):
         operator = getattr(torch.ops.pagedflash, name).default
         torch.library.opcheck(operator, tuple(call), test_utils=("test_schema", "test_faketensor"))
         checked.add(appends)
+
+
+def test_eager_calls_are_seen_by_whatever_watches_operators():
+    """Calls with plain tensors pass by torch's dispatcher, except where something follows it."""
+    q, k, v = torch.randn(3, 1, 4, 2, 16)
+    name = "pagedflash::attention"
+
+    class Recorder(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            self.seen.append(operator.name())
+            return operator(*args, **(kwargs or {}))
+
+    want = flash_attn_func(q, k, v)
+    with Recorder():
+        torch.testing.assert_close(flash_attn_func(q, k, v), want, rtol=0, atol=0)
+    assert name in Recorder.seen
+    with torch.profiler.profile() as profile:
+        flash_attn_func(q, k, v)
+    assert name in {event.name for event in profile.events()}
+    assert name in str(torch.jit.trace(lambda *rows: flash_attn_func(*rows), (q, k, v), check_trace=False).graph)

@@ -52,14 +52,14 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Recording:
-    """A call as one file: the packed description, then every storage it points into."""
+    """A call as one file: its packed addresses and shape, then every storage the addresses lead to."""
 
     def __init__(self, call: AttentionCall) -> None:
         self.out = torch.zeros(call.out_shape, dtype=call.q.dtype)
         self.lse = torch.zeros(call.lse_shape)
-        packed = launch._pack_attention(call, self.out, self.lse)
+        addresses = launch.addresses(call, self.out, self.lse)
         self.tensors = [value for value in (*call, self.out, self.lse) if isinstance(value, Tensor)]
-        self.data = bytearray(packed)
+        self.data = bytearray(addresses + launch.describe(call).packed)
         self.places: dict[int, int] = {}  # address of a storage -> where it is in the file
         for tensor in self.tensors:
             storage = tensor.untyped_storage()
@@ -67,8 +67,8 @@ class Recording:
                 self.data.extend(b"\0" * (-len(self.data) % 64))
                 self.places[storage.data_ptr()] = len(self.data)
                 self.data.extend(bytes(_bytes_of(tensor).numpy()))
-        for position in range(0, len(packed), 8):
-            word = int.from_bytes(packed[position : position + 8], sys.byteorder)
+        for position in range(0, len(addresses), 8):
+            word = int.from_bytes(addresses[position : position + 8], sys.byteorder)
             for tensor in self.tensors:
                 if word == tensor.data_ptr() != 0:
                     storage = tensor.untyped_storage().data_ptr()

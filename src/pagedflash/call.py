@@ -13,6 +13,7 @@ run before anything is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -44,17 +45,7 @@ class CacheWrite(NamedTuple):
         return cache_capacity(self.k_cache, self.block_table)
 
 
-class AttentionCall(NamedTuple):
-    """One attention problem: queries, keys where they lie, lengths, mask and options.
-
-    Queries are dense ``(B, Sq, Hq, D)`` or, with ``cu_seqlens_q``, ragged ``(total_q, Hq, D)``. Keys are paged with
-    ``block_table``, ragged with ``cu_seqlens_k`` alone, dense otherwise. A causal mask is ``window_right = 0``.
-
-    Query ``i`` of a sequence with ``Sq`` queries and ``Sk`` keys (the append included) sits at key position
-    ``p = i + Sk - Sq`` and sees the keys ``j`` with ``cache_leftpad <= j < Sk``, ``j >= p - window_left`` and
-    ``j <= p + window_right``.
-    """
-
+class _AttentionFields(NamedTuple):
     q: Tensor
     k: Tensor  # pages (num_pages, page_size, Hkv, D) | ragged (total_k, Hkv, D) | dense (B or B_cache, Sk, Hkv, D)
     v: Tensor  # the same with Dv <= D
@@ -79,6 +70,33 @@ class AttentionCall(NamedTuple):
     softcap: float = 0.0  # 0 = none
     rotary_interleaved: bool = True
     num_splits: int = 0  # 0 = the backend decides
+
+
+class AttentionCall(_AttentionFields):
+    """One attention problem: queries, keys where they lie, lengths, mask and options.
+
+    Queries are dense ``(B, Sq, Hq, D)`` or, with ``cu_seqlens_q``, ragged ``(total_q, Hq, D)``. Keys are paged with
+    ``block_table``, ragged with ``cu_seqlens_k`` alone, dense otherwise. A causal mask is ``window_right = 0``.
+
+    Query ``i`` of a sequence with ``Sq`` queries and ``Sk`` keys (the append included) sits at key position
+    ``p = i + Sk - Sq`` and sees the keys ``j`` with ``cache_leftpad <= j < Sk``, ``j >= p - window_left`` and
+    ``j <= p + window_right``.
+    """
+
+    @cached_property
+    def signature(self) -> tuple[object, ...]:
+        """All of a call but addresses and values: what calls alike share. Backends may keep plans by it.
+
+        Unhashable where it cannot be remembered: with wrong types, tensor subclasses or symbolic sizes.
+        """
+        q, k, v, k_new, v_new, *others = self[:_NUM_TENSORS]
+        return (
+            torch.is_grad_enabled(),
+            self[_NUM_TENSORS:],
+            *[_with_strides(tensor) for tensor in (q, k, v)],
+            *[None if tensor is None else _with_strides(tensor) for tensor in (k_new, v_new)],
+            *[None if tensor is None else _without_strides(tensor) for tensor in others],
+        )
 
     @property
     def batch_size(self) -> int:
@@ -122,6 +140,19 @@ class AttentionCall(NamedTuple):
             self.rotary_sin,
             self.rotary_interleaved,
         )
+
+
+def _with_strides(tensor: object) -> object:
+    if not isinstance(tensor, Tensor) or tensor.__class__ is not Tensor:
+        return []
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _without_strides(tensor: object) -> object:
+    """Of tensors that every backend reads as contiguous."""
+    if not isinstance(tensor, Tensor) or tensor.__class__ is not Tensor:
+        return []
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def cache_capacity(keys: Tensor, block_table: Tensor | None) -> int:
@@ -191,44 +222,29 @@ _NUM_TENSORS = AttentionCall._fields.index("max_seqlen_q")
 """Fields of a description that are tensors: those before the numbers."""
 
 
-def check(call: AttentionCall, names: Names) -> None:
+def check(call: AttentionCall, names: Names) -> bool:
     """Check everything about a call but the values of its lengths and tables.
 
     A call with the signature of one that has passed is not looked at again: that keeps a call's overhead low.
 
+    Returns whether all is plain: tensors in memory and numbers, nothing that stands for them.
+
     Raises TypeError (wrong type or dtype) or ValueError, naming the argument, what came and what is expected.
     """
     if torch.compiler.is_compiling():
-        return _check_fields(call, names)
-    signature = _signature(call)
+        _check_fields(call, names)
+        return False
     try:
-        if signature in _passed:
-            return
-    except TypeError:  # unhashable: not to be remembered
-        return _check_fields(call, names)
+        if call.signature in _passed:
+            return True
+    except TypeError:  # unhashable
+        _check_fields(call, names)
+        return False
     _check_fields(call, names)
     if len(_passed) == _PASSED_AT_MOST:
         _passed.clear()
-    _passed.add(signature)
-
-
-def _signature(call: AttentionCall) -> tuple[object, ...]:
-    """All that :func:`check` looks at.
-
-    Unhashable where that cannot be remembered: with wrong types, tensor subclasses or symbolic sizes.
-    """
-    return (
-        call.k.stride(),
-        call.v.stride(),
-        torch.is_grad_enabled(),
-        call[_NUM_TENSORS:],
-        *[
-            (value.shape, value.dtype, value.device, value.requires_grad)
-            if value.__class__ is Tensor
-            else (None if value is None else [])
-            for value in call[:_NUM_TENSORS]
-        ],
-    )
+    _passed.add(call.signature)
+    return True
 
 
 def _check_fields(call: AttentionCall, names: Names) -> None:

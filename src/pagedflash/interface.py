@@ -24,7 +24,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch, reference
 from .call import (
     FLOAT_DTYPES,
     KVCACHE_NAMES,
@@ -39,7 +39,7 @@ from .call import (
     check_write,
     refuse,
 )
-from .ops import attention, attention_with_append, write_cache
+from .ops import attention, attention_with_append, is_watched, write_cache
 
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 
@@ -355,9 +355,11 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
 
 
 def _run(call: AttentionCall, names: Names, return_attn_probs: bool, return_softmax_lse: bool) -> Output:
-    check(call, names)
-    operation = attention if call.k_new is None else attention_with_append
-    out, lse = operation(*call)
+    is_plain = check(call, names)
+    if is_plain and not is_watched():
+        out, lse = dispatch.attention(call)
+    else:
+        out, lse = (attention if call.k_new is None else attention_with_append)(*call)
     if return_attn_probs:
         return out, lse, out.new_empty(0)
     return (out, lse) if return_softmax_lse else out

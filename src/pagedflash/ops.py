@@ -11,6 +11,8 @@ from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
 
 from . import dispatch
 from .call import AttentionCall, CacheWrite
@@ -61,3 +63,12 @@ attention_with_append = _define(
     "attention_with_append", AttentionCall, "(Tensor, Tensor)", _attention, _attention_fake, {"k": "a", "v": "b"}
 )
 write_cache = _define("write_cache", CacheWrite, "()", _write_cache, _write_cache_fake, {"k_cache": "a", "v_cache": "b"})
+
+
+def is_watched() -> bool:
+    """Whether something follows what operators are called: a tracer, a dispatch mode or a profiler.
+
+    Where nothing does, calls with plain tensors need not pass through torch's dispatcher, which takes longer than all else
+    that a call does before its kernel.
+    """
+    return _len_torch_dispatch_stack() > 0 or _profiler_enabled() or _get_tracing_state() is not None

@@ -1,18 +1,17 @@
 // Runs one recorded attention call, for processors that are only emulated here: see tests/test_cpu_arm64.py.
 //
-//   replay FILE      FILE holds the packed call, then the memory its pointers lead to; it is answered in place
+//   replay FILE      FILE holds the packed addresses and shape, then the memory the addresses lead to; it is answered
+//                    in place
 //
-// In the file a pointer is the position in the file it leads to; 0 is null.
+// In the file an address is the position in the file it leads to; 0 is null.
 #include <stdio.h>
 #include <stdlib.h>
-
-#include <initializer_list>
 
 #include "../../src/pagedflash/backends/cpu/native/abi.h"
 
 using namespace pagedflash;
 
-extern "C" int64_t pagedflash_attention(const AttentionCall* call, int64_t isa);
+extern "C" int64_t pagedflash_attention(const AttentionShape* shape, const Addresses* at, int64_t isa);
 extern "C" void pagedflash_use_pool(void* parallel_for, void* get_num_threads);
 
 static int32_t one_after_another(int64_t begin, int64_t end, int64_t grain, void (*run)(int64_t, int64_t, void*), void* context) {
@@ -25,11 +24,6 @@ static int32_t three_threads(uint32_t* threads) {
   return 0;
 }
 
-template <class T>
-static void relocate(T*& pointer, char* file) {
-  if (pointer) pointer = reinterpret_cast<T*>(file + reinterpret_cast<intptr_t>(pointer));
-}
-
 int main(int, char** arguments) {
   FILE* stream = fopen(arguments[1], "r+b");
   fseek(stream, 0, SEEK_END);
@@ -38,25 +32,13 @@ int main(int, char** arguments) {
   rewind(stream);
   if (fread(file, 1, size, stream) != size) return 3;
 
-  AttentionCall call = *reinterpret_cast<AttentionCall*>(file);
-  CacheWrite& write = call.write;
-  for (Rows* rows : {&write.k_new, &write.v_new, &write.k, &write.v, &call.q}) relocate(rows->data, file);
-  relocate(write.lengths, file);
-  relocate(write.block_table, file);
-  relocate(write.cache_batch_idx, file);
-  relocate(write.rotary_cos, file);
-  relocate(write.rotary_sin, file);
-  relocate(call.out, file);
-  relocate(call.lse, file);
-  relocate(call.cu_seqlens_q, file);
-  relocate(call.cu_seqlens_k, file);
-  relocate(call.seqused_q, file);
-  relocate(call.cache_leftpad, file);
-  relocate(call.alibi_slopes, file);
-  relocate(call.sinks, file);
+  Addresses at = *reinterpret_cast<Addresses*>(file);
+  char** const words = reinterpret_cast<char**>(&at);
+  for (size_t i = 0; i < sizeof at / sizeof *words; i++)
+    if (words[i]) words[i] = file + reinterpret_cast<intptr_t>(words[i]);
 
   pagedflash_use_pool(reinterpret_cast<void*>(one_after_another), reinterpret_cast<void*>(three_threads));
-  const int64_t status = pagedflash_attention(&call, 0);
+  const int64_t status = pagedflash_attention(reinterpret_cast<AttentionShape*>(file + sizeof at), &at, 0);
   rewind(stream);
   if (fwrite(file, 1, size, stream) != size) return 3;
   fclose(stream);

@@ -1,6 +1,6 @@
-"""The native library: finding it, choosing an instruction set, and packing descriptions for it.
+"""The native library: finding it, choosing an instruction set, and packing shapes and addresses for it.
 
-``native/abi.h`` mirrors the two layouts written here; the sizes are compared when the library is loaded.
+``native/abi.h`` mirrors the layouts written here; the sizes are compared when the library is loaded.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from struct import Struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,14 +30,18 @@ LIBRARY = Path(__file__).with_name("pagedflash_cpu.dll" if os.name == "nt" else 
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# Every field is 8 bytes wide, in the order of native/abi.h; _pack_write and _pack_attention fill them in that order.
-_WRITE_LAYOUT = Struct("33q")
-_ATTENTION_LAYOUT = Struct("33q 4q 2q 6q 8q 2d")
+# Every field is 8 bytes wide, in the order of native/abi.h.
+_WRITE = Struct("24q")
+_ATTENTION = Struct("24q 3q 8q 2d")
+_WRITE_ADDRESSES = Struct("9Q")
+_ADDRESSES = Struct("18Q")
+
+_WRITE_TENSORS = 9
+"""The first fields of a ``CacheWrite``, in the order of native/abi.h."""
 
 _DONE, _BAD_VALUES, _OUT_OF_MEMORY = 0, 1, 2
 
-_SOMEWHERE = 64
-"""The address of a table without columns: never read, but not null, which would mean no table."""
+_CPU = torch.device("cpu")
 
 
 class Unavailable(Exception):
@@ -60,13 +65,13 @@ class Library:
         for function in ("isa_name", "isa_present"):
             getattr(native, f"pagedflash_{function}").argtypes = [ctypes.c_int64]
         native.pagedflash_use_pool.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-        for function, layout in (("write", _WRITE_LAYOUT), ("attention", _ATTENTION_LAYOUT)):
-            if getattr(native, f"pagedflash_sizeof_{function}")() != layout.size:
+        for struct, layout in (("write", _WRITE), ("attention", _ATTENTION), ("addresses", _ADDRESSES)):
+            if getattr(native, f"pagedflash_sizeof_{struct}")() != layout.size:
                 raise Unavailable(f"its native library ({path.name}) is of another version: reinstall pagedflash")
         self.run_attention = native.pagedflash_attention
         self.run_write = native.pagedflash_kv_write
         for run in (self.run_attention, self.run_write):
-            run.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+            run.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64]
             run.restype = ctypes.c_int64
         native.pagedflash_use_pool(parallel_for, num_threads)
         self.isas = _present_isas(native)
@@ -104,12 +109,29 @@ def use_isa(name: str) -> Iterator[None]:
         chosen.isa = before
 
 
+class _Described(NamedTuple):
+    """What calls of one signature share."""
+
+    packed: bytes  # AttentionCall of native/abi.h
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+
+
+_described: dict[tuple[object, ...], _Described] = {}
+_DESCRIBED_AT_MOST = 4096
+
+
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Append (if asked) and attend. Lengths and tables are checked natively before anything is written."""
     native = library()
-    out = call.q.new_empty(call.out_shape)
-    lse = torch.empty(call.lse_shape, dtype=torch.float32)
-    status = native.run_attention(_pack_attention(call, out, lse), native.isa)
+    described = _described.get(call.signature)
+    if described is None:
+        if len(_described) == _DESCRIBED_AT_MOST:
+            _described.clear()
+        described = _described[call.signature] = describe(call)
+    out = torch.empty(*described.out_shape, dtype=call.q.dtype, device=_CPU)
+    lse = torch.empty(*described.lse_shape, dtype=torch.float32, device=_CPU)
+    status = native.run_attention(described.packed, addresses(call, out, lse), native.isa)
     if status != _DONE:
         if status == _BAD_VALUES:
             check_values(call)
@@ -120,7 +142,9 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def kv_write(write: CacheWrite) -> None:
     """Write new keys and values. Lengths and tables are checked natively before anything is written."""
     native = library()
-    status = native.run_write(_pack_write(write), native.isa)
+    packed = _WRITE.pack(*_write_fields(write, write.k.shape[0]))
+    at = _WRITE_ADDRESSES.pack(*_data(write[:_WRITE_TENSORS]))  # type: ignore[arg-type]
+    status = native.run_write(packed, at, native.isa)
     if status != _DONE:
         if status == _BAD_VALUES:
             check_write_values(write)
@@ -135,48 +159,31 @@ def _fail(status: int) -> None:
     )
 
 
-def _pack_write(write: CacheWrite) -> bytes:
-    return _WRITE_LAYOUT.pack(*_write_fields(*write))
-
-
-def _pack_attention(call: AttentionCall, out: Tensor, lse: Tensor) -> bytes:
-    q, k = call.q, call.k
-    cu_seqlens_q, slopes = call.cu_seqlens_q, call.alibi_slopes
-    if cu_seqlens_q is None:
-        batch, q_tokens, q_heads, _ = q.shape
-        q_strides: tuple[int, ...] = q.stride()
+def describe(call: AttentionCall) -> _Described:
+    """All of a call but its addresses, from what its signature holds."""
+    q, slopes = call.q, call.alibi_slopes
+    if call.cu_seqlens_q is None:
+        (_, q_tokens, q_heads, _), q_strides = q.shape, q.stride()
     else:
-        batch = cu_seqlens_q.shape[0] - 1
-        q_tokens, q_heads, _ = q.shape
-        q_strides = (0, *q.stride())
-    fields = _write_fields(
-        call.k_new,
-        call.v_new,
-        k,
+        (q_tokens, q_heads, _), q_strides = q.shape, (0, *q.stride())
+    write = CacheWrite(
+        call.k_new,  # type: ignore[arg-type]  # None: nothing is appended
+        call.v_new,  # type: ignore[arg-type]
+        call.k,
         call.v,
-        call.seqused_k,
+        call.seqused_k,  # type: ignore[arg-type]
         call.block_table,
         call.cache_batch_idx,
         call.rotary_cos,
         call.rotary_sin,
         call.rotary_interleaved,
-        batch,
     )
-    return _ATTENTION_LAYOUT.pack(
-        *fields,
-        q.data_ptr(),
+    packed = _ATTENTION.pack(
+        *_write_fields(write, call.batch_size),
         *q_strides[:3],
-        out.data_ptr(),
-        lse.data_ptr(),
-        _address(cu_seqlens_q),
-        _address(call.cu_seqlens_k),
-        _address(call.seqused_q),
-        _address(call.cache_leftpad),
-        _address(slopes),
-        _address(call.sinks),
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         q_tokens,
-        k.shape[0],
+        call.k.shape[0],
         q_heads,
         call.max_seqlen_q,
         call.window_left,
@@ -185,67 +192,64 @@ def _pack_attention(call: AttentionCall, out: Tensor, lse: Tensor) -> bytes:
         call.scale,
         call.softcap,
     )
+    return _Described(packed, call.out_shape, call.lse_shape)
 
 
-def _write_fields(
-    k_new: Tensor | None,
-    v_new: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor | None,
-    block_table: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    rotary_interleaved: bool,
-    batch: int | None = None,
-) -> tuple[int, ...]:
+def _write_fields(write: CacheWrite, batch: int) -> tuple[int, ...]:
     """The fields of ``CacheWrite`` in native/abi.h."""
+    k_new, v_new, k, v = write.k, write.v, write.k_cache, write.v_cache
     if k.dim() == 4:
         num_pages, page_size, kv_heads, head_dim = k.shape
         k_strides, v_strides = k.stride(), v.stride()
     else:
         (page_size, kv_heads, head_dim), num_pages = k.shape, 0
         k_strides, v_strides = (0, *k.stride()), (0, *v.stride())
-    new_rows: tuple[int, ...]
-    if k_new is None or v_new is None:
-        new_tokens, new_rows = 0, _NO_ROWS
-    else:
-        new_tokens = k_new.shape[1]
-        new_rows = (k_new.data_ptr(), *k_new.stride()[:3], v_new.data_ptr(), *v_new.stride()[:3])
-        if batch is None:
-            batch = k_new.shape[0]
-    assert batch is not None
+    new_strides = (0,) * 6 if k_new is None else (*k_new.stride()[:3], *v_new.stride()[:3])
     return (
-        *new_rows,
-        k.data_ptr(),
+        *new_strides,
         *k_strides[:3],
-        v.data_ptr(),
         *v_strides[:3],
-        _address(lengths),
-        0 if block_table is None else block_table.data_ptr() or _SOMEWHERE,
-        _address(cache_batch_idx),
-        _address(rotary_cos),
-        _address(rotary_sin),
-        *((0, 0) if rotary_cos is None else rotary_cos.shape),
-        rotary_interleaved,
+        *((0, 0) if write.rotary_cos is None else write.rotary_cos.shape),
+        write.rotary_interleaved,
         _DTYPES[k.dtype],
         batch,
-        new_tokens,
+        0 if k_new is None else k_new.shape[1],
         kv_heads,
         head_dim,
         v.shape[-1],
         num_pages,
         page_size,
-        0 if block_table is None else block_table.shape[1],
+        -1 if write.block_table is None else write.block_table.shape[1],
     )
 
 
-_NO_ROWS = (0,) * 8
+def addresses(call: AttentionCall, out: Tensor, lse: Tensor) -> bytes:
+    """``Addresses`` of native/abi.h, whose first half is ``WriteAddresses``."""
+    tensors = (
+        call.k_new,
+        call.v_new,
+        call.k,
+        call.v,
+        call.seqused_k,
+        call.block_table,
+        call.cache_batch_idx,
+        call.rotary_cos,
+        call.rotary_sin,
+        call.q,
+        out,
+        lse,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        call.seqused_q,
+        call.cache_leftpad,
+        call.alibi_slopes,
+        call.sinks,
+    )
+    return _ADDRESSES.pack(*_data(tensors))
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _data(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _present_isas(native: ctypes.CDLL) -> dict[str, int]:

@@ -127,7 +127,7 @@ class Decode {
   template <int ROWS>
   void score_tokens(Range heads, int64_t tokens) {
     constexpr int TOKENS = tokens_at_once(ROWS);
-    const int64_t rows = rows_, query_size = query_size_, k_head = call_.write.k.head, ahead = ahead_;
+    const int64_t rows = rows_, query_size = query_size_, k_head = call_.write.k_stride.head, ahead = ahead_;
     const T* const* k = my_.k;
     for (int64_t begin = 0; begin < tokens; begin += SCORE_TOKENS) {
       const int64_t end = lesser(begin + SCORE_TOKENS, tokens);
@@ -226,7 +226,7 @@ class Decode {
   template <int ROWS>
   void add_tokens(Range heads, int64_t tokens) {
     constexpr int CHUNKS = chunks_at_once(ROWS);
-    const int64_t rows = rows_, value_size = value_size_, v_head = call_.write.v.head, ahead = ahead_;
+    const int64_t rows = rows_, value_size = value_size_, v_head = call_.write.v_stride.head, ahead = ahead_;
     const int64_t v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
     const T* const* v = my_.v;
     for (int64_t t = 0; t < tokens; t += VALUE_TOKENS) {

@@ -92,18 +92,21 @@ PAGEDFLASH_EXPORT void pagedflash_use_pool(void* parallel_for, void* get_num_thr
 
 PAGEDFLASH_EXPORT const char* pagedflash_isa_name(int64_t isa) { return isa_name(isa); }
 PAGEDFLASH_EXPORT int64_t pagedflash_isa_present(int64_t isa) { return kernels_of(isa) != nullptr; }
-PAGEDFLASH_EXPORT int64_t pagedflash_sizeof_attention() { return sizeof(AttentionCall); }
-PAGEDFLASH_EXPORT int64_t pagedflash_sizeof_write() { return sizeof(CacheWrite); }
+PAGEDFLASH_EXPORT int64_t pagedflash_sizeof_addresses() { return sizeof(Addresses); }
+PAGEDFLASH_EXPORT int64_t pagedflash_sizeof_attention() { return sizeof(AttentionShape); }
+PAGEDFLASH_EXPORT int64_t pagedflash_sizeof_write() { return sizeof(WriteShape); }
 
-PAGEDFLASH_EXPORT int64_t pagedflash_attention(const AttentionCall* call, int64_t isa) {
-  if (!values_are_good(*call)) return BAD_VALUES;
+PAGEDFLASH_EXPORT int64_t pagedflash_attention(const AttentionShape* shape, const Addresses* at, int64_t isa) {
+  const AttentionCall call = {at->attention, shape->attention, {at->write, shape->write}};
+  if (!values_are_good(call)) return BAD_VALUES;
   const Kernels& kernels = *kernels_of(isa);
-  if (call->write.k_new.data) kv_write(kernels, call->write);
-  return attend(kernels, *call);
+  if (call.write.k_new) kv_write(kernels, call.write);
+  return attend(kernels, call);
 }
 
-PAGEDFLASH_EXPORT int64_t pagedflash_kv_write(const CacheWrite* write, int64_t isa) {
-  if (!values_are_good(*write)) return BAD_VALUES;
-  kv_write(*kernels_of(isa), *write);
+PAGEDFLASH_EXPORT int64_t pagedflash_kv_write(const WriteShape* shape, const WriteAddresses* at, int64_t isa) {
+  const CacheWrite write = {*at, *shape};
+  if (!values_are_good(write)) return BAD_VALUES;
+  kv_write(*kernels_of(isa), write);
   return DONE;
 }

@@ -7,6 +7,11 @@ namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
 template <class T>
+PAGEDFLASH_INLINE T* at(void* data, const Strides& stride, int64_t batch, int64_t token, int64_t head) {
+  return static_cast<T*>(data) + batch * stride.batch + token * stride.token + head * stride.head;
+}
+
+template <class T>
 void kv_write_tokens(const CacheWrite& write, Range tokens) {
   for (int64_t t = tokens.begin; t < tokens.end; t++) {
     const int64_t b = t / write.new_tokens, i = t % write.new_tokens;
@@ -14,15 +19,15 @@ void kv_write_tokens(const CacheWrite& write, Range tokens) {
 
     const int64_t position = write.lengths[b] + i;
     int64_t page = write.cache_batch_idx ? write.cache_batch_idx[b] : b, slot = position;
-    if (write.block_table) {
+    if (write.paged()) {
       page = write.block_table[b * write.table_width + position / write.page_size];
       slot = position % write.page_size;
     }
     for (int64_t head = 0; head < write.kv_heads; head++) {
-      const T* k_new = static_cast<const T*>(write.k_new.data) + b * write.k_new.batch + i * write.k_new.token + head * write.k_new.head;
-      const T* v_new = static_cast<const T*>(write.v_new.data) + b * write.v_new.batch + i * write.v_new.token + head * write.v_new.head;
-      T* k = static_cast<T*>(write.k.data) + page * write.k.batch + slot * write.k.token + head * write.k.head;
-      T* v = static_cast<T*>(write.v.data) + page * write.v.batch + slot * write.v.token + head * write.v.head;
+      const T* k_new = at<const T>(write.k_new, write.k_new_stride, b, i, head);
+      const T* v_new = at<const T>(write.v_new, write.v_new_stride, b, i, head);
+      T* k = at<T>(write.k, write.k_stride, page, slot, head);
+      T* v = at<T>(write.v, write.v_stride, page, slot, head);
       if (write.rotary_cos) {
         rotate_row(k, k_new, write, position);
       } else {

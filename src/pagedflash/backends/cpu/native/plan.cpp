@@ -33,10 +33,10 @@ Sequence describe(const AttentionCall& call, int64_t b) {
   } else if (call.cu_seqlens_k) {
     sequence.keys = call.cu_seqlens_k[b + 1] - call.cu_seqlens_k[b];
   } else {
-    sequence.keys = call.capacity();
+    sequence.keys = call.write.capacity();
   }
   sequence.rotary_start = sequence.keys;
-  if (write.k_new.data && sequence.keys >= 0) sequence.keys += write.new_tokens;
+  if (write.k_new && sequence.keys >= 0) sequence.keys += write.new_tokens;
   sequence.first_key = call.cache_leftpad ? call.cache_leftpad[b] : 0;
   return sequence;
 }

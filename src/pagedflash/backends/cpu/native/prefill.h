@@ -93,11 +93,11 @@ class Prefill {
       pack_keys(my_.k[now], tokens);
       // While the scores are computed the tile's values are fetched, while those are added the next tile's keys.
       multiply(my_.queries, head_dim_, my_.k_panels, head_dim_, head_dim_ * PANEL, my_.scores, PREFILL_TILE,
-               round_up(tokens, PANEL), nullptr, {my_.v[now], tokens, kv_head_ * call_.write.v.head, v_head_dim_});
+               round_up(tokens, PANEL), nullptr, {my_.v[now], tokens, kv_head_ * call_.write.v_stride.head, v_head_dim_});
       soften(first, tokens);
       pack_values(my_.v[now], tokens);
       multiply(my_.scores, PREFILL_TILE, my_.v_panels, tokens, PREFILL_TILE * PANEL, my_.values, value_size_, value_size_,
-               my_.shrink, {my_.k[now ^ 1], tile_size(next), kv_head_ * call_.write.k.head, head_dim_});
+               my_.shrink, {my_.k[now ^ 1], tile_size(next), kv_head_ * call_.write.k_stride.head, head_dim_});
     }
     for (int64_t row = 0; row < rows_; row++)
       finish_row<T>(plan_, task_, kv_head_, task_.rows.begin + row, my_.values + row * value_size_, my_.states[row]);
@@ -131,7 +131,7 @@ class Prefill {
 
   // Keys become columns: LANES keys x LANES elements are transposed in registers. Behind the last key it is repeated.
   void pack_keys(const T* const* k, int64_t tokens) {
-    const int64_t offset = kv_head_ * call_.write.k.head;
+    const int64_t offset = kv_head_ * call_.write.k_stride.head;
     for (int64_t t = 0; t < round_up(tokens, PANEL); t += LANES) {
       float* panel = my_.k_panels + t / PANEL * PANEL * head_dim_ + t % PANEL;
       for (int64_t d = 0; d < head_dim_; d += LANES) {
@@ -145,7 +145,7 @@ class Prefill {
   }
 
   void pack_values(const T* const* v, int64_t tokens) {
-    const int64_t offset = kv_head_ * call_.write.v.head;
+    const int64_t offset = kv_head_ * call_.write.v_stride.head;
     for (int64_t t = 0; t < tokens; t++) {
       const T* value = v[t] + offset;
       for (int64_t d = 0; d < value_size_; d += LANES) {

@@ -61,7 +61,7 @@ bool slots_are_distinct(const CacheWrite& write) {
   for (int64_t b = 0; b < write.batch; b++) {
     const int64_t first = write.lengths[b], end = first + write.new_tokens;
     if (first < 0) continue;
-    if (!write.block_table) {
+    if (!write.paged()) {
       written[count++] = {write.cache_batch_idx ? write.cache_batch_idx[b] : b, 0, write.page_size};
       continue;
     }
@@ -104,9 +104,8 @@ bool rows_are_distinct(const CacheWrite& write) {
 }  // namespace
 
 bool values_are_good(const CacheWrite& write) {
-  const int64_t capacity = (write.block_table ? write.table_width : 1) * write.page_size;
-  if (!lengths_fit(write, write.new_tokens, capacity) || !rows_are_good(write)) return false;
-  for (int64_t b = 0; write.block_table && b < write.batch; b++)
+  if (!lengths_fit(write, write.new_tokens, write.capacity()) || !rows_are_good(write)) return false;
+  for (int64_t b = 0; write.paged() && b < write.batch; b++)
     if (write.lengths[b] >= 0 && !table_row_is_good(write, b, write.lengths[b], write.lengths[b] + write.new_tokens))
       return false;
   return !write.new_tokens || slots_are_distinct(write);
@@ -114,7 +113,7 @@ bool values_are_good(const CacheWrite& write) {
 
 bool values_are_good(const AttentionCall& call) {
   const CacheWrite& write = call.write;
-  const int64_t new_tokens = write.k_new.data ? write.new_tokens : 0;
+  const int64_t new_tokens = write.k_new ? write.new_tokens : 0;
   if (!queries_are_good(call) || !rows_are_good(write)) return false;
   if (new_tokens && !rows_are_distinct(write)) return false;
   if (call.cu_seqlens_k) {
@@ -122,7 +121,7 @@ bool values_are_good(const AttentionCall& call) {
     if (call.ragged_keys() && !used_is_good(write.lengths, call.cu_seqlens_k, write.batch, -1)) return false;
   }
   for (int64_t b = 0; b < write.batch; b++) {
-    int64_t length = call.capacity();
+    int64_t length = call.write.capacity();
     if (write.lengths) {
       length = write.lengths[b];
     } else if (call.cu_seqlens_k) {
@@ -130,10 +129,10 @@ bool values_are_good(const AttentionCall& call) {
     }
     if (length < -1) return false;
     if (length < 0) continue;
-    if (!call.ragged_keys() && length + new_tokens > call.capacity()) return false;
+    if (!call.ragged_keys() && length + new_tokens > call.write.capacity()) return false;
     const int64_t first = call.cache_leftpad ? call.cache_leftpad[b] : 0;
     if (first < 0 || first > length + new_tokens) return false;
-    if (write.block_table && !table_row_is_good(write, b, first < length ? first : length, length + new_tokens)) return false;
+    if (write.paged() && !table_row_is_good(write, b, first < length ? first : length, length + new_tokens)) return false;
   }
   return !new_tokens || slots_are_distinct(write);
 }

@@ -32,27 +32,27 @@ PAGEDFLASH_INLINE void fetch(const void* line) { __builtin_prefetch(line, 0, 2);
 template <class T>
 void locate(const AttentionCall& call, const Sequence& sequence, int64_t first, int64_t count, const T** k, const T** v) {
   const CacheWrite& write = call.write;
-  const T *k_data = static_cast<const T*>(write.k.data), *v_data = static_cast<const T*>(write.v.data);
-  if (!write.block_table) {
+  const T *k_data = static_cast<const T*>(write.k), *v_data = static_cast<const T*>(write.v);
+  if (!write.paged()) {
     const int64_t b = sequence.index;
     const int64_t row = call.ragged_keys() ? 0 : write.cache_batch_idx ? write.cache_batch_idx[b] : b;
     if (call.ragged_keys()) first += call.cu_seqlens_k[b];
-    k_data += row * write.k.batch;
-    v_data += row * write.v.batch;
+    k_data += row * write.k_stride.batch;
+    v_data += row * write.v_stride.batch;
     for (int64_t t = 0; t < count; t++) {
-      k[t] = k_data + (first + t) * write.k.token;
-      v[t] = v_data + (first + t) * write.v.token;
+      k[t] = k_data + (first + t) * write.k_stride.token;
+      v[t] = v_data + (first + t) * write.v_stride.token;
     }
     return;
   }
   const int32_t* table = write.block_table + sequence.index * write.table_width;
   int64_t column = first / write.page_size, slot = first % write.page_size;
   for (int64_t t = 0; t < count; column++, slot = 0) {
-    const T* k_page = k_data + table[column] * write.k.batch;
-    const T* v_page = v_data + table[column] * write.v.batch;
+    const T* k_page = k_data + table[column] * write.k_stride.batch;
+    const T* v_page = v_data + table[column] * write.v_stride.batch;
     for (; slot < write.page_size && t < count; slot++, t++) {
-      k[t] = k_page + slot * write.k.token;
-      v[t] = v_page + slot * write.v.token;
+      k[t] = k_page + slot * write.k_stride.token;
+      v[t] = v_page + slot * write.v_stride.token;
     }
   }
 }
@@ -62,9 +62,9 @@ template <class T>
 void load_query(const AttentionCall& call, const Sequence& sequence, int64_t kv_head, int64_t row, T* to, int64_t padded) {
   const CacheWrite& write = call.write;
   const int64_t query = row / call.group(), head = kv_head * call.group() + row % call.group();
-  const T* from = static_cast<const T*>(call.q.data) + head * call.q.head;
-  from += call.cu_seqlens_q ? (sequence.first_row + query) * call.q.token
-                            : sequence.index * call.q.batch + query * call.q.token;
+  const T* from = static_cast<const T*>(call.q) + head * call.q_stride.head;
+  from += call.cu_seqlens_q ? (sequence.first_row + query) * call.q_stride.token
+                            : sequence.index * call.q_stride.batch + query * call.q_stride.token;
   if (write.rotary_cos) {
     // Where positions matter query i sits at its own, else all at the first.
     const bool moves = call.window_left >= 0 || call.window_right >= 0;
