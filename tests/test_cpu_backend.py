@@ -307,3 +307,16 @@ def test_only_cpu_tensors_are_supported() -> None:
     call = AttentionCall(q, q, q, *[None] * 13, 1, 1, 1.0, -1, -1, 0.0, False, 0)
     supported, reason = backend.supports(call)
     assert not supported and "meta" in reason
+
+
+class _Subclass(torch.Tensor):
+    """Its instances cannot be told by their class to be plain."""
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, _Subclass], ids=["parameter", "subclass"])
+def test_tensor_subclasses(kind: type) -> None:
+    q, k, v = torch.randn(3, 1, 8, 2, 16)
+    sinks = torch.randn(2)
+    given = torch.nn.Parameter(sinks, requires_grad=False) if kind is torch.nn.Parameter else sinks.as_subclass(kind)
+    want = pagedflash.flash_attn_func(q, k, v, s_aux=sinks)
+    torch.testing.assert_close(pagedflash.flash_attn_func(q, k, v, s_aux=given), want, rtol=0, atol=0)

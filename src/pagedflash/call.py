@@ -142,15 +142,19 @@ class AttentionCall(_AttentionFields):
         )
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+"""Classes that are what they seem. Parameters come as attention sinks."""
+
+
 def _with_strides(tensor: object) -> object:
-    if not isinstance(tensor, Tensor) or tensor.__class__ is not Tensor:
+    if not isinstance(tensor, Tensor) or tensor.__class__ not in _PLAIN:
         return []
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def _without_strides(tensor: object) -> object:
     """Of tensors that every backend reads as contiguous."""
-    if not isinstance(tensor, Tensor) or tensor.__class__ is not Tensor:
+    if not isinstance(tensor, Tensor) or tensor.__class__ not in _PLAIN:
         return []
     return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 

@@ -124,11 +124,7 @@ _DESCRIBED_AT_MOST = 4096
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Append (if asked) and attend. Lengths and tables are checked natively before anything is written."""
     native = library()
-    described = _described.get(call.signature)
-    if described is None:
-        if len(_described) == _DESCRIBED_AT_MOST:
-            _described.clear()
-        described = _described[call.signature] = describe(call)
+    described = _describe_once(call)
     out = torch.empty(*described.out_shape, dtype=call.q.dtype, device=_CPU)
     lse = torch.empty(*described.lse_shape, dtype=torch.float32, device=_CPU)
     status = native.run_attention(described.packed, addresses(call, out, lse), native.isa)
@@ -137,6 +133,18 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
             check_values(call)
         _fail(status)
     return out, lse
+
+
+def _describe_once(call: AttentionCall) -> _Described:
+    try:
+        described = _described.get(call.signature)
+    except TypeError:  # unhashable: tensor subclasses
+        return describe(call)
+    if described is None:
+        if len(_described) == _DESCRIBED_AT_MOST:
+            _described.clear()
+        described = _described[call.signature] = describe(call)
+    return described
 
 
 def kv_write(write: CacheWrite) -> None:
