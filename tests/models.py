@@ -19,6 +19,23 @@ from pagedflash import generate
 PAGE_SIZE_OPTION = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
 
 
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=512,
+    initializer_range=0.4,  # large enough for attention to decide the tokens
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+"""The configuration of a tiny random model of any family."""
+
+
 @pytest.fixture
 def enabled():  # type: ignore[no-untyped-def]
     """pagedflash known to transformers for the time of a test."""

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 import torch
 from metal_harness import kernels_on
-from models import batched, enabled  # noqa: F401
+from models import SIZES, batched, enabled  # noqa: F401
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pagedflash
@@ -21,20 +21,7 @@ PROMPTS = [[5, 7, 11], [13] * 3 + [17, 19, 23, 29, 31, 37, 41], [43, 47], [53, 5
 
 def tiny_llama() -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.4,  # large enough for attention to decide the tokens
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = LlamaConfig(**SIZES | dict(head_dim=32))
     return AutoModelForCausalLM.from_config(config, attn_implementation="pagedflash", dtype=torch.float32).eval()
 
 

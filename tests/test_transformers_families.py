@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from models import batched, enabled, implementation, layouts, padded  # noqa: F401
+from models import SIZES, batched, enabled, implementation, layouts, padded  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -17,20 +17,6 @@ import pagedflash
 from pagedflash import dispatch
 from pagedflash.call import AttentionCall
 
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=512,
-    initializer_range=0.4,  # large enough for attention to decide the tokens
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 EXPERTS = dict(num_experts_per_tok=2)
 WINDOW = 5
 ALL_FULL = dict(layer_types=["full_attention"] * 2)

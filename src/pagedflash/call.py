@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -89,13 +89,10 @@ class AttentionCall(_AttentionFields):
 
         Unhashable where it cannot be remembered: with wrong types, tensor subclasses or symbolic sizes.
         """
-        q, k, v, k_new, v_new, *others = self[:_NUM_TENSORS]
         return (
             torch.is_grad_enabled(),
-            self[_NUM_TENSORS:],
-            *[_with_strides(tensor) for tensor in (q, k, v)],
-            *[None if tensor is None else _with_strides(tensor) for tensor in (k_new, v_new)],
-            *[None if tensor is None else _without_strides(tensor) for tensor in others],
+            self[NUM_TENSORS:],
+            *[None if tensor is None else _layout(tensor) for tensor in self[:NUM_TENSORS]],
         )
 
     @property
@@ -145,18 +142,29 @@ class AttentionCall(_AttentionFields):
 _PLAIN = (Tensor, torch.nn.Parameter)
 """Classes that are what they seem. Parameters come as attention sinks."""
 
+NUM_TENSORS = AttentionCall._fields.index("max_seqlen_q")
+NUM_WRITE_TENSORS = CacheWrite._fields.index("rotary_interleaved")
+"""Fields of the descriptions that are tensors: those before the numbers."""
 
-def _with_strides(tensor: object) -> object:
+
+def _layout(tensor: object) -> object:
     if not isinstance(tensor, Tensor) or tensor.__class__ not in _PLAIN:
         return []
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def _without_strides(tensor: object) -> object:
-    """Of tensors that every backend reads as contiguous."""
-    if not isinstance(tensor, Tensor) or tensor.__class__ not in _PLAIN:
-        return []
-    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+KEPT_AT_MOST = 4096
+"""Signatures that anything is remembered for."""
+
+Kept = TypeVar("Kept")
+
+
+def keep(kept: dict[tuple[object, ...], Kept], signature: tuple[object, ...], made: Kept) -> Kept:
+    """Remember what was made for a signature; returns it. Where there are too many, all are forgotten."""
+    if len(kept) == KEPT_AT_MOST:
+        kept.clear()
+    kept[signature] = made
+    return made
 
 
 def cache_capacity(keys: Tensor, block_table: Tensor | None) -> int:
@@ -219,11 +227,8 @@ def _check_last_axis(name: str, tensor: Tensor) -> None:
         refuse(name, f"strided by {tensor.stride(-1)} in its last axis", "stride 1 there (a cache is never copied)")
 
 
-_passed: set[tuple[object, ...]] = set()
+_passed: dict[tuple[object, ...], bool] = {}
 """Signatures of calls that have passed :func:`check`. Decoding makes the same call thousands of times."""
-_PASSED_AT_MOST = 4096
-_NUM_TENSORS = AttentionCall._fields.index("max_seqlen_q")
-"""Fields of a description that are tensors: those before the numbers."""
 
 
 def check(call: AttentionCall, names: Names) -> bool:
@@ -245,10 +250,7 @@ def check(call: AttentionCall, names: Names) -> bool:
         _check_fields(call, names)
         return False
     _check_fields(call, names)
-    if len(_passed) == _PASSED_AT_MOST:
-        _passed.clear()
-    _passed.add(call.signature)
-    return True
+    return keep(_passed, call.signature, True)
 
 
 def _check_fields(call: AttentionCall, names: Names) -> None:

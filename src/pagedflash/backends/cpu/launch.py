@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...call import AttentionCall, CacheWrite, check_values, check_write_values
+from ...call import NUM_WRITE_TENSORS, AttentionCall, CacheWrite, check_values, check_write_values, keep
 
 ISA_VARIABLE = "PAGEDFLASH_CPU_ISA"
 """Names the instruction set to use (``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``generic``) instead of the best one."""
@@ -35,9 +35,6 @@ _WRITE = Struct("24q")
 _ATTENTION = Struct("24q 3q 8q 2d")
 _WRITE_ADDRESSES = Struct("9Q")
 _ADDRESSES = Struct("18Q")
-
-_WRITE_TENSORS = 9
-"""The first fields of a ``CacheWrite``, in the order of native/abi.h."""
 
 _DONE, _BAD_VALUES, _OUT_OF_MEMORY = 0, 1, 2
 
@@ -112,13 +109,12 @@ def use_isa(name: str) -> Iterator[None]:
 class _Described(NamedTuple):
     """What calls of one signature share."""
 
-    packed: bytes  # AttentionCall of native/abi.h
+    packed: bytes  # AttentionShape of native/abi.h
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
 
 
 _described: dict[tuple[object, ...], _Described] = {}
-_DESCRIBED_AT_MOST = 4096
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -140,19 +136,24 @@ def _describe_once(call: AttentionCall) -> _Described:
         described = _described.get(call.signature)
     except TypeError:  # unhashable: tensor subclasses
         return describe(call)
-    if described is None:
-        if len(_described) == _DESCRIBED_AT_MOST:
-            _described.clear()
-        described = _described[call.signature] = describe(call)
-    return described
+    return keep(_described, call.signature, describe(call)) if described is None else described
 
 
 def kv_write(write: CacheWrite) -> None:
     """Write new keys and values. Lengths and tables are checked natively before anything is written."""
     native = library()
-    packed = _WRITE.pack(*_write_fields(write, write.k.shape[0]))
-    at = _WRITE_ADDRESSES.pack(*_data(write[:_WRITE_TENSORS]))  # type: ignore[arg-type]
-    status = native.run_write(packed, at, native.isa)
+    fields = _write_fields(
+        write.k,
+        write.v,
+        write.k_cache,
+        write.v_cache,
+        write.block_table,
+        write.rotary_cos,
+        write.rotary_interleaved,
+        write.k.shape[0],
+    )
+    at = _WRITE_ADDRESSES.pack(*_data(write[:NUM_WRITE_TENSORS]))  # type: ignore[arg-type]
+    status = native.run_write(_WRITE.pack(*fields), at, native.isa)
     if status != _DONE:
         if status == _BAD_VALUES:
             check_write_values(write)
@@ -174,20 +175,18 @@ def describe(call: AttentionCall) -> _Described:
         (_, q_tokens, q_heads, _), q_strides = q.shape, q.stride()
     else:
         (q_tokens, q_heads, _), q_strides = q.shape, (0, *q.stride())
-    write = CacheWrite(
-        call.k_new,  # type: ignore[arg-type]  # None: nothing is appended
-        call.v_new,  # type: ignore[arg-type]
+    write_fields = _write_fields(
+        call.k_new,
+        call.v_new,
         call.k,
         call.v,
-        call.seqused_k,  # type: ignore[arg-type]
         call.block_table,
-        call.cache_batch_idx,
         call.rotary_cos,
-        call.rotary_sin,
         call.rotary_interleaved,
+        call.batch_size,
     )
     packed = _ATTENTION.pack(
-        *_write_fields(write, call.batch_size),
+        *write_fields,
         *q_strides[:3],
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         q_tokens,
@@ -203,22 +202,30 @@ def describe(call: AttentionCall) -> _Described:
     return _Described(packed, call.out_shape, call.lse_shape)
 
 
-def _write_fields(write: CacheWrite, batch: int) -> tuple[int, ...]:
-    """The fields of ``CacheWrite`` in native/abi.h."""
-    k_new, v_new, k, v = write.k, write.v, write.k_cache, write.v_cache
+def _write_fields(
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_interleaved: bool,
+    batch: int,
+) -> tuple[int, ...]:
+    """``WriteShape`` of native/abi.h."""
     if k.dim() == 4:
         num_pages, page_size, kv_heads, head_dim = k.shape
         k_strides, v_strides = k.stride(), v.stride()
     else:
         (page_size, kv_heads, head_dim), num_pages = k.shape, 0
         k_strides, v_strides = (0, *k.stride()), (0, *v.stride())
-    new_strides = (0,) * 6 if k_new is None else (*k_new.stride()[:3], *v_new.stride()[:3])
+    new_strides = (0,) * 6 if k_new is None or v_new is None else (*k_new.stride()[:3], *v_new.stride()[:3])
     return (
         *new_strides,
         *k_strides[:3],
         *v_strides[:3],
-        *((0, 0) if write.rotary_cos is None else write.rotary_cos.shape),
-        write.rotary_interleaved,
+        *((0, 0) if rotary_cos is None else rotary_cos.shape),
+        rotary_interleaved,
         _DTYPES[k.dtype],
         batch,
         0 if k_new is None else k_new.shape[1],
@@ -227,7 +234,7 @@ def _write_fields(write: CacheWrite, batch: int) -> tuple[int, ...]:
         v.shape[-1],
         num_pages,
         page_size,
-        -1 if write.block_table is None else write.block_table.shape[1],
+        -1 if block_table is None else block_table.shape[1],
     )
 
 

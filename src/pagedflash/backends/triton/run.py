@@ -8,12 +8,12 @@ microseconds of Python before and between its launches, so that path looks at ev
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ...call import AttentionCall, CacheWrite
+from ...call import NUM_TENSORS, NUM_WRITE_TENSORS, AttentionCall, CacheWrite, keep
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
@@ -49,11 +49,6 @@ FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 
 LOG2E = 1 / math.log(2)
 
-
-_NUM_TENSORS = AttentionCall._fields.index("max_seqlen_q")
-_NUM_WRITE_TENSORS = CacheWrite._fields.index("rotary_interleaved")
-"""Fields of the descriptions that are tensors: those before the numbers."""
-
 _NUMBERS = AttentionCall._fields.index("scale")
 """The first number behind ``max_seqlen_k``: that is a hint, not needed here, and may be another one in every call."""
 
@@ -74,7 +69,6 @@ class _Plan(NamedTuple):
 
 _plans: dict[tuple[object, ...], _Plan] = {}
 _write_launches: dict[tuple[object, ...], Launch] = {}
-_KEPT_AT_MOST = 4096
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -84,12 +78,12 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if _is_elsewhere(device):
         with torch.cuda.device(device):
             return attention(call)
-    tensors = cast(Tensors, call[:_NUM_TENSORS])
+    tensors = cast(Tensors, call[:NUM_TENSORS])
     pointers, aligned, layouts = describe(tensors)
     signature = (dtype, device, aligned, _precision(dtype), call.max_seqlen_q, call[_NUMBERS:], *layouts)
     plan = _plans.get(signature)
     if plan is None:
-        plan = _keep(_plans, signature, _plan(call, aligned))
+        plan = keep(_plans, signature, _plan(call, aligned))
 
     out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
     lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
@@ -115,16 +109,6 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
             (*results, cu_q, cu_k, used_q, used_k, leftpad, sinks),
         )  # fmt: skip
     return out, lse
-
-
-Kept = TypeVar("Kept", _Plan, Launch)
-
-
-def _keep(kept: dict[tuple[object, ...], Kept], signature: tuple[object, ...], made: Kept) -> Kept:
-    if len(kept) == _KEPT_AT_MOST:
-        kept.clear()
-    kept[signature] = made
-    return made
 
 
 def _plan(call: AttentionCall, aligned: bool) -> _Plan:
@@ -274,12 +258,12 @@ def kv_write(write: CacheWrite) -> None:
     if _is_elsewhere(device):
         with torch.cuda.device(device):
             return kv_write(write)
-    tensors = cast(Tensors, write[:_NUM_WRITE_TENSORS])
+    tensors = cast(Tensors, write[:NUM_WRITE_TENSORS])
     pointers, aligned, layouts = describe(tensors)
     signature = (write.k.dtype, device, aligned, write.rotary_interleaved, *layouts)
     launch = _write_launches.get(signature)
     if launch is None:
-        launch = _keep(_write_launches, signature, _kv_write(write, aligned))
+        launch = keep(_write_launches, signature, _kv_write(write, aligned))
     launch(tensors, pointers)
 
 
