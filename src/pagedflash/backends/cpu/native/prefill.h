@@ -1,14 +1,25 @@
 // prefill: a block of query rows of one key head against its keys, tile by tile, as two matrix products of packed floats.
-// Pages are read where they lie: packing a tile is the only copy, and it widens float16 and bfloat16 on the way.
+// Pages are read where they lie: packing is the only copy, and it widens float16 and bfloat16 on the way.
 //
 //   queries   rows x head_dim, widened once
 //   for each tile of keys that some row sees
-//     pack K      panels of PANEL keys, transposed:      head_dim x PANEL
-//     scores      = queries x K                          rows x tile
+//     for each panel of PANEL keys
+//       pack K    transposed:                          head_dim x PANEL
+//       scores    = queries x K                        rows x PANEL of the tile
 //     softmax     scores become weights, in place
-//     pack V      panels of PANEL elements:              tile x PANEL
-//     values      = values * shrink + weights x V        rows x v_head_dim
+//     pack V      panels of PANEL elements:            tile x PANEL
+//     values      = values * shrink + weights x V      rows x v_head_dim
 //   one answer, or partial answer, per row
+//
+// Rows are multiplied GEMM_ROWS at a time, and only with the keys that one of them sees:
+//
+//                  panels of keys
+//   rows 0 to 5    # # . . . .       a window (or a causal mask) costs what it leaves,
+//   rows 6 to 11   . # # . . .       not what its tiles cover
+//   rows 12 to 17  . . # # . .
+//
+// Meanwhile what the next product needs is fetched, a few lines before each multiplication: in one burst they would keep
+// the processor waiting, and what is fetched too early is evicted by rows that lie a power of two apart.
 #pragma once
 
 #include "task.h"
@@ -16,7 +27,7 @@
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
-constexpr int64_t PANEL = GEMM_VECS * LANES;  // columns of a packed panel
+constexpr int64_t PANEL = GEMM_VECS * LANES;  // columns of a packed panel: keys, or elements of values
 constexpr int64_t PREFILL_TILE = 64;          // keys
 
 // c (GEMM_ROWS x PANEL) = a (GEMM_ROWS x depth) x b (depth x PANEL), or with shrink = c * shrink[row] + a x b.
@@ -49,7 +60,8 @@ struct PrefillScratch {
     shrink = carver.take<float>(rows);
     states = carver.take<RowState>(rows);
     described = carver.take<Row>(rows);
-    k_panels = carver.take<float>(head_dim * PREFILL_TILE);
+    seen = carver.take<Range>(rows / GEMM_ROWS);
+    k_panel = carver.take<float>(head_dim * PANEL);
     v_panels = carver.take<float>(v_size * PREFILL_TILE);
     for (int i = 0; i < 2; i++) {
       k[i] = carver.take<const T*>(PREFILL_TILE);
@@ -64,7 +76,8 @@ struct PrefillScratch {
   float* shrink;    // (rows)
   RowState* states; // (rows)
   Row* described;   // (rows)
-  float* k_panels;  // (PREFILL_TILE / PANEL, head_dim, PANEL)
+  Range* seen;      // (rows / GEMM_ROWS), of the tile
+  float* k_panel;   // (head_dim, PANEL)
   float* v_panels;  // (v_head_dim / PANEL, PREFILL_TILE, PANEL)
   const T **k[2], **v[2]; // where the tokens of this tile and the next lie
   int64_t bytes;
@@ -88,26 +101,41 @@ class Prefill {
     int now = 0;
     find_tile(now, task_.keys.begin);
     for (int64_t first = task_.keys.begin; first < task_.keys.end; first += PREFILL_TILE, now ^= 1) {
-      const int64_t tokens = tile_size(first), next = first + PREFILL_TILE;
-      find_tile(now ^ 1, next);
-      pack_keys(my_.k[now], tokens);
-      // While the scores are computed the tile's values are fetched, while those are added the next tile's keys.
-      multiply(my_.queries, head_dim_, my_.k_panels, head_dim_, head_dim_ * PANEL, my_.scores, PREFILL_TILE,
-               round_up(tokens, PANEL), nullptr, {my_.v[now], tokens, kv_head_ * call_.write.v_stride.head, v_head_dim_});
-      soften(first, tokens);
-      pack_values(my_.v[now], tokens);
-      multiply(my_.scores, PREFILL_TILE, my_.v_panels, tokens, PREFILL_TILE * PANEL, my_.values, value_size_, value_size_,
-               my_.shrink, {my_.k[now ^ 1], tile_size(next), kv_head_ * call_.write.k_stride.head, head_dim_});
+      const int64_t tokens = tile_size(first);
+      find_tile(now ^ 1, first + PREFILL_TILE);
+      find_seen(first, tokens);
+      score(my_.k[now], my_.v[now], tokens);
+      soften(first);
+      add(my_.v[now], my_.k[now ^ 1], tokens, tile_size(first + PREFILL_TILE));
     }
     for (int64_t row = 0; row < rows_; row++)
       finish_row<T>(plan_, task_, kv_head_, task_.rows.begin + row, my_.values + row * value_size_, my_.states[row]);
   }
 
  private:
-  // Rows of keys or values that will be needed soon.
-  struct Upcoming {
-    const T* const* tokens;
-    int64_t count, offset, size;  // rows, elements to the head, elements of a row
+  // Keys or values that will be needed soon, to be asked for in so many `steps`.
+  class Upcoming {
+   public:
+    Upcoming(const T* const* tokens, int64_t count, int64_t offset, int64_t size, int64_t steps)
+        : tokens_(tokens), count_(count), offset_(offset), size_(size),
+          share_(divide_up(count * divide_up(size, LINE_SIZE), steps)) {}
+
+    PAGEDFLASH_INLINE void ask() {
+      for (int64_t i = 0; i < share_ && token_ < count_; i++) {
+        fetch(tokens_[token_] + offset_ + element_);
+        element_ += LINE_SIZE;
+        if (element_ < size_) continue;
+        element_ = 0;
+        token_++;
+      }
+    }
+
+   private:
+    static constexpr int64_t LINE_SIZE = LINE / sizeof(T);
+    const T* const* tokens_;
+    const int64_t count_, offset_, size_;  // rows, elements to the head, elements of a row
+    const int64_t share_;                  // lines of each step
+    int64_t token_ = 0, element_ = 0;
   };
 
   int64_t tile_size(int64_t first) const { return greater(0, lesser(PREFILL_TILE, task_.keys.end - first)); }
@@ -129,17 +157,74 @@ class Prefill {
     memset(my_.values, 0, padded_rows_ * value_size_ * sizeof(float));
   }
 
+  // The keys of the tile that the rows of each block see, from a multiple of LANES on.
+  void find_seen(int64_t first, int64_t tokens) {
+    for (int64_t row = 0; row < rows_; row += GEMM_ROWS) {
+      Range seen = {tokens, 0};
+      for (int64_t r = row; r < lesser(row + GEMM_ROWS, rows_); r++) {
+        const Range visible = my_.described[r].visible;
+        if (!visible.size()) continue;
+        seen.begin = lesser(seen.begin, greater(0, visible.begin - first) / LANES * LANES);
+        seen.end = greater(seen.end, lesser(tokens, visible.end - first));
+      }
+      my_.seen[row / GEMM_ROWS] = seen;
+    }
+  }
+
+  // Meanwhile the next panel's keys are fetched, and the tile's values.
+  void score(const T* const* k, const T* const* v, int64_t tokens) {
+    const int64_t k_head = kv_head_ * call_.write.k_stride.head, v_head = kv_head_ * call_.write.v_stride.head;
+    const int64_t blocks = padded_rows_ / GEMM_ROWS;
+    Upcoming values(v, tokens, v_head, v_head_dim_, blocks * divide_up(tokens, PANEL));
+    for (int64_t t = 0; t < tokens; t += PANEL) {
+      pack_keys(k + t, lesser(PANEL, tokens - t));
+      Upcoming keys(k + t + PANEL, greater(0, lesser(PANEL, tokens - t - PANEL)), k_head, head_dim_, blocks);
+      for (int64_t block = 0, row = 0; block < blocks; block++, row += GEMM_ROWS) {
+        keys.ask();
+        values.ask();
+        if (my_.seen[block].begin < t + PANEL && t < my_.seen[block].end)
+          multiply_block(my_.queries + row * head_dim_, head_dim_, my_.k_panel, head_dim_, my_.scores + row * PREFILL_TILE + t,
+                         PREFILL_TILE, nullptr);
+      }
+    }
+  }
+
   // Keys become columns: LANES keys x LANES elements are transposed in registers. Behind the last key it is repeated.
   void pack_keys(const T* const* k, int64_t tokens) {
     const int64_t offset = kv_head_ * call_.write.k_stride.head;
-    for (int64_t t = 0; t < round_up(tokens, PANEL); t += LANES) {
-      float* panel = my_.k_panels + t / PANEL * PANEL * head_dim_ + t % PANEL;
+    for (int64_t t = 0; t < PANEL; t += LANES) {
       for (int64_t d = 0; d < head_dim_; d += LANES) {
         Vec block[LANES];
         for (int i = 0; i < LANES; i++)
           block[i] = load_part(k[lesser(t + i, tokens - 1)] + offset + d, head_dim_ - d);
         transpose(block);
-        for (int i = 0; i < LANES && d + i < head_dim_; i++) store(panel + (d + i) * PANEL, block[i]);
+        for (int i = 0; i < LANES && d + i < head_dim_; i++) store(my_.k_panel + (d + i) * PANEL + t, block[i]);
+      }
+    }
+  }
+
+  void soften(int64_t first) {
+    for (int64_t row = 0; row < rows_; row++) {
+      const Range seen = my_.seen[row / GEMM_ROWS];
+      my_.shrink[row] = softmax_tile(my_.scores + row * PREFILL_TILE + seen.begin, first + seen.begin,
+                                     greater(0, seen.size()), rule_, my_.described[row], my_.states[row]);
+    }
+  }
+
+  // Meanwhile the first keys of the next tile are fetched. A panel stays in the nearest cache while all rows pass.
+  void add(const T* const* v, const T* const* next_k, int64_t tokens, int64_t next_tokens) {
+    pack_values(v, tokens);
+    const int64_t blocks = padded_rows_ / GEMM_ROWS;
+    Upcoming keys(next_k, lesser(PANEL, next_tokens), kv_head_ * call_.write.k_stride.head, head_dim_,
+                  blocks * (value_size_ / PANEL));
+    for (int64_t column = 0; column < value_size_; column += PANEL) {
+      const float* panel = my_.v_panels + column * PREFILL_TILE;
+      for (int64_t block = 0, row = 0; block < blocks; block++, row += GEMM_ROWS) {
+        keys.ask();
+        const Range seen = my_.seen[block];
+        if (seen.size() > 0)
+          multiply_block(my_.scores + row * PREFILL_TILE + seen.begin, PREFILL_TILE, panel + seen.begin * PANEL, seen.size(),
+                         my_.values + row * value_size_ + column, value_size_, my_.shrink + row);
       }
     }
   }
@@ -153,26 +238,6 @@ class Prefill {
         store(panel + t * PANEL, d < v_head_dim_ ? load_part(value + d, v_head_dim_ - d) : zero());
       }
     }
-  }
-
-  // c (rows x columns) from a (rows x depth) and panels, onto c * shrink if that is given. A panel stays in the nearest
-  // cache while all rows pass; with each panel a share of `upcoming` is fetched.
-  void multiply(const float* a, int64_t a_stride, const float* panels, int64_t depth, int64_t panel_size, float* c,
-                int64_t c_stride, int64_t columns, const float* shrink, const Upcoming& upcoming) {
-    for (int64_t column = 0; column < columns; column += PANEL) {
-      const float* panel = panels + column / PANEL * panel_size;
-      const int64_t fetched = lesser(column + PANEL, columns) * upcoming.count / columns;
-      for (int64_t t = column * upcoming.count / columns; t < fetched; t++)
-        for (int64_t d = 0; d < upcoming.size; d += LINE / sizeof(T)) fetch(upcoming.tokens[t] + upcoming.offset + d);
-      for (int64_t row = 0; row < padded_rows_; row += GEMM_ROWS)
-        multiply_block(a + row * a_stride, a_stride, panel, depth, c + row * c_stride + column, c_stride,
-                       shrink ? shrink + row : nullptr);
-    }
-  }
-
-  void soften(int64_t first, int64_t tokens) {
-    for (int64_t row = 0; row < rows_; row++)
-      my_.shrink[row] = softmax_tile(my_.scores + row * PREFILL_TILE, first, tokens, rule_, my_.described[row], my_.states[row]);
   }
 
   const Plan& plan_;
