@@ -228,16 +228,20 @@ def _batching(model: Any, prompts: list[list[int]], max_new_tokens: int) -> Any:
             pad_token_id=model.generation_config.pad_token_id,
         ),
         continuous_batching_config=configuration.ContinuousBatchingConfig(
-            num_blocks=blocks + 1, max_batch_tokens=MAX_BATCH_TOKENS, **_no_switch(configuration)
+            num_blocks=blocks + 1, max_batch_tokens=MAX_BATCH_TOKENS, **_where_known(configuration)
         ),
         warmup=False,
     )
 
 
-def _no_switch(configuration: Any) -> dict[str, bool]:
-    """Newer transformers replaces sdpa by flash attention where it can; a comparison wants sdpa."""
-    option = "auto_switch_to_flash"
-    return {option: False} if option in configuration.ContinuousBatchingConfig.__dataclass_fields__ else {}
+def _where_known(configuration: Any) -> dict[str, Any]:
+    """Options of newer transformers that matter here."""
+    wanted = {
+        "auto_switch_to_flash": False,  # a comparison wants sdpa, not flash attention in its place
+        "safety_margin": 0.0,  # all prompts fit: none has to wait for others to end
+    }
+    known = configuration.ContinuousBatchingConfig.__dataclass_fields__
+    return {option: value for option, value in wanted.items() if option in known}
 
 
 def _first_line(error: object) -> str:
