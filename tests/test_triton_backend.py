@@ -128,9 +128,8 @@ def test_append_rotary_and_decode_take_at_most_two_launches(
 def test_more_sequences_than_one_block_of_lengths(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "FEW_SEQUENCES", 4)
     monkeypatch.setattr(run, "MANY_SEQUENCES", 4)
-    run._plans.clear()
+    monkeypatch.setattr("pagedflash.call._kept", {})
     assert_matches_reference(_decode_call(device, [5, 0, 70, 1, 9, 33, 200, 2, 0, 64, 17], heads=2), backend.attention)
-    run._plans.clear()
 
 
 @pytest.mark.parametrize("queries", (1, 90))

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -25,9 +26,55 @@ HEAD_DIM_MULTIPLE = 8
 NO_BACKWARD = "one that does not: there is no backward yet; call under torch.no_grad()"
 
 
-class CacheWrite(NamedTuple):
-    """New keys and values, and where in the cache they go: token ``i`` of sequence ``b`` to slot ``seq_lens[b] + i``."""
+Tensors = tuple[Tensor | None, ...]
+Made = TypeVar("Made")
 
+
+class _Described:
+    """What both descriptions have."""
+
+    @cached_property
+    def kept(self) -> dict[object, Any] | None:
+        """What was found out about calls alike, to be added to: by the check, and by backends.
+
+        Alike are calls of the same shapes, strides, dtypes, devices and options, at any addresses and with any values.
+        None where that cannot be told: with wrong types, tensor subclasses or symbolic sizes.
+        """
+        tensors, options = self._parts()
+        signature: list[object] = [options, torch.is_grad_enabled()]
+        for tensor in tensors:
+            if tensor is None:
+                signature.append(None)
+            elif tensor.__class__ is Tensor or tensor.__class__ is Parameter:  # sinks come as parameters
+                signature += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+            else:
+                return None
+        try:
+            kept = _kept.get(key := tuple(signature))
+        except TypeError:  # unhashable: symbolic sizes
+            return None
+        if kept is None:
+            if len(_kept) == KEPT_AT_MOST:
+                _kept.clear()
+            kept = _kept[key] = {}
+        return kept
+
+    def once(self, key: object, make: Callable[[], Made]) -> Made:
+        """What ``make()`` gives, made for the first of the calls alike and kept under ``key``."""
+        kept = self.kept
+        if kept is None:
+            return make()
+        made: Made | None = kept.get(key)
+        if made is None:
+            made = kept[key] = make()
+        return made
+
+    def _parts(self) -> tuple[Tensors, tuple[object, ...]]:
+        """(tensors, what else calls alike share)"""
+        raise NotImplementedError
+
+
+class _CacheWriteFields(NamedTuple):
     k: Tensor  # (B, S_new, Hkv, D)
     v: Tensor  # (B, S_new, Hkv, Dv)
     k_cache: Tensor  # pages (num_pages, page_size, Hkv, D) with a block table, else (B_cache, capacity, Hkv, D)
@@ -38,6 +85,13 @@ class CacheWrite(NamedTuple):
     rotary_cos: Tensor | None = None  # (seqlen_ro, rotary_dim / 2), applied to k at position seq_lens[b] + i
     rotary_sin: Tensor | None = None
     rotary_interleaved: bool = True  # True: pairs (0, 1), (2, 3), ... (GPT-J); False: halves (GPT-NeoX)
+
+
+class CacheWrite(_CacheWriteFields, _Described):
+    """New keys and values, and where in the cache they go: token ``i`` of sequence ``b`` to slot ``seq_lens[b] + i``."""
+
+    def _parts(self) -> tuple[Tensors, tuple[object, ...]]:
+        return cast(Tensors, self[:NUM_WRITE_TENSORS]), self[NUM_WRITE_TENSORS:]
 
     @property
     def capacity(self) -> int:
@@ -72,7 +126,7 @@ class _AttentionFields(NamedTuple):
     num_splits: int = 0  # 0 = the backend decides
 
 
-class AttentionCall(_AttentionFields):
+class AttentionCall(_AttentionFields, _Described):
     """One attention problem: queries, keys where they lie, lengths, mask and options.
 
     Queries are dense ``(B, Sq, Hq, D)`` or, with ``cu_seqlens_q``, ragged ``(total_q, Hq, D)``. Keys are paged with
@@ -83,17 +137,9 @@ class AttentionCall(_AttentionFields):
     ``j <= p + window_right``.
     """
 
-    @cached_property
-    def signature(self) -> tuple[object, ...]:
-        """All of a call but addresses and values: what calls alike share. Backends may keep plans by it.
-
-        Unhashable where it cannot be remembered: with wrong types, tensor subclasses or symbolic sizes.
-        """
-        return (
-            torch.is_grad_enabled(),
-            self[NUM_TENSORS:],
-            *[None if tensor is None else _layout(tensor) for tensor in self[:NUM_TENSORS]],
-        )
+    def _parts(self) -> tuple[Tensors, tuple[object, ...]]:
+        # max_seqlen_k is a hint, another one in each step of a generation.
+        return cast(Tensors, self[:NUM_TENSORS]), (self.max_seqlen_q, self.max_seqlen_k >= 0, self[NUM_TENSORS + 2 :])
 
     @property
     def batch_size(self) -> int:
@@ -139,32 +185,15 @@ class AttentionCall(_AttentionFields):
         )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-"""Classes that are what they seem. Parameters come as attention sinks."""
-
 NUM_TENSORS = AttentionCall._fields.index("max_seqlen_q")
 NUM_WRITE_TENSORS = CacheWrite._fields.index("rotary_interleaved")
 """Fields of the descriptions that are tensors: those before the numbers."""
 
 
-def _layout(tensor: object) -> object:
-    if not isinstance(tensor, Tensor) or tensor.__class__ not in _PLAIN:
-        return []
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
-
-
 KEPT_AT_MOST = 4096
-"""Signatures that anything is remembered for."""
+"""Signatures that anything is remembered for; where there are more, all is forgotten."""
 
-Kept = TypeVar("Kept")
-
-
-def keep(kept: dict[tuple[object, ...], Kept], signature: tuple[object, ...], made: Kept) -> Kept:
-    """Remember what was made for a signature; returns it. Where there are too many, all are forgotten."""
-    if len(kept) == KEPT_AT_MOST:
-        kept.clear()
-    kept[signature] = made
-    return made
+_kept: dict[tuple[object, ...], dict[object, Any]] = {}
 
 
 def cache_capacity(keys: Tensor, block_table: Tensor | None) -> int:
@@ -227,30 +256,30 @@ def _check_last_axis(name: str, tensor: Tensor) -> None:
         refuse(name, f"strided by {tensor.stride(-1)} in its last axis", "stride 1 there (a cache is never copied)")
 
 
-_passed: dict[tuple[object, ...], bool] = {}
-"""Signatures of calls that have passed :func:`check`. Decoding makes the same call thousands of times."""
-
-
 def check(call: AttentionCall, names: Names) -> bool:
     """Check everything about a call but the values of its lengths and tables.
 
-    A call with the signature of one that has passed is not looked at again: that keeps a call's overhead low.
+    A call like one that has passed is not looked at again: that keeps a call's overhead low.
 
     Returns whether all is plain: tensors in memory and numbers, nothing that stands for them.
 
     Raises TypeError (wrong type or dtype) or ValueError, naming the argument, what came and what is expected.
     """
-    if torch.compiler.is_compiling():
-        _check_fields(call, names)
-        return False
-    try:
-        if call.signature in _passed:
-            return True
-    except TypeError:  # unhashable
-        _check_fields(call, names)
-        return False
-    _check_fields(call, names)
-    return keep(_passed, call.signature, True)
+    return _check_once(call, lambda: _check_fields(call, names))
+
+
+def check_write(write: CacheWrite) -> bool:
+    """:func:`check` for a write of its own."""
+    return _check_once(write, lambda: _check_write_fields(write))
+
+
+def _check_once(description: _Described, check_fields: Callable[[], None]) -> bool:
+    kept = None if torch.compiler.is_compiling() else description.kept
+    if kept is None or "passed" not in kept:
+        check_fields()
+    if kept is not None:
+        kept["passed"] = True
+    return kept is not None
 
 
 def _check_fields(call: AttentionCall, names: Names) -> None:
@@ -323,8 +352,7 @@ def _check_lengths(call: AttentionCall, name: Namer, batch: int) -> None:
             refuse("max_seqlen_k", call.max_seqlen_k, "at least 0")
 
 
-def check_write(write: CacheWrite) -> None:
-    """:func:`check` for a write of its own."""
+def _check_write_fields(write: CacheWrite) -> None:
     k_cache, v_cache = write.k_cache, write.v_cache
     check_tensor("k_cache", k_cache, "num_pages, page_size, Hkv, D", k_cache, FLOAT_DTYPES)
     check_tensor("v_cache", v_cache, "num_pages, page_size, Hkv, D", k_cache, (k_cache.dtype,))

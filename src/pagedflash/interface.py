@@ -312,8 +312,10 @@ def kv_paged_write(
         seq_lens=_lengths("seq_lens", _required("seq_lens", seq_lens), k),
         block_table=_int32("block_table", _required("block_table", block_table)),
     )
-    check_write(write)
-    write_cache(*write)
+    if check_write(write) and not is_watched():
+        dispatch.kv_write(write)
+    else:
+        write_cache(*write)
 
 
 def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,8 +357,7 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
 
 
 def _run(call: AttentionCall, names: Names, return_attn_probs: bool, return_softmax_lse: bool) -> Output:
-    is_plain = check(call, names)
-    if is_plain and not is_watched():
+    if check(call, names) and not is_watched():
         out, lse = dispatch.attention(call)
     else:
         out, lse = (attention if call.k_new is None else attention_with_append)(*call)

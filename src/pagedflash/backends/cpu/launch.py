@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...call import NUM_WRITE_TENSORS, AttentionCall, CacheWrite, check_values, check_write_values, keep
+from ...call import NUM_WRITE_TENSORS, AttentionCall, CacheWrite, check_values, check_write_values
 
 ISA_VARIABLE = "PAGEDFLASH_CPU_ISA"
 """Names the instruction set to use (``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``generic``) instead of the best one."""
@@ -106,24 +106,21 @@ def use_isa(name: str) -> Iterator[None]:
         chosen.isa = before
 
 
-class _Described(NamedTuple):
-    """What calls of one signature share."""
+class _Shapes(NamedTuple):
+    """What calls alike share."""
 
     packed: bytes  # AttentionShape of native/abi.h
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
 
 
-_described: dict[tuple[object, ...], _Described] = {}
-
-
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Append (if asked) and attend. Lengths and tables are checked natively before anything is written."""
     native = library()
-    described = _describe_once(call)
-    out = torch.empty(*described.out_shape, dtype=call.q.dtype, device=_CPU)
-    lse = torch.empty(*described.lse_shape, dtype=torch.float32, device=_CPU)
-    status = native.run_attention(described.packed, addresses(call, out, lse), native.isa)
+    shapes = call.once("cpu", lambda: describe(call))
+    out = torch.empty(*shapes.out_shape, dtype=call.q.dtype, device=_CPU)
+    lse = torch.empty(*shapes.lse_shape, dtype=torch.float32, device=_CPU)
+    status = native.run_attention(shapes.packed, addresses(call, out, lse), native.isa)
     if status != _DONE:
         if status == _BAD_VALUES:
             check_values(call)
@@ -131,29 +128,12 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _describe_once(call: AttentionCall) -> _Described:
-    try:
-        described = _described.get(call.signature)
-    except TypeError:  # unhashable: tensor subclasses
-        return describe(call)
-    return keep(_described, call.signature, describe(call)) if described is None else described
-
-
 def kv_write(write: CacheWrite) -> None:
     """Write new keys and values. Lengths and tables are checked natively before anything is written."""
     native = library()
-    fields = _write_fields(
-        write.k,
-        write.v,
-        write.k_cache,
-        write.v_cache,
-        write.block_table,
-        write.rotary_cos,
-        write.rotary_interleaved,
-        write.k.shape[0],
-    )
+    shape = write.once("cpu", lambda: describe_write(write))
     at = _WRITE_ADDRESSES.pack(*_data(write[:NUM_WRITE_TENSORS]))  # type: ignore[arg-type]
-    status = native.run_write(_WRITE.pack(*fields), at, native.isa)
+    status = native.run_write(shape, at, native.isa)
     if status != _DONE:
         if status == _BAD_VALUES:
             check_write_values(write)
@@ -168,8 +148,23 @@ def _fail(status: int) -> None:
     )
 
 
-def describe(call: AttentionCall) -> _Described:
-    """All of a call but its addresses, from what its signature holds."""
+def describe_write(write: CacheWrite) -> bytes:
+    """``WriteShape`` of native/abi.h: all of a write but its addresses."""
+    fields = _write_fields(
+        write.k,
+        write.v,
+        write.k_cache,
+        write.v_cache,
+        write.block_table,
+        write.rotary_cos,
+        write.rotary_interleaved,
+        write.k.shape[0],
+    )
+    return _WRITE.pack(*fields)
+
+
+def describe(call: AttentionCall) -> _Shapes:
+    """All of a call but its addresses, from what calls alike share."""
     q, slopes = call.q, call.alibi_slopes
     if call.cu_seqlens_q is None:
         (_, q_tokens, q_heads, _), q_strides = q.shape, q.stride()
@@ -199,7 +194,7 @@ def describe(call: AttentionCall) -> _Described:
         call.scale,
         call.softcap,
     )
-    return _Described(packed, call.out_shape, call.lse_shape)
+    return _Shapes(packed, call.out_shape, call.lse_shape)
 
 
 def _write_fields(

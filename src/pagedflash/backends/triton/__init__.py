@@ -7,6 +7,8 @@ graph, and replayed with other lengths, tables and contents.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ NAME = "triton"
 CHECKS_VALUES = False
 
 
+@cache
 def available() -> tuple[bool, str]:
     """Whether Triton can be imported and has a device, or its interpreter, to run on."""
     try:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
+
+from ...call import Tensors
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on the CPU's memory or a device's."""
 
 
-Tensors = tuple[Tensor | None, ...]
 Pointers = tuple[int | None, ...]
 
 
@@ -97,22 +97,13 @@ class Launch:
             self._run = compiled.run
 
 
-def describe(tensors: Tensors) -> tuple[Pointers, bool, list[object]]:
-    """(the address of each tensor, whether all are multiples of 16, shapes and strides: equal only where all are)"""
-    pointers: list[int | None] = []
-    layouts: list[object] = []
+def addresses(tensors: Tensors) -> tuple[Pointers, bool]:
+    """(the address of each tensor, whether all are multiples of 16)"""
+    pointers = tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
     bits = 0
-    for tensor in tensors:
-        if tensor is None:
-            pointers.append(None)
-            layouts.append(None)
-        else:
-            pointer = tensor.data_ptr()
-            pointers.append(pointer)
-            bits |= pointer
-            layouts.append(tensor.shape)
-            layouts.append(tensor.stride())
-    return tuple(pointers), bits % 16 == 0, layouts
+    for pointer in pointers:
+        bits |= pointer or 0
+    return pointers, bits % 16 == 0
 
 
 def stride_factor(strides: tuple[int, ...], aligned: bool) -> int:

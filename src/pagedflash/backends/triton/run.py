@@ -1,8 +1,7 @@
 """From a description to launches: which kernel, with which arguments.
 
-What depends on shapes, strides and options only is made once for all calls of one signature, and kept: an eager call of a
-model's layer finds its plan by its signature, and adds the addresses of its tensors. A call costs the host a few
-microseconds of Python before and between its launches, so that path looks at every tensor once.
+What depends on shapes, strides and options only is made once for calls alike, and kept: an eager call of a model's layer
+finds its plan, and adds the addresses of its tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...call import NUM_TENSORS, NUM_WRITE_TENSORS, AttentionCall, CacheWrite, keep
+from ...call import NUM_TENSORS, NUM_WRITE_TENSORS, AttentionCall, CacheWrite, Tensors
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
@@ -21,9 +20,8 @@ from .kernels.prefill import prefill
 from .launch import (
     Launch,
     Shape,
-    Tensors,
+    addresses,
     decode_shape,
-    describe,
     has_dependent_launch,
     power_of_two,
     prefill_shape,
@@ -49,12 +47,9 @@ FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 
 LOG2E = 1 / math.log(2)
 
-_NUMBERS = AttentionCall._fields.index("scale")
-"""The first number behind ``max_seqlen_k``: that is a hint, not needed here, and may be another one in every call."""
-
 
 class _Plan(NamedTuple):
-    """All that calls of one signature share. It holds no tensor."""
+    """All that calls alike share. It holds no tensor."""
 
     out_shape: tuple[int, ...]
     out_strides: tuple[int, ...]
@@ -67,10 +62,6 @@ class _Plan(NamedTuple):
     combine: Launch | None = None  # where programs of ``decode`` leave partial results
 
 
-_plans: dict[tuple[object, ...], _Plan] = {}
-_write_launches: dict[tuple[object, ...], Launch] = {}
-
-
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend with ``decode`` (and ``combine``) or ``prefill``."""
     q = call.q
@@ -79,11 +70,8 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
         with torch.cuda.device(device):
             return attention(call)
     tensors = cast(Tensors, call[:NUM_TENSORS])
-    pointers, aligned, layouts = describe(tensors)
-    signature = (dtype, device, aligned, _precision(dtype), call.max_seqlen_q, call[_NUMBERS:], *layouts)
-    plan = _plans.get(signature)
-    if plan is None:
-        plan = keep(_plans, signature, _plan(call, aligned))
+    pointers, aligned = addresses(tensors)
+    plan = call.once(("triton", aligned, _precision(dtype)), lambda: _plan(call, aligned))
 
     out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
     lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
@@ -112,7 +100,7 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _plan(call: AttentionCall, aligned: bool) -> _Plan:
-    """Reads of ``call`` only what its signature holds."""
+    """Reads of ``call`` only what calls alike share."""
     new_tokens = _new_tokens(call)
     is_decode = call.max_seqlen_q * _group(call) <= MAX_DECODE_ROWS
     is_empty = call.batch_size == 0 or 0 in call.out_shape
@@ -259,16 +247,13 @@ def kv_write(write: CacheWrite) -> None:
         with torch.cuda.device(device):
             return kv_write(write)
     tensors = cast(Tensors, write[:NUM_WRITE_TENSORS])
-    pointers, aligned, layouts = describe(tensors)
-    signature = (write.k.dtype, device, aligned, write.rotary_interleaved, *layouts)
-    launch = _write_launches.get(signature)
-    if launch is None:
-        launch = keep(_write_launches, signature, _kv_write(write, aligned))
+    pointers, aligned = addresses(tensors)
+    launch = write.once(("triton", aligned), lambda: _kv_write(write, aligned))
     launch(tensors, pointers)
 
 
 def _kv_write(write: CacheWrite, aligned: bool) -> Launch:
-    """Reads of ``write`` only what its signature holds."""
+    """Reads of ``write`` only what writes alike share."""
     batch, new_tokens, heads, head_dim = write.k.shape
     num_pages, page_size = write.k_cache.shape[:2]
     v_head_dim = write.v.shape[-1]
