@@ -8,6 +8,7 @@ graph, and replayed with other lengths, tables and contents.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,17 @@ def supports(call: AttentionCall) -> tuple[bool, str]:
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend. Returns ``(out, lse)`` of the shapes the call gives."""
-    from . import run
-
-    return run.attention(call)
+    return _run().attention(call)
 
 
 def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
+    _run().kv_write(write)
+
+
+@cache
+def _run() -> Any:
+    """Imports Triton, which not every machine has."""
     from . import run
 
-    run.kv_write(write)
+    return run

@@ -7,6 +7,7 @@ finds its plan, and adds the addresses of its tensors.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple, cast
 
 import torch
@@ -292,7 +293,12 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _is_elsewhere(device: torch.device) -> bool:
     """Whether Triton would launch on another device than the tensors'."""
-    return device.type == "cuda" and device.index != torch.cuda.current_device()
+    return device.type == "cuda" and _cuda_devices() > 1 and device.index != torch.cuda.current_device()
+
+
+@cache
+def _cuda_devices() -> int:
+    return torch.cuda.device_count()
 
 
 def _block(head_dim: int) -> int:
