@@ -8,7 +8,6 @@ graph, and replayed with other lengths, tables and contents.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,17 +37,13 @@ def supports(call: AttentionCall) -> tuple[bool, str]:
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend. Returns ``(out, lse)`` of the shapes the call gives."""
-    return _run().attention(call)
+    from . import run
+
+    return run.attention(call)
 
 
 def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
-    _run().kv_write(write)
-
-
-@cache
-def _run() -> Any:
-    """Imports Triton, which not every machine has."""
     from . import run
 
-    return run
+    run.kv_write(write)
