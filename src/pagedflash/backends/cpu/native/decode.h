@@ -8,7 +8,13 @@
 //     values        few tokens by few tokens: sums of heads x rows x v_head_dim += weights x V
 //   one answer, or partial answer, per row
 //
-// Wherever a chunk of a key or value is used, the same chunk of a token some way ahead is asked for.
+// A block of BLOCK_TOKENS tokens passes head by head, so that loaded queries and sums serve all of them. Wherever a chunk of a
+// key or value is used, the same chunk of a token some way ahead is asked for:
+//
+//                head 0   head 1   head 2   ...
+//   token t      #####    ##...    .....
+//   ...
+//   token t + 4  >>>>>    >>...    .....
 #pragma once
 
 #include "task.h"
@@ -16,17 +22,19 @@
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
-constexpr int64_t DECODE_TILE = 64;         // tokens
-constexpr int64_t SCORE_TOKENS = ACCUMULATORS;  // tokens scored for one head before the next
-constexpr int64_t VALUE_TOKENS = 8;         // tokens added to the sums of one head before the next
-constexpr int64_t QUERY_BYTES = 16 << 10;   // queries (or sums) that should stay in the nearest cache
-constexpr int64_t AHEAD_BYTES = 16 << 10;   // how far ahead keys and values are asked for
-constexpr int64_t MAX_AHEAD = 32;           // the same in tokens, at most
-constexpr int ROW_BLOCK = 4;                // rows that share each loaded key
+constexpr int64_t DECODE_TILE = 64;        // tokens
+constexpr int64_t BLOCK_TOKENS = 4;        // tokens that pass together, all heads of them before the next
+constexpr int64_t QUERY_BYTES = 16 << 10;  // queries (or sums) that should stay in the nearest cache
+constexpr int64_t AHEAD_BYTES = 16 << 10;  // how far ahead keys and values are asked for,
+constexpr int64_t MAX_AHEAD = 2 * BLOCK_TOKENS;  // but a block at least and two at most
+constexpr int ROW_BLOCK = 4;               // rows that share each loaded key
 
-// Keys that meet a block of `rows` rows at a time, and chunks of values: as many as there are registers for the sums.
-constexpr int tokens_at_once(int rows) { return rows == 3 ? ACCUMULATORS / 2 : ACCUMULATORS / rows; }
-constexpr int chunks_at_once(int rows) { return ACCUMULATORS / 2 / (rows == 3 ? 4 : rows); }
+// As many sums as there are registers for, in independent chains: multiply-adds take longer than they are apart.
+constexpr int least(int a, int b) { return a < b ? a : b; }
+constexpr int tokens_at_once(int rows) { return rows == 3 ? BLOCK_TOKENS : least(BLOCK_TOKENS, ACCUMULATORS / rows); }
+constexpr int chunks_at_once(int rows) {
+  return rows == 3 ? ACCUMULATORS / 4 : least(ACCUMULATORS / 2 / rows, 128 / (2 * LANES));
+}
 
 template <class T>
 struct DecodeScratch {
@@ -62,7 +70,7 @@ class Decode {
         heads_(task.heads.size()), rows_(task.rows.size()), head_dim_(call_.write.head_dim),
         v_head_dim_(call_.write.v_head_dim), query_size_(round_up(head_dim_, CHUNK)),
         value_size_(round_up(v_head_dim_, CHUNK)),
-        ahead_(greater(1, lesser(MAX_AHEAD, AHEAD_BYTES / (heads_ * head_dim_ * (int64_t)sizeof(T))))),
+        ahead_(greater(BLOCK_TOKENS, lesser(MAX_AHEAD, AHEAD_BYTES / (heads_ * head_dim_ * (int64_t)sizeof(T))))),
         my_(Carver(scratch), call_, heads_, rows_) {}
 
   void run() {
@@ -70,7 +78,7 @@ class Decode {
     const int64_t heads_at_once = greater(1, QUERY_BYTES / (rows_ * query_size_ * (int64_t)sizeof(Query)));
     for (int64_t first = task_.keys.begin; first < task_.keys.end; first += DECODE_TILE) {
       const int64_t tokens = lesser(DECODE_TILE, task_.keys.end - first);
-      find_tokens(first, tokens);
+      find_tokens(first);
       for (int64_t head = 0; head < heads_; head += heads_at_once) {
         const Range heads = {head, lesser(heads_, head + heads_at_once)};
         score_tile(heads, tokens);
@@ -84,8 +92,8 @@ class Decode {
  private:
   using Query = typename Dot<T>::Query;
 
-  // Elements of whole lines and whole chunks.
-  static constexpr int STEP = CHUNK * sizeof(T) > LINE ? CHUNK : LINE / sizeof(T);
+  // Elements of two whole chunks, and of whole lines.
+  static constexpr int STEP = 2 * CHUNK * sizeof(T) > LINE ? 2 * CHUNK : LINE / sizeof(T);
 
   static PAGEDFLASH_INLINE void fetch_step(const T* row) {
     for (int i = 0; i < STEP; i += LINE / sizeof(T)) fetch(row + i);
@@ -103,11 +111,14 @@ class Decode {
     memset(my_.values, 0, heads_ * rows_ * value_size_ * sizeof(float));
   }
 
-  // The tile's tokens and ahead_ more; behind the last key it is repeated.
-  void find_tokens(int64_t first, int64_t tokens) {
-    const int64_t found = lesser(tokens + ahead_, task_.keys.end - first);
-    locate(call_, sequence_, first, found, my_.k, my_.v);
-    for (int64_t t = found; t < DECODE_TILE + ahead_; t++) {
+  // The tile's tokens and ahead_ more, of which the tile before has found some; behind the last key it is repeated.
+  void find_tokens(int64_t first) {
+    const int64_t known = first == task_.keys.begin ? 0 : ahead_, wanted = DECODE_TILE + ahead_;
+    memmove(my_.k, my_.k + DECODE_TILE, known * sizeof(T*));
+    memmove(my_.v, my_.v + DECODE_TILE, known * sizeof(T*));
+    const int64_t found = greater(known, lesser(wanted, task_.keys.end - first));
+    locate(call_, sequence_, first + known, found - known, my_.k + known, my_.v + known);
+    for (int64_t t = found; t < wanted; t++) {
       my_.k[t] = my_.k[found - 1];
       my_.v[t] = my_.v[found - 1];
     }
@@ -129,12 +140,11 @@ class Decode {
     constexpr int TOKENS = tokens_at_once(ROWS);
     const int64_t rows = rows_, query_size = query_size_, k_head = call_.write.k_stride.head, ahead = ahead_;
     const T* const* k = my_.k;
-    for (int64_t begin = 0; begin < tokens; begin += SCORE_TOKENS) {
-      const int64_t end = lesser(begin + SCORE_TOKENS, tokens);
+    for (int64_t begin = 0; begin < tokens; begin += BLOCK_TOKENS) {
       for (int64_t head = heads.begin; head < heads.end; head++) {
         const int64_t offset = (task_.heads.begin + head) * k_head;
         const Query* query = my_.queries + head * rows * query_size;
-        for (int64_t t = begin; t < end; t += TOKENS) {
+        for (int64_t t = begin; t < begin + BLOCK_TOKENS; t += TOKENS) {
           const T *key[TOKENS], *upcoming[TOKENS];
           for (int j = 0; j < TOKENS; j++) {
             key[j] = k[t + j] + offset;
@@ -158,8 +168,8 @@ class Decode {
     }
   }
 
-  // Dot products of ROWS query rows with TOKENS keys. Each pair has a register of sums; totals() then folds LANES of these
-  // registers into one. The first block of rows asks for what is `upcoming`.
+  // Dot products of ROWS query rows with TOKENS keys. Each pair has a register of sums (or two, one for every other chunk);
+  // totals() then folds LANES of these registers into one. The first block of rows asks for what is `upcoming`.
   //
   //            key t   key t+1            a loaded chunk of a key meets all ROWS rows,
   //   row 0    sum     sum                a row's chunk comes from the nearest cache
@@ -167,37 +177,45 @@ class Decode {
   template <int ROWS, int TOKENS, bool FIRST>
   PAGEDFLASH_INLINE void score_block(const T* const* key, const T* const* upcoming, const Query* query, float* scores) {
     constexpr int SUMS = (ROWS * TOKENS + LANES - 1) / LANES * LANES;
-    const int64_t head_dim = head_dim_, whole = head_dim / STEP * STEP;
-    Vec sum[SUMS];
-    for (int i = 0; i < SUMS; i++) sum[i] = zero();
+    constexpr int CHAINS = ROWS * TOKENS * 2 <= ACCUMULATORS ? 2 : 1;
+    const int64_t head_dim = head_dim_, query_size = query_size_, whole = head_dim / STEP * STEP;
+    Vec sum[CHAINS][SUMS];
+    for (int chain = 0; chain < CHAINS; chain++)
+      for (int i = 0; i < SUMS; i++) sum[chain][i] = zero();
     for (int64_t d = 0; d < whole; d += STEP) {
       if (FIRST)
         for (int j = 0; j < TOKENS; j++) fetch_step(upcoming[j] + d);
 #pragma GCC unroll 4
       for (int c = 0; c < STEP; c += CHUNK)
-        score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key(key[j] + d + c); }, query + d + c, sum);
+        score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key(key[j] + d + c); }, query + d + c, query_size,
+                                  sum[c / CHUNK % CHAINS]);
     }
+    if (FIRST && whole < head_dim)
+      for (int j = 0; j < TOKENS; j++) fetch_step(upcoming[j] + whole);
     for (int64_t d = whole; d < head_dim; d += CHUNK)
-      score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key_part(key[j] + d, head_dim - d); }, query + d, sum);
+      score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key_part(key[j] + d, head_dim - d); }, query + d, query_size,
+                                sum[0]);
     float folded[SUMS];
-    for (int i = 0; i < SUMS; i += LANES) store(folded + i, totals(sum + i));
+    for (int i = 0; i < SUMS; i++)
+      if (CHAINS == 2) sum[0][i] = add(sum[0][i], sum[CHAINS - 1][i]);
+    for (int i = 0; i < SUMS; i += LANES) store(folded + i, totals(sum[0] + i));
     for (int r = 0; r < ROWS; r++) memcpy(scores + r * DECODE_TILE, folded + r * TOKENS, TOKENS * sizeof(float));
   }
 
   // One chunk of each key and row. What is loaded first stays in registers while the other side passes.
   template <int ROWS, int TOKENS, class LoadKey>
-  PAGEDFLASH_INLINE void score_chunk(const LoadKey& load_key, const Query* query, Vec* sum) {
+  static PAGEDFLASH_INLINE void score_chunk(const LoadKey& load_key, const Query* query, int64_t query_size, Vec* sum) {
     using Loaded = typename Dot<T>::Loaded;
-    if constexpr (ROWS > TOKENS) {
+    if constexpr (ROWS >= TOKENS) {
       Loaded keys[TOKENS];
       for (int j = 0; j < TOKENS; j++) keys[j] = load_key(j);
       for (int r = 0; r < ROWS; r++) {
-        const Loaded row = Dot<T>::load_query(query + r * query_size_);
+        const Loaded row = Dot<T>::load_query(query + r * query_size);
         for (int j = 0; j < TOKENS; j++) sum[r * TOKENS + j] = Dot<T>::step(keys[j], row, sum[r * TOKENS + j]);
       }
     } else {
       Loaded rows[ROWS];
-      for (int r = 0; r < ROWS; r++) rows[r] = Dot<T>::load_query(query + r * query_size_);
+      for (int r = 0; r < ROWS; r++) rows[r] = Dot<T>::load_query(query + r * query_size);
       for (int j = 0; j < TOKENS; j++) {
         const Loaded key = load_key(j);
         for (int r = 0; r < ROWS; r++) sum[r * TOKENS + j] = Dot<T>::step(key, rows[r], sum[r * TOKENS + j]);
@@ -229,47 +247,50 @@ class Decode {
     const int64_t rows = rows_, value_size = value_size_, v_head = call_.write.v_stride.head, ahead = ahead_;
     const int64_t v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
     const T* const* v = my_.v;
-    for (int64_t t = 0; t < tokens; t += VALUE_TOKENS) {
-      const int64_t count = lesser(VALUE_TOKENS, tokens - t);
+    for (int64_t t = 0; t < tokens; t += BLOCK_TOKENS) {
+      const int64_t count = lesser(BLOCK_TOKENS, tokens - t);
       for (int64_t head = heads.begin; head < heads.end; head++) {
         const int64_t offset = (task_.heads.begin + head) * v_head;
         Values values = {{}, {}, my_.scores + head * rows * DECODE_TILE + t, my_.values + head * rows * value_size};
-        for (int j = 0; j < VALUE_TOKENS; j++) {
+        for (int j = 0; j < BLOCK_TOKENS; j++) {
           values.value[j] = v[t + j] + offset;
           values.upcoming[j] = v[t + j + ahead] + offset;
         }
         int64_t d = 0;
-        if (count == VALUE_TOKENS)  // a constant: the compiler unrolls
-          for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK) add_chunks<ROWS, CHUNKS, true>(values, VALUE_TOKENS, d);
-        for (; d < v_head_dim; d += CHUNK) add_chunks<ROWS, 1, false>(values, count, d);
+        if (count == BLOCK_TOKENS) {
+          for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK) add_chunks<ROWS, CHUNKS, BLOCK_TOKENS>(values, count, d);
+          for (; d < whole; d += CHUNK) add_chunks<ROWS, 1, BLOCK_TOKENS>(values, count, d);
+        }
+        for (; d < v_head_dim; d += CHUNK) add_chunks<ROWS, 1, 0>(values, count, d);
       }
     }
   }
 
-  // What a few tokens add to the sums of a head.
+  // What a block of tokens adds to the sums of a head.
   struct Values {
-    const T *value[VALUE_TOKENS], *upcoming[VALUE_TOKENS];
+    const T *value[BLOCK_TOKENS], *upcoming[BLOCK_TOKENS];
     const float* weights;  // (rows, DECODE_TILE)
     float* sums;           // (rows, value_size)
   };
 
-  // CHUNKS chunks from element d on (WHOLE: none beyond the end of a row): all rows, while the chunks are near.
-  template <int ROWS, int CHUNKS, bool WHOLE>
+  // CHUNKS chunks from element d on: all rows, while the chunks are near. COUNT tokens in whole chunks; if 0, `count` tokens
+  // in chunks that may reach behind the end of a row.
+  template <int ROWS, int CHUNKS, int COUNT>
   PAGEDFLASH_INLINE void add_chunks(const Values& values, int64_t count, int64_t d) {
-    add_block<ROWS, CHUNKS, WHOLE, true>(values, 0, count, d);
+    add_block<ROWS, CHUNKS, COUNT, true>(values, 0, count, d);
     if (ROWS < ROW_BLOCK) return;
     for (int64_t row = ROWS; row < rows_; row += ROWS) {
       switch (lesser(ROWS, rows_ - row)) {
-        case 1: add_block<1, CHUNKS, WHOLE, false>(values, row, count, d); break;
-        case 2: add_block<2, CHUNKS, WHOLE, false>(values, row, count, d); break;
-        case 3: add_block<3, CHUNKS, WHOLE, false>(values, row, count, d); break;
-        case 4: add_block<4, CHUNKS, WHOLE, false>(values, row, count, d); break;
+        case 1: add_block<1, CHUNKS, COUNT, false>(values, row, count, d); break;
+        case 2: add_block<2, CHUNKS, COUNT, false>(values, row, count, d); break;
+        case 3: add_block<3, CHUNKS, COUNT, false>(values, row, count, d); break;
+        case 4: add_block<4, CHUNKS, COUNT, false>(values, row, count, d); break;
       }
     }
   }
 
-  // Sums of ROWS rows and CHUNKS chunks, in registers, += weights x values of `count` tokens.
-  template <int ROWS, int CHUNKS, bool WHOLE, bool FIRST>
+  // Sums of ROWS rows and CHUNKS chunks, in registers, += weights x values.
+  template <int ROWS, int CHUNKS, int COUNT, bool FIRST>
   PAGEDFLASH_INLINE void add_block(const Values& values, int64_t row, int64_t count, int64_t d) {
     const int64_t value_size = value_size_, v_head_dim = v_head_dim_;
     const float* weights = values.weights + row * DECODE_TILE;
@@ -277,18 +298,24 @@ class Decode {
     Vec sum[ROWS][2 * CHUNKS];
     for (int r = 0; r < ROWS; r++)
       for (int i = 0; i < 2 * CHUNKS; i++) sum[r][i] = load(sums + r * value_size + i * LANES);
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < count; j++) {
+    const auto add_token = [&](int64_t j) {
       for (int c = 0; c < CHUNKS; c++) {
         const int64_t at = d + c * CHUNK;
-        if (FIRST && at % STEP == 0) fetch_step(values.upcoming[j] + at);
-        const Chunk chunk = WHOLE ? load_chunk(values.value[j] + at) : load_chunk_of(values.value[j], at, v_head_dim);
+        if (FIRST && at * sizeof(T) % LINE == 0)
+          for (int i = 0; i < CHUNK; i += LINE / sizeof(T)) fetch(values.upcoming[j] + at + i);
+        const Chunk chunk = COUNT ? load_chunk(values.value[j] + at) : load_chunk_of(values.value[j], at, v_head_dim);
         for (int r = 0; r < ROWS; r++) {
           const Vec weight = splat(weights[r * DECODE_TILE + j]);
           sum[r][2 * c] = fma(weight, chunk.a, sum[r][2 * c]);
           sum[r][2 * c + 1] = fma(weight, chunk.b, sum[r][2 * c + 1]);
         }
       }
+    };
+    if constexpr (COUNT > 0) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COUNT; j++) add_token(j);
+    } else {
+      for (int64_t j = 0; j < count; j++) add_token(j);
     }
     for (int r = 0; r < ROWS; r++)
       for (int i = 0; i < 2 * CHUNKS; i++) store(sums + r * value_size + i * LANES, sum[r][i]);
