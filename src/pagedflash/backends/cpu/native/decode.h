@@ -14,7 +14,7 @@
 //                head 0   head 1   head 2   ...
 //   token t      #####    ##...    .....
 //   ...
-//   token t + 4  >>>>>    >>...    .....
+//   token t + a  >>>>>    >>...    .....
 #pragma once
 
 #include "task.h"
@@ -23,15 +23,16 @@ namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
 constexpr int64_t DECODE_TILE = 64;        // tokens
-constexpr int64_t BLOCK_TOKENS = 4;        // tokens that pass together, all heads of them before the next
+constexpr int64_t BLOCK_TOKENS = 8;        // tokens that pass together, all heads of them before the next
 constexpr int64_t QUERY_BYTES = 16 << 10;  // queries (or sums) that should stay in the nearest cache
 constexpr int64_t AHEAD_BYTES = 16 << 10;  // how far ahead keys and values are asked for,
-constexpr int64_t MAX_AHEAD = 2 * BLOCK_TOKENS;  // but a block at least and two at most
+constexpr int64_t MIN_AHEAD = 4;           // in tokens at least
+constexpr int64_t MAX_AHEAD = 32;          // and at most
 constexpr int ROW_BLOCK = 4;               // rows that share each loaded key
 
 // As many sums as there are registers for, in independent chains: multiply-adds take longer than they are apart.
 constexpr int least(int a, int b) { return a < b ? a : b; }
-constexpr int tokens_at_once(int rows) { return rows == 3 ? BLOCK_TOKENS : least(BLOCK_TOKENS, ACCUMULATORS / rows); }
+constexpr int tokens_at_once(int rows) { return rows == 3 ? 4 : least(4, ACCUMULATORS / rows); }
 constexpr int chunks_at_once(int rows) {
   return rows == 3 ? ACCUMULATORS / 4 : least(ACCUMULATORS / 2 / rows, 128 / (2 * LANES));
 }
@@ -49,8 +50,9 @@ struct DecodeScratch {
     bytes = carver.taken();
   }
 
-  typename Dot<T>::Query* queries;  // (heads, rows, head_dim padded to CHUNK)
-  float* values;                    // (heads, rows, v_head_dim padded to CHUNK), weighted sums in the order of chunks
+  // Queries and sums lie chunk by chunk, the rows of a chunk together: what meets a loaded chunk is found side by side.
+  typename Dot<T>::Query* queries;  // (heads, head_dim / CHUNK rounded up, rows, CHUNK)
+  float* values;                    // (heads, v_head_dim / CHUNK rounded up, rows, CHUNK), weighted sums
   float* scores;                    // (heads, rows, DECODE_TILE)
   RowState* states;                 // (heads, rows)
   Row* described;                   // (heads, rows)
@@ -70,7 +72,7 @@ class Decode {
         heads_(task.heads.size()), rows_(task.rows.size()), head_dim_(call_.write.head_dim),
         v_head_dim_(call_.write.v_head_dim), query_size_(round_up(head_dim_, CHUNK)),
         value_size_(round_up(v_head_dim_, CHUNK)),
-        ahead_(greater(BLOCK_TOKENS, lesser(MAX_AHEAD, AHEAD_BYTES / (heads_ * head_dim_ * (int64_t)sizeof(T))))),
+        ahead_(greater(MIN_AHEAD, lesser(MAX_AHEAD, AHEAD_BYTES / (heads_ * head_dim_ * (int64_t)sizeof(T))))),
         my_(Carver(scratch), call_, heads_, rows_) {}
 
   void run() {
@@ -102,9 +104,10 @@ class Decode {
   void load_queries() {
     T row[MAX_HEAD_DIM + CHUNK];
     for (int64_t i = 0; i < heads_ * rows_; i++) {
-      const int64_t kv_head = task_.heads.begin + i / rows_;
+      const int64_t head = i / rows_, kv_head = task_.heads.begin + head;
       load_query(call_, sequence_, kv_head, i % rows_, row, query_size_);
-      for (int64_t d = 0; d < query_size_; d += CHUNK) Dot<T>::store_query(my_.queries + i * query_size_ + d, row + d);
+      Query* to = my_.queries + head * rows_ * query_size_ + i % rows_ * CHUNK;
+      for (int64_t d = 0; d < query_size_; d += CHUNK) Dot<T>::store_query(to + d * rows_, row + d);
       my_.described[i] = describe_row(call_, sequence_, kv_head, i % rows_);
       my_.states[i] = RowState();
     }
@@ -138,7 +141,8 @@ class Decode {
   template <int ROWS>
   void score_tokens(Range heads, int64_t tokens) {
     constexpr int TOKENS = tokens_at_once(ROWS);
-    const int64_t rows = rows_, query_size = query_size_, k_head = call_.write.k_stride.head, ahead = ahead_;
+    const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, query_size = query_size_, ahead = ahead_;
+    const int64_t k_head = call_.write.k_stride.head;
     const T* const* k = my_.k;
     for (int64_t begin = 0; begin < tokens; begin += BLOCK_TOKENS) {
       for (int64_t head = heads.begin; head < heads.end; head++) {
@@ -151,16 +155,16 @@ class Decode {
             upcoming[j] = k[t + j + ahead] + offset;
           }
           float* scores = my_.scores + head * rows * DECODE_TILE + t;
-          score_block<ROWS, TOKENS, true>(key, upcoming, query, scores);
+          score_block<ROWS, TOKENS, true>(key, upcoming, query, rows, scores);
           if (ROWS < ROW_BLOCK) continue;
           for (int64_t row = ROWS; row < rows; row += ROWS) {
-            const Query* of_rows = query + row * query_size;
+            const Query* of_rows = query + row * CHUNK;
             float* to = scores + row * DECODE_TILE;
             switch (lesser(ROWS, rows - row)) {
-              case 1: score_block<1, TOKENS, false>(key, upcoming, of_rows, to); break;
-              case 2: score_block<2, TOKENS, false>(key, upcoming, of_rows, to); break;
-              case 3: score_block<3, TOKENS, false>(key, upcoming, of_rows, to); break;
-              case 4: score_block<4, TOKENS, false>(key, upcoming, of_rows, to); break;
+              case 1: score_block<1, TOKENS, false>(key, upcoming, of_rows, rows, to); break;
+              case 2: score_block<2, TOKENS, false>(key, upcoming, of_rows, rows, to); break;
+              case 3: score_block<3, TOKENS, false>(key, upcoming, of_rows, rows, to); break;
+              case 4: score_block<4, TOKENS, false>(key, upcoming, of_rows, rows, to); break;
             }
           }
         }
@@ -175,10 +179,11 @@ class Decode {
   //   row 0    sum     sum                a row's chunk comes from the nearest cache
   //   row 1    sum     sum
   template <int ROWS, int TOKENS, bool FIRST>
-  PAGEDFLASH_INLINE void score_block(const T* const* key, const T* const* upcoming, const Query* query, float* scores) {
+  PAGEDFLASH_INLINE void score_block(const T* const* key, const T* const* upcoming, const Query* query, int64_t rows,
+                                     float* scores) {
     constexpr int SUMS = (ROWS * TOKENS + LANES - 1) / LANES * LANES;
     constexpr int CHAINS = ROWS * TOKENS * 2 <= ACCUMULATORS ? 2 : 1;
-    const int64_t head_dim = head_dim_, query_size = query_size_, whole = head_dim / STEP * STEP;
+    const int64_t head_dim = head_dim_, whole = head_dim / STEP * STEP;
     Vec sum[CHAINS][SUMS];
     for (int chain = 0; chain < CHAINS; chain++)
       for (int i = 0; i < SUMS; i++) sum[chain][i] = zero();
@@ -187,13 +192,13 @@ class Decode {
         for (int j = 0; j < TOKENS; j++) fetch_step(upcoming[j] + d);
 #pragma GCC unroll 4
       for (int c = 0; c < STEP; c += CHUNK)
-        score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key(key[j] + d + c); }, query + d + c, query_size,
+        score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key(key[j] + d + c); }, query + (d + c) * rows,
                                   sum[c / CHUNK % CHAINS]);
     }
     if (FIRST && whole < head_dim)
       for (int j = 0; j < TOKENS; j++) fetch_step(upcoming[j] + whole);
     for (int64_t d = whole; d < head_dim; d += CHUNK)
-      score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key_part(key[j] + d, head_dim - d); }, query + d, query_size,
+      score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key_part(key[j] + d, head_dim - d); }, query + d * rows,
                                 sum[0]);
     float folded[SUMS];
     for (int i = 0; i < SUMS; i++)
@@ -204,18 +209,18 @@ class Decode {
 
   // One chunk of each key and row. What is loaded first stays in registers while the other side passes.
   template <int ROWS, int TOKENS, class LoadKey>
-  static PAGEDFLASH_INLINE void score_chunk(const LoadKey& load_key, const Query* query, int64_t query_size, Vec* sum) {
+  static PAGEDFLASH_INLINE void score_chunk(const LoadKey& load_key, const Query* query, Vec* sum) {
     using Loaded = typename Dot<T>::Loaded;
     if constexpr (ROWS >= TOKENS) {
       Loaded keys[TOKENS];
       for (int j = 0; j < TOKENS; j++) keys[j] = load_key(j);
       for (int r = 0; r < ROWS; r++) {
-        const Loaded row = Dot<T>::load_query(query + r * query_size);
+        const Loaded row = Dot<T>::load_query(query + r * CHUNK);
         for (int j = 0; j < TOKENS; j++) sum[r * TOKENS + j] = Dot<T>::step(keys[j], row, sum[r * TOKENS + j]);
       }
     } else {
       Loaded rows[ROWS];
-      for (int r = 0; r < ROWS; r++) rows[r] = Dot<T>::load_query(query + r * query_size);
+      for (int r = 0; r < ROWS; r++) rows[r] = Dot<T>::load_query(query + r * CHUNK);
       for (int j = 0; j < TOKENS; j++) {
         const Loaded key = load_key(j);
         for (int r = 0; r < ROWS; r++) sum[r * TOKENS + j] = Dot<T>::step(key, rows[r], sum[r * TOKENS + j]);
@@ -227,10 +232,14 @@ class Decode {
     for (int64_t i = heads.begin * rows_; i < heads.end * rows_; i++) {
       const float shrink = softmax_tile(my_.scores + i * DECODE_TILE, first, tokens, rule_, my_.described[i], my_.states[i]);
       if (shrink == 1.0f) continue;
-      float* values = my_.values + i * value_size_;
-      for (int64_t d = 0; d < value_size_; d += LANES) store(values + d, mul(splat(shrink), load(values + d)));
+      float* values = row_values(i);
+      for (int64_t d = 0; d < value_size_; d += CHUNK, values += rows_ * CHUNK)
+        for (int64_t j = 0; j < CHUNK; j += LANES) store(values + j, mul(splat(shrink), load(values + j)));
     }
   }
+
+  // The first chunk of a row's sums; the others are rows_ * CHUNK apart.
+  float* row_values(int64_t i) const { return my_.values + i / rows_ * rows_ * value_size_ + i % rows_ * CHUNK; }
 
   void add_tile(Range heads, int64_t tokens) {
     switch (lesser(rows_, ROW_BLOCK)) {
@@ -244,66 +253,67 @@ class Decode {
   template <int ROWS>
   void add_tokens(Range heads, int64_t tokens) {
     constexpr int CHUNKS = chunks_at_once(ROWS);
-    const int64_t rows = rows_, value_size = value_size_, v_head = call_.write.v_stride.head, ahead = ahead_;
-    const int64_t v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
+    const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, value_size = value_size_, ahead = ahead_;
+    const int64_t v_head = call_.write.v_stride.head, v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
     const T* const* v = my_.v;
     for (int64_t t = 0; t < tokens; t += BLOCK_TOKENS) {
       const int64_t count = lesser(BLOCK_TOKENS, tokens - t);
       for (int64_t head = heads.begin; head < heads.end; head++) {
         const int64_t offset = (task_.heads.begin + head) * v_head;
-        Values values = {{}, {}, my_.scores + head * rows * DECODE_TILE + t, my_.values + head * rows * value_size};
+        const float* weights = my_.scores + head * rows * DECODE_TILE + t;
+        float* sums = my_.values + head * rows * value_size;
+        const T *value[BLOCK_TOKENS], *upcoming[BLOCK_TOKENS];
         for (int j = 0; j < BLOCK_TOKENS; j++) {
-          values.value[j] = v[t + j] + offset;
-          values.upcoming[j] = v[t + j + ahead] + offset;
+          value[j] = v[t + j] + offset;
+          upcoming[j] = v[t + j + ahead] + offset;
         }
         int64_t d = 0;
         if (count == BLOCK_TOKENS) {
-          for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK) add_chunks<ROWS, CHUNKS, BLOCK_TOKENS>(values, count, d);
-          for (; d < whole; d += CHUNK) add_chunks<ROWS, 1, BLOCK_TOKENS>(values, count, d);
+          for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK)
+            add_chunks<ROWS, CHUNKS, BLOCK_TOKENS>(value, upcoming, count, d, weights, rows, sums + d * rows);
+          for (; d < whole; d += CHUNK)
+            add_chunks<ROWS, 1, BLOCK_TOKENS>(value, upcoming, count, d, weights, rows, sums + d * rows);
         }
-        for (; d < v_head_dim; d += CHUNK) add_chunks<ROWS, 1, 0>(values, count, d);
+        for (; d < v_head_dim; d += CHUNK)
+          add_chunks<ROWS, 1, 0>(value, upcoming, count, d, weights, rows, sums + d * rows);
       }
     }
   }
 
-  // What a block of tokens adds to the sums of a head.
-  struct Values {
-    const T *value[BLOCK_TOKENS], *upcoming[BLOCK_TOKENS];
-    const float* weights;  // (rows, DECODE_TILE)
-    float* sums;           // (rows, value_size)
-  };
-
   // CHUNKS chunks from element d on: all rows, while the chunks are near. COUNT tokens in whole chunks; if 0, `count` tokens
   // in chunks that may reach behind the end of a row.
   template <int ROWS, int CHUNKS, int COUNT>
-  PAGEDFLASH_INLINE void add_chunks(const Values& values, int64_t count, int64_t d) {
-    add_block<ROWS, CHUNKS, COUNT, true>(values, 0, count, d);
+  PAGEDFLASH_INLINE void add_chunks(const T* const* value, const T* const* upcoming, int64_t count, int64_t d,
+                                    const float* weights, int64_t rows, float* sums) {
+    add_block<ROWS, CHUNKS, COUNT, true>(value, upcoming, count, d, weights, rows, sums);
     if (ROWS < ROW_BLOCK) return;
-    for (int64_t row = ROWS; row < rows_; row += ROWS) {
-      switch (lesser(ROWS, rows_ - row)) {
-        case 1: add_block<1, CHUNKS, COUNT, false>(values, row, count, d); break;
-        case 2: add_block<2, CHUNKS, COUNT, false>(values, row, count, d); break;
-        case 3: add_block<3, CHUNKS, COUNT, false>(values, row, count, d); break;
-        case 4: add_block<4, CHUNKS, COUNT, false>(values, row, count, d); break;
+    for (int64_t row = ROWS; row < rows; row += ROWS) {
+      const float* of_rows = weights + row * DECODE_TILE;
+      float* to = sums + row * CHUNK;
+      switch (lesser(ROWS, rows - row)) {
+        case 1: add_block<1, CHUNKS, COUNT, false>(value, upcoming, count, d, of_rows, rows, to); break;
+        case 2: add_block<2, CHUNKS, COUNT, false>(value, upcoming, count, d, of_rows, rows, to); break;
+        case 3: add_block<3, CHUNKS, COUNT, false>(value, upcoming, count, d, of_rows, rows, to); break;
+        case 4: add_block<4, CHUNKS, COUNT, false>(value, upcoming, count, d, of_rows, rows, to); break;
       }
     }
   }
 
   // Sums of ROWS rows and CHUNKS chunks, in registers, += weights x values.
   template <int ROWS, int CHUNKS, int COUNT, bool FIRST>
-  PAGEDFLASH_INLINE void add_block(const Values& values, int64_t row, int64_t count, int64_t d) {
-    const int64_t value_size = value_size_, v_head_dim = v_head_dim_;
-    const float* weights = values.weights + row * DECODE_TILE;
-    float* sums = values.sums + row * value_size + d;
+  PAGEDFLASH_INLINE void add_block(const T* const* value, const T* const* upcoming, int64_t count, int64_t d,
+                                   const float* weights, int64_t rows, float* sums) {
+    const int64_t v_head_dim = v_head_dim_;
     Vec sum[ROWS][2 * CHUNKS];
-    for (int r = 0; r < ROWS; r++)
-      for (int i = 0; i < 2 * CHUNKS; i++) sum[r][i] = load(sums + r * value_size + i * LANES);
+    for (int c = 0; c < CHUNKS; c++)
+      for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < 2; i++) sum[r][2 * c + i] = load(sums + (c * rows + r) * CHUNK + i * LANES);
     const auto add_token = [&](int64_t j) {
       for (int c = 0; c < CHUNKS; c++) {
         const int64_t at = d + c * CHUNK;
         if (FIRST && at * sizeof(T) % LINE == 0)
-          for (int i = 0; i < CHUNK; i += LINE / sizeof(T)) fetch(values.upcoming[j] + at + i);
-        const Chunk chunk = COUNT ? load_chunk(values.value[j] + at) : load_chunk_of(values.value[j], at, v_head_dim);
+          for (int i = 0; i < CHUNK; i += LINE / sizeof(T)) fetch(upcoming[j] + at + i);
+        const Chunk chunk = COUNT ? load_chunk(value[j] + at) : load_chunk_of(value[j], at, v_head_dim);
         for (int r = 0; r < ROWS; r++) {
           const Vec weight = splat(weights[r * DECODE_TILE + j]);
           sum[r][2 * c] = fma(weight, chunk.a, sum[r][2 * c]);
@@ -317,15 +327,17 @@ class Decode {
     } else {
       for (int64_t j = 0; j < count; j++) add_token(j);
     }
-    for (int r = 0; r < ROWS; r++)
-      for (int i = 0; i < 2 * CHUNKS; i++) store(sums + r * value_size + i * LANES, sum[r][i]);
+    for (int c = 0; c < CHUNKS; c++)
+      for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < 2; i++) store(sums + (c * rows + r) * CHUNK + i * LANES, sum[r][2 * c + i]);
   }
 
   void finish() {
     for (int64_t i = 0; i < heads_ * rows_; i++) {
-      float* values = my_.values + i * value_size_;
-      for (int64_t d = 0; d < value_size_; d += CHUNK) {
-        Chunk chunk = {load(values + d), load(values + d + LANES)};
+      const float* chunks = row_values(i);
+      float values[MAX_HEAD_DIM + CHUNK];
+      for (int64_t d = 0; d < value_size_; d += CHUNK, chunks += rows_ * CHUNK) {
+        Chunk chunk = {load(chunks), load(chunks + LANES)};
         restore_order<T>(chunk);
         store(values + d, chunk.a);
         store(values + d + LANES, chunk.b);

@@ -56,12 +56,12 @@ void run_tasks(const Kernels& kernels, const Plan& plan, int64_t workers, char* 
 }
 
 Status attend(const Kernels& kernels, const AttentionCall& call) {
-  Plan plan;
-  if (!plan.make(call)) return OUT_OF_MEMORY;
-  if (!plan.tasks.size()) return DONE;
-
   uint32_t threads = 1;
   torch_get_num_threads(&threads);
+  Plan plan;
+  if (!plan.make(call, threads)) return OUT_OF_MEMORY;
+  if (!plan.tasks.size()) return DONE;
+
   const int64_t workers = lesser(threads, plan.tasks.size());
   const int64_t scratch_bytes = round_up(kernels.scratch_bytes(call), ALIGNMENT);
   const int64_t partial_floats = plan.partial_rows * (call.write.v_head_dim + 1);

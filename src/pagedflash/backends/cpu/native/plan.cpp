@@ -13,8 +13,9 @@ constexpr int64_t MIN_DECODE_KEYS = 256;
 constexpr int64_t TARGET_PREFILL_TASKS = 64;
 constexpr int64_t MIN_PREFILL_KEYS = 512;
 constexpr int64_t CHUNK_MULTIPLE = 64;
-// Short sequences are split by heads instead: parts of at least this many bytes of keys and values.
-constexpr int64_t TARGET_SHORT_TASKS = 16;
+// Short sequences are split by heads instead, where there are fewer of them than this for each thread: parts of at least so
+// many bytes of keys and values. No more than needed, since a part skips the memory of the other heads.
+constexpr int64_t SHORT_TASKS_PER_THREAD = 2;
 constexpr int64_t MIN_PART_BYTES = 64 << 10;
 
 Sequence describe(const AttentionCall& call, int64_t b) {
@@ -63,7 +64,7 @@ int64_t chunk_keys(const AttentionCall& call, int64_t span, int64_t spans, int64
 
 }  // namespace
 
-bool Plan::make(const AttentionCall& of_call) {
+bool Plan::make(const AttentionCall& of_call, int64_t threads) {
   call = &of_call;
   const int64_t batch = call->write.batch, kv_heads = call->write.kv_heads;
   int64_t decode_keys = 0, decode_sequences = 0, prefill_tasks = 0;
@@ -92,7 +93,7 @@ bool Plan::make(const AttentionCall& of_call) {
                             element_size(call->write.dtype);
       const int64_t parts = chunk < keys.size()
                                 ? 1
-                                : lesser(lesser(kv_heads, divide_up(TARGET_SHORT_TASKS, decode_sequences)),
+                                : lesser(lesser(kv_heads, divide_up(SHORT_TASKS_PER_THREAD * threads, decode_sequences)),
                                       greater(1, bytes / MIN_PART_BYTES));
       if (!add_decode(s, keys, chunk, parts)) return false;
     } else {

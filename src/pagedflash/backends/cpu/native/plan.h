@@ -3,8 +3,8 @@
 // A "row" is one query of one query head. The rows of one key head are ordered query by query, the heads of its group
 // together: row r is query r / group of query head kv_head * group + r % group.
 //
-// Nothing here depends on the number of threads, and every task writes to its own place: the answer is the same, bit for
-// bit, whatever the number of threads and whichever thread takes which task.
+// How keys are split does not depend on the number of threads, and every task writes to its own place: the answer is the
+// same, bit for bit, whatever the number of threads and whichever thread takes which task.
 #pragma once
 
 #include <stdlib.h>
@@ -105,7 +105,7 @@ struct Plan {
   float* partial_lse = nullptr;  // (partial_rows), base 2, sinks not counted, -inf if no key was seen
 
   // False if memory ran out. Rows that belong to no task are answered at once: out 0, LSE +inf.
-  bool make(const AttentionCall& of_call);
+  bool make(const AttentionCall& of_call, int64_t threads);
 
  private:
   bool add_decode(int64_t sequence, Range keys, int64_t chunk, int64_t head_parts);
