@@ -37,27 +37,9 @@ class _Described:
     def kept(self) -> dict[object, Any] | None:
         """What was found out about calls alike, to be added to: by the check, and by backends.
 
-        Alike are calls of the same shapes, strides, dtypes, devices and options, at any addresses and with any values.
-        None where that cannot be told: with wrong types, tensor subclasses or symbolic sizes.
+        None where that cannot be told (see :func:`_kept_for`).
         """
-        tensors, options = self._parts()
-        signature: list[object] = [options, torch.is_grad_enabled()]
-        for tensor in tensors:
-            if tensor is None:
-                signature.append(None)
-            elif tensor.__class__ is Tensor or tensor.__class__ is Parameter:  # sinks come as parameters
-                signature += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
-            else:
-                return None
-        try:
-            kept = _kept.get(key := tuple(signature))
-        except TypeError:  # unhashable: symbolic sizes
-            return None
-        if kept is None:
-            if len(_kept) == KEPT_AT_MOST:
-                _kept.clear()
-            kept = _kept[key] = {}
-        return kept
+        return _kept_for(*self._parts())
 
     def once(self, key: object, make: Callable[[], Made]) -> Made:
         """What ``make()`` gives, made for the first of the calls alike and kept under ``key``."""
@@ -194,6 +176,53 @@ KEPT_AT_MOST = 4096
 """Signatures that anything is remembered for; where there are more, all is forgotten."""
 
 _kept: dict[tuple[object, ...], dict[object, Any]] = {}
+
+
+def _kept_for(tensors: Tensors, options: tuple[object, ...]) -> dict[object, Any] | None:
+    """What is kept for calls with such tensors and these options.
+
+    Alike are tensors of the same shapes, strides, dtypes and devices, at any addresses and with any values. None where
+    that cannot be told: with wrong types, tensor subclasses or symbolic sizes.
+    """
+    signature: list[object] = [options, torch.is_grad_enabled()]
+    for tensor in tensors:
+        if tensor is None:
+            signature.append(None)
+        elif tensor.__class__ is Tensor or tensor.__class__ is Parameter:  # sinks come as parameters
+            signature += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+        else:
+            return None
+    try:
+        kept = _kept.get(key := tuple(signature))
+    except TypeError:  # unhashable: symbolic sizes
+        return None
+    if kept is None:
+        if len(_kept) == KEPT_AT_MOST:
+            _kept.clear()
+        kept = _kept[key] = {}
+    return kept
+
+
+def remember(tensors: Tensors, options: tuple[object, ...], call: AttentionCall) -> None:
+    """Keep how the arguments of a call that has passed :func:`check` became its description.
+
+    ``tensors`` are the arguments in the order of the description's fields, ``options`` all others. Only where no tensor
+    had to be converted: then the next arguments alike are the next description's tensors.
+    """
+    if torch.compiler.is_compiling() or any(a is not b for a, b in zip(tensors, call)):
+        return
+    if (kept := _kept_for(tensors, options)) is not None and call.kept is not None:
+        kept["described"] = call[NUM_TENSORS:], call.kept
+
+
+def recall(tensors: Tensors, options: tuple[object, ...]) -> AttentionCall | None:
+    """The description of arguments like those of an earlier call, without looking at each of them again; or None."""
+    if torch.compiler.is_compiling() or not (kept := _kept_for(tensors, options)):
+        return None
+    numbers, kept_of_call = kept["described"]
+    call = AttentionCall(*tensors, *numbers)  # type: ignore[arg-type]
+    call.kept = kept_of_call
+    return call
 
 
 def cache_capacity(keys: Tensor, block_table: Tensor | None) -> int:

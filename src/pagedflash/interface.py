@@ -37,7 +37,9 @@ from .call import (
     check_shape,
     check_tensor,
     check_write,
+    recall,
     refuse,
+    remember,
 )
 from .ops import attention, attention_with_append, is_watched, write_cache
 
@@ -253,6 +255,16 @@ def flash_attn_with_kvcache(
     Source: flash-attn's ``flash_attn_with_kvcache``; Kwon et al., "PagedAttention" (2023); Su et al., "RoFormer" (2021).
     """
     table = _one_of("block_table", block_table, "page_table", page_table)
+    names = _names(KVCACHE_NAMES, learnable_sink, page_table)
+    # A decode step is mostly like the one before, and short: what its arguments come to is not worked out again.
+    tensors = (
+        q, k_cache, v_cache, k, v, None, None, None, cache_seqlens, cache_batch_idx, cache_leftpad, table,
+        rotary_cos, rotary_sin, alibi_slopes, s_aux,
+    )  # fmt: skip
+    options = (softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits, learnable_sink is None)
+    if (known := recall(tensors, options)) is not None:
+        return _run(known, names, False, return_softmax_lse)
+
     _check_dims("q", q, 4)
     _check_dims("k_cache", k_cache, 4)
     _check_dims("v_cache", v_cache, 4)
@@ -280,8 +292,10 @@ def flash_attn_with_kvcache(
         rotary_interleaved=bool(rotary_interleaved),
         num_splits=_integer("num_splits", num_splits),
     )
-    names = _names(KVCACHE_NAMES, learnable_sink, page_table)
-    return _run(call, names, False, return_softmax_lse)
+    output = _run(call, names, False, return_softmax_lse)
+    if learnable_sink is None:
+        remember(tensors, options, call)
+    return output
 
 
 def kv_paged_write(

@@ -37,6 +37,9 @@ constexpr int chunks_at_once(int rows) {
   return rows == 3 ? ACCUMULATORS / 4 : least(ACCUMULATORS / 2 / rows, 128 / (2 * LANES));
 }
 
+// A single row works so little on each line that the processor's own prefetching keeps up; asking would only be more work.
+constexpr bool asks_ahead(int rows) { return rows > 1; }
+
 template <class T>
 struct DecodeScratch {
   DecodeScratch(Carver carver, const AttentionCall& call, int64_t heads, int64_t rows) {
@@ -155,7 +158,7 @@ class Decode {
             upcoming[j] = k[t + j + ahead] + offset;
           }
           float* scores = my_.scores + head * rows * DECODE_TILE + t;
-          score_block<ROWS, TOKENS, true>(key, upcoming, query, rows, scores);
+          score_block<ROWS, TOKENS, asks_ahead(ROWS)>(key, upcoming, query, rows, scores);
           if (ROWS < ROW_BLOCK) continue;
           for (int64_t row = ROWS; row < rows; row += ROWS) {
             const Query* of_rows = query + row * CHUNK;
@@ -173,12 +176,12 @@ class Decode {
   }
 
   // Dot products of ROWS query rows with TOKENS keys. Each pair has a register of sums (or two, one for every other chunk);
-  // totals() then folds LANES of these registers into one. The first block of rows asks for what is `upcoming`.
+  // totals() then folds LANES of these registers into one. One block of rows (ASKS) asks for what is `upcoming`.
   //
   //            key t   key t+1            a loaded chunk of a key meets all ROWS rows,
   //   row 0    sum     sum                a row's chunk comes from the nearest cache
   //   row 1    sum     sum
-  template <int ROWS, int TOKENS, bool FIRST>
+  template <int ROWS, int TOKENS, bool ASKS>
   PAGEDFLASH_INLINE void score_block(const T* const* key, const T* const* upcoming, const Query* query, int64_t rows,
                                      float* scores) {
     constexpr int SUMS = (ROWS * TOKENS + LANES - 1) / LANES * LANES;
@@ -188,14 +191,14 @@ class Decode {
     for (int chain = 0; chain < CHAINS; chain++)
       for (int i = 0; i < SUMS; i++) sum[chain][i] = zero();
     for (int64_t d = 0; d < whole; d += STEP) {
-      if (FIRST)
+      if (ASKS)
         for (int j = 0; j < TOKENS; j++) fetch_step(upcoming[j] + d);
 #pragma GCC unroll 4
       for (int c = 0; c < STEP; c += CHUNK)
         score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key(key[j] + d + c); }, query + (d + c) * rows,
                                   sum[c / CHUNK % CHAINS]);
     }
-    if (FIRST && whole < head_dim)
+    if (ASKS && whole < head_dim)
       for (int j = 0; j < TOKENS; j++) fetch_step(upcoming[j] + whole);
     for (int64_t d = whole; d < head_dim; d += CHUNK)
       score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key_part(key[j] + d, head_dim - d); }, query + d * rows,
@@ -285,7 +288,7 @@ class Decode {
   template <int ROWS, int CHUNKS, int COUNT>
   PAGEDFLASH_INLINE void add_chunks(const T* const* value, const T* const* upcoming, int64_t count, int64_t d,
                                     const float* weights, int64_t rows, float* sums) {
-    add_block<ROWS, CHUNKS, COUNT, true>(value, upcoming, count, d, weights, rows, sums);
+    add_block<ROWS, CHUNKS, COUNT, asks_ahead(ROWS)>(value, upcoming, count, d, weights, rows, sums);
     if (ROWS < ROW_BLOCK) return;
     for (int64_t row = ROWS; row < rows; row += ROWS) {
       const float* of_rows = weights + row * DECODE_TILE;
@@ -300,7 +303,7 @@ class Decode {
   }
 
   // Sums of ROWS rows and CHUNKS chunks, in registers, += weights x values.
-  template <int ROWS, int CHUNKS, int COUNT, bool FIRST>
+  template <int ROWS, int CHUNKS, int COUNT, bool ASKS>
   PAGEDFLASH_INLINE void add_block(const T* const* value, const T* const* upcoming, int64_t count, int64_t d,
                                    const float* weights, int64_t rows, float* sums) {
     const int64_t v_head_dim = v_head_dim_;
@@ -311,7 +314,7 @@ class Decode {
     const auto add_token = [&](int64_t j) {
       for (int c = 0; c < CHUNKS; c++) {
         const int64_t at = d + c * CHUNK;
-        if (FIRST && at * sizeof(T) % LINE == 0)
+        if (ASKS && at * sizeof(T) % LINE == 0)
           for (int i = 0; i < CHUNK; i += LINE / sizeof(T)) fetch(upcoming[j] + at + i);
         const Chunk chunk = COUNT ? load_chunk(value[j] + at) : load_chunk_of(value[j], at, v_head_dim);
         for (int r = 0; r < ROWS; r++) {
