@@ -3,6 +3,9 @@
 //   pagedflash_attention     screen -> kv_write -> plan -> decode and prefill tasks -> combine
 //   pagedflash_kv_write      screen -> kv_write
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "kernels.h"
 #include "screen.h"
@@ -35,6 +38,17 @@ void parallel(int64_t count, int64_t grain, const Body& body) {
 
 constexpr int64_t GRAIN_BYTES = 64 << 10;  // less is not worth waking a thread for
 constexpr int64_t ALIGNMENT = 64;
+
+// A large answer lies in memory that nobody has touched: thousands of page faults, or few where the system has huge pages to
+// give. Only advice (as NumPy gives for its arrays); what comes of it changes no result.
+void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t HUGE_PAGE = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / HUGE_PAGE * HUGE_PAGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 void kv_write(const Kernels& kernels, const CacheWrite& write) {
   const int64_t token_bytes = write.kv_heads * (write.head_dim + write.v_head_dim) * element_size(write.dtype);
@@ -71,6 +85,8 @@ Status attend(const Kernels& kernels, const AttentionCall& call) {
   plan.partial_out = reinterpret_cast<float*>(scratch + workers * scratch_bytes);
   plan.partial_lse = plan.partial_out + plan.partial_rows * call.write.v_head_dim;
 
+  const int64_t sequences = call.cu_seqlens_q ? 1 : call.write.batch;
+  ask_for_huge_pages(call.out, sequences * call.q_tokens * call.q_heads * call.write.v_head_dim * element_size(call.write.dtype));
   run_tasks(kernels, plan, workers, scratch, scratch_bytes);
   if (plan.merged_rows) {
     const int64_t row_bytes = plan.partial_rows / plan.merged_rows * call.write.v_head_dim * sizeof(float);
