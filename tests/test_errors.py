@@ -396,3 +396,46 @@ def test_return_values_follow_flash_attn():
     assert probabilities.numel() == 0
     assert len(pagedflash.flash_attn_func(**arguments, return_softmax_lse=True)) == 2
     assert isinstance(pagedflash.flash_attn_with_kvcache(**paged(2, 2, 32, torch.float32)), Tensor)
+
+
+ANOTHER_CALL: dict[str, Callable[[Arguments], Arguments]] = {
+    "options": lambda call: dict(causal=True, softcap=5.0, window_size=(2, 0)),
+    "a list for a tuple": lambda call: dict(window_size=[2, 0]),
+    "int64": lambda call: dict(cache_seqlens=call["cache_seqlens"].long(), block_table=call["block_table"].long()),
+    "an int for lengths": lambda call: dict(cache_seqlens=5),
+    "strided queries": lambda call: dict(q=call["q"].transpose(2, 3).contiguous().transpose(2, 3)),
+    "sinks": lambda call: dict(s_aux=torch.ones(call["q"].shape[2])),
+    "sinks in bfloat16": lambda call: dict(s_aux=torch.ones(call["q"].shape[2], dtype=torch.bfloat16)),
+    "sinks by their other name": lambda call: dict(learnable_sink=torch.ones(call["q"].shape[2])),
+    "a table by its other name": lambda call: dict(block_table=None, page_table=call["block_table"]),
+    "other values": lambda call: {name: call[name] + 1 for name in ("q", "k_cache", "v_cache")},
+}
+
+
+@pytest.mark.parametrize("change", ANOTHER_CALL)
+def test_what_is_remembered_of_calls_alike_changes_no_other(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call gives what it gives as the first of its process, after itself and after another one."""
+
+    def run(arguments: Arguments) -> Tensor:
+        caches = {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
+        return pagedflash.flash_attn_with_kvcache(**arguments | caches)
+
+    call = paged(2, 2, 16, torch.float32)
+    other = call | ANOTHER_CALL[change](call)
+    alone = []
+    for arguments in (call, other):
+        monkeypatch.setattr("pagedflash.call._kept", {})
+        alone.append(run(arguments))
+    monkeypatch.setattr("pagedflash.call._kept", {})
+    for _ in range(2):
+        for arguments, expected in zip((call, other), alone):
+            assert torch.equal(run(arguments), expected)
+
+
+def test_values_of_a_remembered_call_are_checked_again() -> None:
+    call = paged(2, 2, 16, torch.float32)
+    for _ in range(2):
+        pagedflash.flash_attn_with_kvcache(**call)
+    call["cache_seqlens"][1] = 1000
+    with pytest.raises(ValueError, match="cache_seqlens is 1000"):
+        pagedflash.flash_attn_with_kvcache(**call)

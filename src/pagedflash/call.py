@@ -178,7 +178,7 @@ KEPT_AT_MOST = 4096
 _kept: dict[tuple[object, ...], dict[object, Any]] = {}
 
 
-def _kept_for(tensors: Tensors, options: tuple[object, ...]) -> dict[object, Any] | None:
+def _kept_for(tensors: tuple[object, ...], options: tuple[object, ...]) -> dict[object, Any] | None:
     """What is kept for calls with such tensors and these options.
 
     Alike are tensors of the same shapes, strides, dtypes and devices, at any addresses and with any values. None where
@@ -203,7 +203,7 @@ def _kept_for(tensors: Tensors, options: tuple[object, ...]) -> dict[object, Any
     return kept
 
 
-def remember(tensors: Tensors, options: tuple[object, ...], call: AttentionCall) -> None:
+def remember(tensors: tuple[object, ...], options: tuple[object, ...], call: AttentionCall) -> None:
     """Keep how the arguments of a call that has passed :func:`check` became its description.
 
     ``tensors`` are the arguments in the order of the description's fields, ``options`` all others. Only where no tensor
@@ -215,7 +215,7 @@ def remember(tensors: Tensors, options: tuple[object, ...], call: AttentionCall)
         kept["described"] = call[NUM_TENSORS:], call.kept
 
 
-def recall(tensors: Tensors, options: tuple[object, ...]) -> AttentionCall | None:
+def recall(tensors: tuple[object, ...], options: tuple[object, ...]) -> AttentionCall | None:
     """The description of arguments like those of an earlier call, without looking at each of them again; or None."""
     if torch.compiler.is_compiling() or not (kept := _kept_for(tensors, options)):
         return None

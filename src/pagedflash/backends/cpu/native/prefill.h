@@ -28,7 +28,7 @@ namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
 constexpr int64_t PANEL = GEMM_VECS * LANES;  // columns of a packed panel: keys, or elements of values
-constexpr int64_t PREFILL_TILE = 64;          // keys
+constexpr int64_t PREFILL_TILE = 128;         // keys
 
 // c (GEMM_ROWS x PANEL) = a (GEMM_ROWS x depth) x b (depth x PANEL), or with shrink = c * shrink[row] + a x b.
 PAGEDFLASH_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
@@ -37,6 +37,7 @@ PAGEDFLASH_INLINE void multiply_block(const float* a, int64_t a_stride, const fl
   for (int r = 0; r < GEMM_ROWS; r++)
     for (int i = 0; i < GEMM_VECS; i++)
       sum[r][i] = shrink ? mul(splat(shrink[r]), load(c + r * c_stride + i * LANES)) : zero();
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k++) {
     Vec column[GEMM_VECS];
     for (int i = 0; i < GEMM_VECS; i++) column[i] = load(b + k * PANEL + i * LANES);
