@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from cases import LAYOUTS, assert_matches_reference, random_call
 
 import pagedflash
 from pagedflash.backends import triton as backend
-from pagedflash.backends.triton import launch, run
+from pagedflash.backends.triton import launch, run, tickets
 from pagedflash.call import AttentionCall
 
 
@@ -86,7 +87,7 @@ def test_one_long_sequence_is_split_over_all_programs(device: str, launches: Lau
     call = _decode_call(device, [1100, 3, 0])
     assert_matches_reference(call, backend.attention)
     shape = launch.decode_shape(2, 32, 4)
-    assert launches.kernels == ["decode", "combine"]
+    assert launches.kernels == ["decode"]
     assert launches.programs[:1] == [launch.processors(call.q.device) * shape.programs_per_processor]
     tiles_of_the_long_one = -(-1100 // shape.block_n)
     assert tiles_of_the_long_one > 2, "the premise: it has tiles for more than one program"
@@ -107,22 +108,30 @@ def test_one_program_takes_each_of_many_short_segments(device: str, launches: La
     assert launches.kernels == ["decode"]
 
 
-@pytest.mark.parametrize("num_splits, kernels", ((1, ["decode"]), (3, ["decode", "combine"])))
-def test_num_splits_sets_the_number_of_programs(
-    device: str, launches: Launches, num_splits: int, kernels: list[str]
-) -> None:
+@pytest.mark.parametrize("num_splits", (1, 3))
+def test_num_splits_sets_the_number_of_programs(device: str, launches: Launches, num_splits: int) -> None:
     call = _decode_call(device, [700, 700])._replace(num_splits=num_splits)
     assert_matches_reference(call, backend.attention)
-    assert launches.kernels == kernels
+    assert launches.kernels == ["decode"]
     assert launches.programs[0] == 2 * 2 * num_splits
 
 
-@pytest.mark.parametrize("lengths, kernels", (([33, 1100], ["decode", "combine"]), ([33, 50], ["decode"])), ids=str)
-def test_append_rotary_and_decode_take_at_most_two_launches(
-    device: str, launches: Launches, lengths: list[int], kernels: list[str]
-) -> None:
+@pytest.mark.parametrize("lengths", ([33, 1100], [33, 50]), ids=str)
+def test_append_rotary_and_decode_are_one_launch(device: str, launches: Launches, lengths: list[int]) -> None:
     assert_matches_reference(_decode_call(device, lengths, append=True), backend.attention)
-    assert launches.kernels == kernels
+    assert launches.kernels == ["decode"]
+
+
+def test_tickets_are_put_back(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.Tensor] = []
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        given.append(tickets.tickets(*arguments))
+        return given[-1]
+
+    monkeypatch.setattr(run, "tickets", watched)
+    assert_matches_reference(_decode_call(device, [1100, 3, 0, 600]), backend.attention)
+    assert given and not any(some.any() for some in given)
 
 
 def test_more_sequences_than_one_block_of_lengths(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +154,7 @@ def test_keys_left_of_the_window_are_not_touched(device: str, launches: Launches
         call.k[page, token % 16] = torch.nan
         call.v[page, token % 16] = torch.nan
     again, _ = backend.attention(call)
-    assert launches.kernels == (["decode", "combine"] if queries == 1 else ["prefill"]) * 2
+    assert launches.kernels == ["decode" if queries == 1 else "prefill"] * 2
     assert torch.equal(out, again)
 
 
@@ -191,6 +200,41 @@ def test_a_captured_graph_follows_lengths_tables_and_contents(device: str) -> No
             return out, lse
 
         assert_matches_reference(fresh, replay)
+
+
+def test_calls_at_the_same_time_share_no_tickets(device: str) -> None:
+    """Eager calls on several streams, and graphs captured on one stream but replayed on several."""
+    _on_gpu(device)
+    call = _decode_call(device, [3000, 600, 5], dtype=torch.float16)
+    want, _ = backend.attention(call)
+    graphs, outs = [torch.cuda.CUDAGraph() for _ in range(4)], []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            outs.append(backend.attention(call)[0])
+    streams = [torch.cuda.Stream() for _ in range(8)]
+    for _ in range(50):
+        eager = []
+        for graph, replaying, calling in zip(graphs, streams[::2], streams[1::2]):
+            with torch.cuda.stream(replaying):
+                graph.replay()
+            with torch.cuda.stream(calling):
+                eager.append(backend.attention(call)[0])
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, want) for out in (*outs, *eager))
+
+
+def test_captured_calls_do_without_the_reserve(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _on_gpu(device)
+    call = _decode_call(device, [3000, 600, 5], dtype=torch.float16)
+    want, _ = backend.attention(call)
+    monkeypatch.setattr(tickets, "_reserves", {})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = backend.attention(call)
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, want)
 
 
 def test_nothing_waits_for_the_device(device: str) -> None:

@@ -1,6 +1,6 @@
 """The Triton backend: ``kv_write``, ``decode``, ``combine`` and ``prefill`` for NVIDIA GPUs, and what else Triton runs on.
 
-A call with few queries is at most two launches, ``decode`` and ``combine``: decode appends new tokens itself. A call with
+A call with few queries is one launch: ``decode`` appends new tokens itself, and ``combine`` is its last stage. A call with
 many is ``kv_write``, if it appends, and ``prefill``. Nothing is read on the host, so every call can be captured in a CUDA
 graph, and replayed with other lengths, tables and contents.
 """

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ...call import NUM_TENSORS, NUM_WRITE_TENSORS, AttentionCall, CacheWrite, Tensors
-from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
 from .kernels.prefill import prefill
@@ -23,12 +22,12 @@ from .launch import (
     Shape,
     addresses,
     decode_shape,
-    has_dependent_launch,
     power_of_two,
     prefill_shape,
     processors,
     stride_factor,
 )
+from .tickets import tickets
 
 MAX_DECODE_ROWS = 64
 """Queries times group up to which a call goes to ``decode``, which holds them all in one tile of rows."""
@@ -59,12 +58,12 @@ class _Plan(NamedTuple):
     writes_first: bool = False  # more new tokens than ``decode`` appends itself
     prefill: Launch | None = None
     decode: Launch | None = None
+    segments: int = 0  # of which programs of ``decode`` may have parts
     scratch: int = 0  # float32 elements of partial results
-    combine: Launch | None = None  # where programs of ``decode`` leave partial results
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Append (if asked), then attend with ``decode`` (and ``combine``) or ``prefill``."""
+    """Append (if asked), then attend with ``decode`` or ``prefill``."""
     q = call.q
     dtype, device = q.dtype, q.device
     if _is_elsewhere(device):
@@ -83,20 +82,15 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     elif plan.decode is None:
         out.zero_()
         lse.fill_(math.inf)
-    elif plan.combine is None:
-        plan.decode((None, out, lse, *tensors), (None, out.data_ptr(), lse.data_ptr(), *pointers))
+    elif not plan.scratch:
+        plan.decode((None, None, out, lse, *tensors), (None, None, out.data_ptr(), lse.data_ptr(), *pointers))
     else:
+        counters = tickets(device, plan.segments)
         partials = torch.empty_strided((plan.scratch,), (1,), dtype=torch.float32, device=device)
-        results = (partials.data_ptr(), out.data_ptr(), lse.data_ptr())
-        plan.decode((partials, out, lse, *tensors), (*results, *pointers))
-        _, _, _, _, _, cu_q, cu_k, used_q, used_k, _, leftpad, *_, sinks = pointers
-        plan.combine(
-            (
-                partials, out, lse, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
-                call.cache_leftpad, call.sinks,
-            ),
-            (*results, cu_q, cu_k, used_q, used_k, leftpad, sinks),
-        )  # fmt: skip
+        plan.decode(
+            (counters, partials, out, lse, *tensors),
+            (counters.data_ptr(), partials.data_ptr(), out.data_ptr(), lse.data_ptr(), *pointers),
+        )
     return out, lse
 
 
@@ -145,49 +139,19 @@ def _with_decode(plan: _Plan, call: AttentionCall, fused_tokens: int, aligned: b
     programs = processors(device) * shape.programs_per_processor
     if whole or call.num_splits:
         programs = segments * max(call.num_splits, 1)
-    dependent = not whole and has_dependent_launch(device)
 
     no_strides = (0, 0, 0)
     new_strides = [no_strides if new is None else new.stride()[:3] for new in (call.k_new, call.v_new)]
     numbers, constants = _arguments(call, (*new_strides[0], *new_strides[1]), aligned)
     numbers += (fused_tokens, call.k.shape[0])
+    block_parts = max(1, min(64, 4096 // (rows * block_dv)))
     constants += (
-        rows, shape.block_m, shape.block_n, block_d, block_dv, block_b, block_new, whole, dependent,
+        rows, shape.block_m, shape.block_n, block_d, block_dv, block_b, block_new, block_parts, whole,
     )  # fmt: skip
     plan = plan._replace(decode=Launch(decode, (programs, 1, 1), numbers, constants, shape, device, aligned))
     if whole:
         return plan
-
-    # Rows together where there are enough segments to fill the device, else one by one.
-    some_rows = rows if segments >= processors(device) else 1
-    combine_numbers = (
-        batch,
-        call.q.shape[0],
-        call.max_seqlen_q,
-        call.capacity,
-        _new_tokens(call),
-        fused_tokens,
-        call.window_left,
-        programs,
-    )
-    combine_constants = (
-        kv_heads,
-        group,
-        call.v.shape[-1],
-        call.window_left >= 0,
-        rows,
-        some_rows,
-        shape.block_n,
-        block_dv,
-        block_b,
-        max(1, min(64, 8192 // (some_rows * block_dv))),
-        dependent,
-    )
-    grid = (kv_heads * rows // some_rows, batch, 1)
-    return plan._replace(
-        scratch=(segments + programs) * rows * (block_dv + 2),
-        combine=Launch(combine, grid, combine_numbers, combine_constants, Shape(0, 0, 4, 1), device, aligned, dependent),
-    )
+    return plan._replace(segments=segments, scratch=(segments + programs) * rows * (block_dv + 2))
 
 
 def _arguments(
