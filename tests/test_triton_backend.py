@@ -24,7 +24,16 @@ from pagedflash.backends.triton import launch, run, tickets
 from pagedflash.call import AttentionCall
 
 
+@pytest.fixture(params=("a stage", "a kernel"))
+def combine_is(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether partial results are merged in ``decode``, or by a kernel of its own."""
+    monkeypatch.setattr(run, "MAX_MERGED_PARTS", 2**20 if request.param == "a stage" else 0)
+    monkeypatch.setattr("pagedflash.call._kept", {})
+    return request.param
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("combine_is")
 def test_all_options(rng: random.Random, rounds, device: str, layout: str) -> None:  # type: ignore[no-untyped-def]
     for _ in range(rounds(2)):
         assert_matches_reference(random_call(rng, layout=layout, device=device), backend.attention)
@@ -83,16 +92,21 @@ def _decode_call(device: str, lengths: list[int], *, page_size: int = 16, width:
     return AttentionCall(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in fields.values()))  # type: ignore[arg-type]
 
 
-def test_one_long_sequence_is_split_over_all_programs(device: str, launches: Launches) -> None:
+def kernels_of_split_keys(combine_is: str) -> list[str]:
+    return ["decode"] if combine_is == "a stage" else ["decode", "combine"]
+
+
+def test_one_long_sequence_is_split_over_all_programs(device: str, launches: Launches, combine_is: str) -> None:
     call = _decode_call(device, [1100, 3, 0])
     assert_matches_reference(call, backend.attention)
     shape = launch.decode_shape(2, 32, 4)
-    assert launches.kernels == ["decode"]
+    assert launches.kernels == kernels_of_split_keys(combine_is)
     assert launches.programs[:1] == [launch.processors(call.q.device) * shape.programs_per_processor]
     tiles_of_the_long_one = -(-1100 // shape.block_n)
     assert tiles_of_the_long_one > 2, "the premise: it has tiles for more than one program"
 
 
+@pytest.mark.usefixtures("combine_is")
 @pytest.mark.parametrize("last", (1100, 70), ids=("alike", "unlike"))
 def test_as_many_segments_as_programs(device: str, launches: Launches, last: int) -> None:
     """Alike, each has a program to itself, which stores its result; else some are shared."""
@@ -109,20 +123,24 @@ def test_one_program_takes_each_of_many_short_segments(device: str, launches: La
 
 
 @pytest.mark.parametrize("num_splits", (1, 3))
-def test_num_splits_sets_the_number_of_programs(device: str, launches: Launches, num_splits: int) -> None:
+def test_num_splits_sets_the_number_of_programs(device: str, launches: Launches, num_splits: int, combine_is: str) -> None:
     call = _decode_call(device, [700, 700])._replace(num_splits=num_splits)
     assert_matches_reference(call, backend.attention)
-    assert launches.kernels == ["decode"]
+    assert launches.kernels == (["decode"] if num_splits == 1 else kernels_of_split_keys(combine_is))
     assert launches.programs[0] == 2 * 2 * num_splits
 
 
 @pytest.mark.parametrize("lengths", ([33, 1100], [33, 50]), ids=str)
-def test_append_rotary_and_decode_are_one_launch(device: str, launches: Launches, lengths: list[int]) -> None:
+def test_append_rotary_and_decode_take_at_most_two_launches(
+    device: str, launches: Launches, lengths: list[int], combine_is: str
+) -> None:
     assert_matches_reference(_decode_call(device, lengths, append=True), backend.attention)
-    assert launches.kernels == ["decode"]
+    assert launches.kernels == (["decode"] if max(lengths) < 100 else kernels_of_split_keys(combine_is))
 
 
 def test_tickets_are_put_back(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "MAX_MERGED_PARTS", 2**20)
+    monkeypatch.setattr("pagedflash.call._kept", {})
     given: list[torch.Tensor] = []
 
     def watched(*arguments: Any) -> torch.Tensor:
@@ -142,7 +160,7 @@ def test_more_sequences_than_one_block_of_lengths(device: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("queries", (1, 90))
-def test_keys_left_of_the_window_are_not_touched(device: str, launches: Launches, queries: int) -> None:
+def test_keys_left_of_the_window_are_not_touched(device: str, launches: Launches, queries: int, combine_is: str) -> None:
     """They are NaN here: read, they would show, since 0 x NaN is NaN."""
     call = _decode_call(device, [1100], window_left=20)
     q = torch.randn(1, queries, 4, 32).to(device)
@@ -154,10 +172,11 @@ def test_keys_left_of_the_window_are_not_touched(device: str, launches: Launches
         call.k[page, token % 16] = torch.nan
         call.v[page, token % 16] = torch.nan
     again, _ = backend.attention(call)
-    assert launches.kernels == ["decode" if queries == 1 else "prefill"] * 2
+    assert launches.kernels == (kernels_of_split_keys(combine_is) if queries == 1 else ["prefill"]) * 2
     assert torch.equal(out, again)
 
 
+@pytest.mark.usefixtures("combine_is")
 def test_results_are_the_same_every_time(device: str) -> None:
     call = _decode_call(device, [600, 300, 3])
     first, _ = backend.attention(call)
@@ -202,9 +221,11 @@ def test_a_captured_graph_follows_lengths_tables_and_contents(device: str) -> No
         assert_matches_reference(fresh, replay)
 
 
-def test_calls_at_the_same_time_share_no_tickets(device: str) -> None:
+def test_calls_at_the_same_time_share_no_tickets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager calls on several streams, and graphs captured on one stream but replayed on several."""
     _on_gpu(device)
+    monkeypatch.setattr(run, "MAX_MERGED_PARTS", 2**20)
+    monkeypatch.setattr("pagedflash.call._kept", {})
     call = _decode_call(device, [3000, 600, 5], dtype=torch.float16)
     want, _ = backend.attention(call)
     graphs, outs = [torch.cuda.CUDAGraph() for _ in range(4)], []
@@ -225,6 +246,8 @@ def test_calls_at_the_same_time_share_no_tickets(device: str) -> None:
 
 def test_captured_calls_do_without_the_reserve(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _on_gpu(device)
+    monkeypatch.setattr(run, "MAX_MERGED_PARTS", 2**20)
+    monkeypatch.setattr("pagedflash.call._kept", {})
     call = _decode_call(device, [3000, 600, 5], dtype=torch.float16)
     want, _ = backend.attention(call)
     monkeypatch.setattr(tickets, "_reserves", {})

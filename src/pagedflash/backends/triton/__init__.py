@@ -1,8 +1,8 @@
 """The Triton backend: ``kv_write``, ``decode``, ``combine`` and ``prefill`` for NVIDIA GPUs, and what else Triton runs on.
 
-A call with few queries is one launch: ``decode`` appends new tokens itself, and ``combine`` is its last stage. A call with
-many is ``kv_write``, if it appends, and ``prefill``. Nothing is read on the host, so every call can be captured in a CUDA
-graph, and replayed with other lengths, tables and contents.
+A call with few queries is ``decode``, which appends new tokens itself, and ``combine`` where keys are split into many parts.
+A call with many is ``kv_write``, if it appends, and ``prefill``. Nothing is read on the host, so every call can be captured
+in a CUDA graph, and replayed with other lengths, tables and contents.
 """
 
 from __future__ import annotations

@@ -65,14 +65,18 @@ class Launch:
         shape: Shape,
         device: torch.device,
         aligned: bool,
+        dependent: bool = False,
     ) -> None:
-        """``numbers`` and ``constants`` are the kernel's, in order, behind its tensors."""
+        """``numbers`` and ``constants`` are the kernel's, in order, behind its tensors. A ``dependent`` kernel may be set
+        up while the one before it still runs, and waits for its end itself."""
         self.function = function
         self.grid = grid
         self._arguments = (*numbers, *constants)
         self._options: dict[str, Any] = dict(num_warps=shape.num_warps, num_stages=shape.num_stages)
         if shape.max_registers is not None and device.type == "cuda":
             self._options["maxnreg"] = shape.max_registers
+        if dependent:
+            self._options["launch_pdl"] = True
         self._device_index = device.index
         self._reusable = aligned and not INTERPRETED
         self._run: Any = None
@@ -124,3 +128,9 @@ def processors(device: torch.device) -> int:
     if INTERPRETED:
         return 3
     return int(torch.get_device_module(device).get_device_properties(device).multi_processor_count)
+
+
+@cache
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel can be set up while the one before it still runs (Hopper and later)."""
+    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...call import NUM_TENSORS, NUM_WRITE_TENSORS, AttentionCall, CacheWrite, Tensors
+from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
 from .kernels.prefill import prefill
@@ -22,6 +23,7 @@ from .launch import (
     Shape,
     addresses,
     decode_shape,
+    has_dependent_launch,
     power_of_two,
     prefill_shape,
     processors,
@@ -42,6 +44,9 @@ MAX_WHOLE_KEYS = 1024
 """The same in keys, where there are segments for half of the processors: even one long one among short ones is read in
 about the time that sharing costs."""
 
+MAX_MERGED_PARTS = 8
+"""Parts of a segment, on average, up to which the last program of a segment merges them; more are left to ``combine``."""
+
 FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 """Lengths that a program of ``decode`` looks at in one step: what one warp holds, or for larger batches all four."""
 
@@ -58,12 +63,13 @@ class _Plan(NamedTuple):
     writes_first: bool = False  # more new tokens than ``decode`` appends itself
     prefill: Launch | None = None
     decode: Launch | None = None
-    segments: int = 0  # of which programs of ``decode`` may have parts
     scratch: int = 0  # float32 elements of partial results
+    segments: int = 0  # that need a ticket each, where ``decode`` merges partial results itself
+    combine: Launch | None = None  # where it leaves them
 
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Append (if asked), then attend with ``decode`` or ``prefill``."""
+    """Append (if asked), then attend with ``decode`` (and ``combine``) or ``prefill``."""
     q = call.q
     dtype, device = q.dtype, q.device
     if _is_elsewhere(device):
@@ -85,12 +91,21 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     elif not plan.scratch:
         plan.decode((None, None, out, lse, *tensors), (None, None, out.data_ptr(), lse.data_ptr(), *pointers))
     else:
-        counters = tickets(device, plan.segments)
         partials = torch.empty_strided((plan.scratch,), (1,), dtype=torch.float32, device=device)
-        plan.decode(
-            (counters, partials, out, lse, *tensors),
-            (counters.data_ptr(), partials.data_ptr(), out.data_ptr(), lse.data_ptr(), *pointers),
-        )
+        results = (partials.data_ptr(), out.data_ptr(), lse.data_ptr())
+        counters = tickets(device, plan.segments) if plan.segments else None
+        place = None if counters is None else counters.data_ptr()
+        plan.decode((counters, partials, out, lse, *tensors), (place, *results, *pointers))
+        if plan.combine is None:
+            return out, lse
+        _, _, _, _, _, cu_q, cu_k, used_q, used_k, _, leftpad, *_, sinks = pointers
+        plan.combine(
+            (
+                partials, out, lse, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k,
+                call.cache_leftpad, call.sinks,
+            ),
+            (*results, cu_q, cu_k, used_q, used_k, leftpad, sinks),
+        )  # fmt: skip
     return out, lse
 
 
@@ -139,19 +154,53 @@ def _with_decode(plan: _Plan, call: AttentionCall, fused_tokens: int, aligned: b
     programs = processors(device) * shape.programs_per_processor
     if whole or call.num_splits:
         programs = segments * max(call.num_splits, 1)
+    merges_itself = programs <= MAX_MERGED_PARTS * segments
+    dependent = not whole and not merges_itself and has_dependent_launch(device)
 
     no_strides = (0, 0, 0)
     new_strides = [no_strides if new is None else new.stride()[:3] for new in (call.k_new, call.v_new)]
     numbers, constants = _arguments(call, (*new_strides[0], *new_strides[1]), aligned)
     numbers += (fused_tokens, call.k.shape[0])
-    block_parts = max(1, min(64, 4096 // (rows * block_dv)))
     constants += (
-        rows, shape.block_m, shape.block_n, block_d, block_dv, block_b, block_new, block_parts, whole,
+        rows, shape.block_m, shape.block_n, block_d, block_dv, block_b, block_new,
+        max(1, min(MAX_MERGED_PARTS, 4096 // (rows * block_dv))), whole, dependent,
     )  # fmt: skip
     plan = plan._replace(decode=Launch(decode, (programs, 1, 1), numbers, constants, shape, device, aligned))
     if whole:
         return plan
-    return plan._replace(segments=segments, scratch=(segments + programs) * rows * (block_dv + 2))
+    plan = plan._replace(scratch=(segments + programs) * rows * (block_dv + 2))
+    if merges_itself:
+        return plan._replace(segments=segments)
+
+    # Rows together where there are enough segments to fill the device, else one by one.
+    some_rows = rows if segments >= processors(device) else 1
+    combine_numbers = (
+        batch,
+        call.q.shape[0],
+        call.max_seqlen_q,
+        call.capacity,
+        _new_tokens(call),
+        fused_tokens,
+        call.window_left,
+        programs,
+    )
+    combine_constants = (
+        kv_heads,
+        group,
+        call.v.shape[-1],
+        call.window_left >= 0,
+        rows,
+        some_rows,
+        shape.block_n,
+        block_dv,
+        block_b,
+        max(1, min(64, 8192 // (some_rows * block_dv))),
+        dependent,
+    )
+    grid = (kv_heads * rows // some_rows, batch, 1)
+    return plan._replace(
+        combine=Launch(combine, grid, combine_numbers, combine_constants, Shape(0, 0, 4, 1), device, aligned, dependent),
+    )
 
 
 def _arguments(

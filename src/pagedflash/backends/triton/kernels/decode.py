@@ -3,9 +3,9 @@
 
 All query rows that share a KV head (its group of query heads, times the queries) are the rows of one tile, so that
 each key is read once. The work is split as :mod:`.schedule` says: nothing is read on the host, a captured graph follows
-when lengths change, and one long sequence among short ones occupies all processors. A part leaves its softmax state, and
-the last part of a segment to come merges them (``combine``); a program that has a segment to itself, as all have where the
-host says so (WHOLE), stores the result.
+when lengths change, and one long sequence among short ones occupies all processors. A part leaves its softmax state for
+``combine``, which is a stage of this kernel if there are tickets, else a kernel behind it; a program that has a segment to
+itself, as all have where the host says so (WHOLE), stores the result.
 
 New tokens are appended here too: the program that has a segment's last tile rotates and writes them, and attends to
 them from registers. Nobody reads a slot of the cache that is written in the same launch.
@@ -13,8 +13,9 @@ them from registers. Nobody reads a slot of the cache that is written in the sam
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from .combine import combine, is_last, store_partial
+from .combine import is_last, merge_few, store_partial
 from .keys import load_pages, load_tile, locate_sequence
 from .kv_write import write_tokens
 from .queries import clear_rows_behind, load_queries, load_slopes, query_rows, store_result, visible_bounds
@@ -95,12 +96,16 @@ def decode(
     BLOCK_NEW: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
+    HAS_DEPENDENT: tl.constexpr,
 ):
     HEADS: tl.constexpr = KV_HEADS * GROUP
     PAGED: tl.constexpr = PAGE_SIZE > 0
     HAS_ALIBI: tl.constexpr = alibi_slopes is not None
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+
+    if HAS_DEPENDENT:
+        gdc_launch_dependents()  # combine may be set up while this runs
 
     # Strides come divided by ALIGN, so that the compiler sees by what they can be divided.
     q_batch_stride *= ALIGN
@@ -228,14 +233,19 @@ def decode(
                 segment = b * KV_HEADS + kv_head
                 parts = batch * KV_HEADS + programs
                 store_partial(partials, parts, segment + program, acc, row_max, row_sum, ROWS, BLOCK_M, BLOCK_DV)
-                first_sharer = program_at(segment_begin, sharers, line)
-                last_sharer = program_at(segment_begin + tiles - 1, sharers, line)
-                if is_last(tickets + segment, last_sharer - first_sharer):
-                    combine(
-                        partials, parts, segment + first_sharer, segment + last_sharer, out, lse, b, kv_head, first_row,
-                        owned_rows, sinks, cu_seqlens_q, total_rows, dense_queries,
-                        GROUP, HEADS, DV, ROWS, BLOCK_DV, BLOCK_PARTS,
-                    )  # fmt: skip
+                if tickets is not None:
+                    first_sharer = program_at(segment_begin, sharers, line)
+                    last_sharer = program_at(segment_begin + tiles - 1, sharers, line)
+                    if is_last(tickets + segment, last_sharer - first_sharer):
+                        merged, merged_max, merged_sum = merge_few(
+                            partials, parts, segment + first_sharer, segment + last_sharer, ROWS, BLOCK_DV, BLOCK_PARTS
+                        )
+                        row_of_all = tl.arange(0, ROWS)
+                        store_result(
+                            out, lse, merged, merged_max, merged_sum, b, first_row, row_of_all // GROUP,
+                            kv_head * GROUP + row_of_all % GROUP, row_of_all // GROUP < owned_rows, sinks,
+                            cu_seqlens_q, total_rows, dense_queries, HEADS, DV, BLOCK_DV,
+                        )  # fmt: skip
         if count == tiles:
             store_result(
                 out, lse, acc, row_max, row_sum, b, first_row, i, head, i < owned_rows, sinks,

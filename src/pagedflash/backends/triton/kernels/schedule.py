@@ -9,7 +9,7 @@ The work is a line of tiles of BLOCK_N keys, sequence by sequence, KV head by KV
 
 A segment is one (sequence, KV head); a part is what one program has of one segment. Along the line either the segment
 or the program steps on from one part to the next, so (segment + program) numbers the parts. A segment in one part is
-finished by its program; the parts of the others are merged by ``combine``.
+finished by its program; the others are left to ``combine``.
 Source of the split: Dao et al., "Flash-Decoding" (2023); of the equal shares: Osama et al., "Stream-K" (2023).
 """
 
