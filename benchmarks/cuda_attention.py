@@ -337,7 +337,7 @@ def overhead_table() -> None:
     q = torch.randn(1, 200, 32, 128, device=DEVICE, dtype=torch.bfloat16)
     calls: dict[str, Callable[[], object]] = {
         "decode": lambda: pagedflash.flash_attn_with_kvcache(**inputs, causal=True),  # type: ignore[arg-type]
-        "decode of 4096 keys, two launches": lambda: pagedflash.flash_attn_with_kvcache(**long_inputs, causal=True),  # type: ignore[arg-type]
+        "decode of 4096 keys, shared by programs": lambda: pagedflash.flash_attn_with_kvcache(**long_inputs, causal=True),  # type: ignore[arg-type]
         "append + rotary + decode": lambda: pagedflash.flash_attn_with_kvcache(**inputs, **appending, causal=True),  # type: ignore[arg-type]
         "prefill": lambda: pagedflash.flash_attn_func(q, q[:, :, :8], q[:, :, :8], causal=True),
     }

@@ -44,8 +44,11 @@ MAX_WHOLE_KEYS = 1024
 """The same in keys, where there are segments for half of the processors: even one long one among short ones is read in
 about the time that sharing costs."""
 
-MAX_MERGED_PARTS = 8
+MAX_MERGED_PARTS = 10
 """Parts of a segment, on average, up to which the last program of a segment merges them; more are left to ``combine``."""
+
+MERGED_TOGETHER = 8
+"""Parts of which the loads are on their way together, at most."""
 
 FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 """Lengths that a program of ``decode`` looks at in one step: what one warp holds, or for larger batches all four."""
@@ -163,7 +166,7 @@ def _with_decode(plan: _Plan, call: AttentionCall, fused_tokens: int, aligned: b
     numbers += (fused_tokens, call.k.shape[0])
     constants += (
         rows, shape.block_m, shape.block_n, block_d, block_dv, block_b, block_new,
-        max(1, min(MAX_MERGED_PARTS, 4096 // (rows * block_dv))), whole, dependent,
+        max(1, min(MERGED_TOGETHER, 4096 // (rows * block_dv))), whole, dependent,
     )  # fmt: skip
     plan = plan._replace(decode=Launch(decode, (programs, 1, 1), numbers, constants, shape, device, aligned))
     if whole:
