@@ -2,7 +2,7 @@
 // keys and values are read once; a task takes all key heads of its tokens, so that memory is read in its own order.
 //
 //   queries   heads x rows x head_dim, kept for the whole task
-//   for each tile of tokens, for as many heads as the nearest cache holds queries of
+//   for each tile of tokens, for as many heads as the caches nearby hold queries of
 //     scores        few tokens by few tokens: heads x rows x these tokens
 //     softmax       row by row: scores become weights, in place
 //     values        few tokens by few tokens: sums of heads x rows x v_head_dim += weights x V
@@ -24,7 +24,7 @@ namespace PAGEDFLASH_ISA {
 
 constexpr int64_t DECODE_TILE = 64;        // tokens
 constexpr int64_t BLOCK_TOKENS = 8;        // tokens that pass together, all heads of them before the next
-constexpr int64_t QUERY_BYTES = 16 << 10;  // queries (or sums) that should stay in the nearest cache
+constexpr int64_t QUERY_BYTES = 64 << 10;  // queries (or sums) of the heads that pass together: they should stay near
 constexpr int64_t AHEAD_BYTES = 16 << 10;  // how far ahead keys and values are asked for,
 constexpr int64_t MIN_AHEAD = 4;           // in tokens at least
 constexpr int64_t MAX_AHEAD = 32;          // and at most
