@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,11 @@ def test_bench_on_a_device_that_is_not_there() -> None:
 @pytest.mark.parametrize("command", ["generate", "bench", "doctor", "hub"])
 def test_help(command: str) -> None:
     assert command in run("--help").stdout and run(command, "-h").exit_code == 0
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "pagedflash", "--help"], capture_output=True, text=True, check=True)
+    assert "python -m pagedflash" in done.stdout and "doctor" in done.stdout
 
 
 def test_without_click(monkeypatch: pytest.MonkeyPatch) -> None:

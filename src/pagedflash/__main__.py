@@ -1,0 +1,5 @@
+"""``python -m pagedflash``: the ``pagedflash`` command."""
+
+from .cli import main
+
+main()
