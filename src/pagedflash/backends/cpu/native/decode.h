@@ -8,13 +8,15 @@
 //     values        few tokens by few tokens: sums of heads x rows x v_head_dim += weights x V
 //   one answer, or partial answer, per row
 //
-// A block of BLOCK_TOKENS tokens passes head by head, so that loaded queries and sums serve all of them. Wherever a chunk of a
-// key or value is used, the same chunk of a token some way ahead is asked for:
+// A block of tokens passes head by head, so that loaded queries and sums serve all of them. Meanwhile the next block is
+// asked for, token by token: memory answers fastest in its own order, whatever the order of use.
 //
-//                head 0   head 1   head 2   ...
-//   token t      #####    ##...    .....
+//                head 0   head 1   head 2
+//   token t      1####    3####    5####       the order of use, head by head
+//   token t + 1  2####    4####    6####
 //   ...
-//   token t + a  >>>>>    >>...    .....
+//   token t + 8  >>>>>    >>>>>    >>>>>       asked for meanwhile, line after line
+//   token t + 9  >>>>>    >>...    .....
 #pragma once
 
 #include "task.h"
@@ -25,10 +27,11 @@ namespace PAGEDFLASH_ISA {
 constexpr int64_t DECODE_TILE = 64;        // tokens
 constexpr int64_t BLOCK_TOKENS = 8;        // tokens that pass together, all heads of them before the next
 constexpr int64_t QUERY_BYTES = 64 << 10;  // queries (or sums) of the heads that pass together: they should stay near
-constexpr int64_t AHEAD_BYTES = 16 << 10;  // how far ahead keys and values are asked for,
-constexpr int64_t MIN_AHEAD = 4;           // in tokens at least
-constexpr int64_t MAX_AHEAD = 32;          // and at most
 constexpr int ROW_BLOCK = 4;               // rows that share each loaded key
+
+// A single row works so little on each line that the processor's own prefetching keeps up, and asking would only be more
+// work, if the heads of a token take so many bytes: it prefetches within pages of that size.
+constexpr int64_t LONG_TOKEN_BYTES = 4 << 10;
 
 // As many sums as there are registers for, in independent chains: multiply-adds take longer than they are apart.
 constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -36,9 +39,6 @@ constexpr int tokens_at_once(int rows) { return rows == 3 ? 4 : least(4, ACCUMUL
 constexpr int chunks_at_once(int rows) {
   return rows == 3 ? ACCUMULATORS / 4 : least(ACCUMULATORS / 2 / rows, 128 / (2 * LANES));
 }
-
-// A single row works so little on each line that the processor's own prefetching keeps up; asking would only be more work.
-constexpr bool asks_ahead(int rows) { return rows > 1; }
 
 template <class T>
 struct DecodeScratch {
@@ -48,8 +48,8 @@ struct DecodeScratch {
     scores = carver.take<float>(heads * rows * DECODE_TILE);
     states = carver.take<RowState>(heads * rows);
     described = carver.take<Row>(heads * rows);
-    k = carver.take<const T*>(DECODE_TILE + MAX_AHEAD);
-    v = carver.take<const T*>(DECODE_TILE + MAX_AHEAD);
+    k = carver.take<const T*>(DECODE_TILE + BLOCK_TOKENS);
+    v = carver.take<const T*>(DECODE_TILE + BLOCK_TOKENS);
     bytes = carver.taken();
   }
 
@@ -59,7 +59,7 @@ struct DecodeScratch {
   float* scores;                    // (heads, rows, DECODE_TILE)
   RowState* states;                 // (heads, rows)
   Row* described;                   // (heads, rows)
-  const T **k, **v;                 // where the tokens of the tile lie, and those to ask for
+  const T **k, **v;                 // where the tokens of the tile and the next block lie
   int64_t bytes;
 };
 
@@ -75,7 +75,7 @@ class Decode {
         heads_(task.heads.size()), rows_(task.rows.size()), head_dim_(call_.write.head_dim),
         v_head_dim_(call_.write.v_head_dim), query_size_(round_up(head_dim_, CHUNK)),
         value_size_(round_up(v_head_dim_, CHUNK)),
-        ahead_(greater(MIN_AHEAD, lesser(MAX_AHEAD, AHEAD_BYTES / (heads_ * head_dim_ * (int64_t)sizeof(T))))),
+        asks_ahead_(rows_ > 1 || heads_ * head_dim_ * (int64_t)sizeof(T) < LONG_TOKEN_BYTES),
         my_(Carver(scratch), call_, heads_, rows_) {}
 
   void run() {
@@ -97,12 +97,31 @@ class Decode {
  private:
   using Query = typename Dot<T>::Query;
 
-  // Elements of two whole chunks, and of whole lines.
-  static constexpr int STEP = 2 * CHUNK * sizeof(T) > LINE ? 2 * CHUNK : LINE / sizeof(T);
+  static constexpr int64_t STEP = 2 * CHUNK;
 
-  static PAGEDFLASH_INLINE void fetch_step(const T* row) {
-    for (int i = 0; i < STEP; i += LINE / sizeof(T)) fetch(row + i);
-  }
+  // Lines of keys or values that will be needed, head after head, token by token: in the order of memory.
+  class Upcoming {
+   public:
+    PAGEDFLASH_INLINE Upcoming(const T* const* token, Range heads, int64_t stride, int64_t size)
+        : token_(token), heads_(heads), stride_(stride), size_(size), head_(heads.begin) {}
+    PAGEDFLASH_INLINE void ask(int64_t lines) {
+      for (int64_t i = 0; i < lines; i++) {
+        fetch(*token_ + head_ * stride_ + at_);
+        at_ += LINE / sizeof(T);
+        if (at_ < size_) continue;
+        at_ = 0;
+        if (++head_ < heads_.end) continue;
+        head_ = heads_.begin;
+        token_++;
+      }
+    }
+
+   private:
+    const T* const* token_;
+    const Range heads_;
+    const int64_t stride_, size_;
+    int64_t head_, at_ = 0;
+  };
 
   void load_queries() {
     T row[MAX_HEAD_DIM + CHUNK];
@@ -117,11 +136,11 @@ class Decode {
     memset(my_.values, 0, heads_ * rows_ * value_size_ * sizeof(float));
   }
 
-  // The tile's tokens and ahead_ more, of which the tile before has found some; behind the last key it is repeated.
+  // The tile's tokens and the next block's, which the tile before has found; behind the last key it is repeated.
   void find_tokens(int64_t first) {
-    const int64_t known = first == task_.keys.begin ? 0 : ahead_, wanted = DECODE_TILE + ahead_;
-    memmove(my_.k, my_.k + DECODE_TILE, known * sizeof(T*));
-    memmove(my_.v, my_.v + DECODE_TILE, known * sizeof(T*));
+    const int64_t known = first == task_.keys.begin ? 0 : BLOCK_TOKENS, wanted = DECODE_TILE + BLOCK_TOKENS;
+    memcpy(my_.k, my_.k + DECODE_TILE, known * sizeof(T*));
+    memcpy(my_.v, my_.v + DECODE_TILE, known * sizeof(T*));
     const int64_t found = greater(known, lesser(wanted, task_.keys.end - first));
     locate(call_, sequence_, first + known, found - known, my_.k + known, my_.v + known);
     for (int64_t t = found; t < wanted; t++) {
@@ -144,30 +163,32 @@ class Decode {
   template <int ROWS>
   void score_tokens(Range heads, int64_t tokens) {
     constexpr int TOKENS = tokens_at_once(ROWS);
-    const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, query_size = query_size_, ahead = ahead_;
+    const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, query_size = query_size_;
     const int64_t k_head = call_.write.k_stride.head;
+    const int64_t lines = asks_ahead_ ? TOKENS * STEP * sizeof(T) / LINE : 0;
     const T* const* k = my_.k;
+    const Range all_heads = {task_.heads.begin + heads.begin, task_.heads.begin + heads.end};
     for (int64_t begin = 0; begin < tokens; begin += BLOCK_TOKENS) {
+      Upcoming upcoming(k + begin + BLOCK_TOKENS, all_heads, k_head, head_dim_);
       for (int64_t head = heads.begin; head < heads.end; head++) {
         const int64_t offset = (task_.heads.begin + head) * k_head;
         const Query* query = my_.queries + head * rows * query_size;
         for (int64_t t = begin; t < begin + BLOCK_TOKENS; t += TOKENS) {
-          const T *key[TOKENS], *upcoming[TOKENS];
+          const T* key[TOKENS];
           for (int j = 0; j < TOKENS; j++) {
             key[j] = k[t + j] + offset;
-            upcoming[j] = k[t + j + ahead] + offset;
           }
           float* scores = my_.scores + head * rows * DECODE_TILE + t;
-          score_block<ROWS, TOKENS, asks_ahead(ROWS)>(key, upcoming, query, rows, scores);
+          score_block<ROWS, TOKENS, true>(key, query, rows, scores, upcoming, lines);
           if (ROWS < ROW_BLOCK) continue;
           for (int64_t row = ROWS; row < rows; row += ROWS) {
             const Query* of_rows = query + row * CHUNK;
             float* to = scores + row * DECODE_TILE;
             switch (lesser(ROWS, rows - row)) {
-              case 1: score_block<1, TOKENS, false>(key, upcoming, of_rows, rows, to); break;
-              case 2: score_block<2, TOKENS, false>(key, upcoming, of_rows, rows, to); break;
-              case 3: score_block<3, TOKENS, false>(key, upcoming, of_rows, rows, to); break;
-              case 4: score_block<4, TOKENS, false>(key, upcoming, of_rows, rows, to); break;
+              case 1: score_block<1, TOKENS, false>(key, of_rows, rows, to, upcoming, 0); break;
+              case 2: score_block<2, TOKENS, false>(key, of_rows, rows, to, upcoming, 0); break;
+              case 3: score_block<3, TOKENS, false>(key, of_rows, rows, to, upcoming, 0); break;
+              case 4: score_block<4, TOKENS, false>(key, of_rows, rows, to, upcoming, 0); break;
             }
           }
         }
@@ -176,14 +197,14 @@ class Decode {
   }
 
   // Dot products of ROWS query rows with TOKENS keys. Each pair has a register of sums (or two, one for every other chunk);
-  // totals() then folds LANES of these registers into one. One block of rows (ASKS) asks for what is `upcoming`.
+  // totals() then folds LANES of these registers into one. One block of rows (ASKS) asks for upcoming lines on the way.
   //
   //            key t   key t+1            a loaded chunk of a key meets all ROWS rows,
   //   row 0    sum     sum                a row's chunk comes from the nearest cache
   //   row 1    sum     sum
   template <int ROWS, int TOKENS, bool ASKS>
-  PAGEDFLASH_INLINE void score_block(const T* const* key, const T* const* upcoming, const Query* query, int64_t rows,
-                                     float* scores) {
+  PAGEDFLASH_INLINE void score_block(const T* const* key, const Query* query, int64_t rows, float* scores,
+                                     Upcoming& upcoming, int64_t lines) {
     constexpr int SUMS = (ROWS * TOKENS + LANES - 1) / LANES * LANES;
     constexpr int CHAINS = ROWS * TOKENS * 2 <= ACCUMULATORS ? 2 : 1;
     const int64_t head_dim = head_dim_, whole = head_dim / STEP * STEP;
@@ -191,15 +212,11 @@ class Decode {
     for (int chain = 0; chain < CHAINS; chain++)
       for (int i = 0; i < SUMS; i++) sum[chain][i] = zero();
     for (int64_t d = 0; d < whole; d += STEP) {
-      if (ASKS)
-        for (int j = 0; j < TOKENS; j++) fetch_step(upcoming[j] + d);
-#pragma GCC unroll 4
+      if (ASKS) upcoming.ask(lines);
       for (int c = 0; c < STEP; c += CHUNK)
         score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key(key[j] + d + c); }, query + (d + c) * rows,
                                   sum[c / CHUNK % CHAINS]);
     }
-    if (ASKS && whole < head_dim)
-      for (int j = 0; j < TOKENS; j++) fetch_step(upcoming[j] + whole);
     for (int64_t d = whole; d < head_dim; d += CHUNK)
       score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key_part(key[j] + d, head_dim - d); }, query + d * rows,
                                 sum[0]);
@@ -256,29 +273,31 @@ class Decode {
   template <int ROWS>
   void add_tokens(Range heads, int64_t tokens) {
     constexpr int CHUNKS = chunks_at_once(ROWS);
-    const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, value_size = value_size_, ahead = ahead_;
+    const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, value_size = value_size_;
     const int64_t v_head = call_.write.v_stride.head, v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
     const T* const* v = my_.v;
+    const Range all_heads = {task_.heads.begin + heads.begin, task_.heads.begin + heads.end};
+    const int64_t lines = asks_ahead_ ? BLOCK_TOKENS * CHUNKS * CHUNK * sizeof(T) / LINE : 0;
     for (int64_t t = 0; t < tokens; t += BLOCK_TOKENS) {
       const int64_t count = lesser(BLOCK_TOKENS, tokens - t);
+      Upcoming upcoming(v + t + BLOCK_TOKENS, all_heads, v_head, v_head_dim);
       for (int64_t head = heads.begin; head < heads.end; head++) {
         const int64_t offset = (task_.heads.begin + head) * v_head;
         const float* weights = my_.scores + head * rows * DECODE_TILE + t;
         float* sums = my_.values + head * rows * value_size;
-        const T *value[BLOCK_TOKENS], *upcoming[BLOCK_TOKENS];
-        for (int j = 0; j < BLOCK_TOKENS; j++) {
-          value[j] = v[t + j] + offset;
-          upcoming[j] = v[t + j + ahead] + offset;
-        }
+        const T* value[BLOCK_TOKENS];
+        for (int j = 0; j < BLOCK_TOKENS; j++) value[j] = v[t + j] + offset;
         int64_t d = 0;
         if (count == BLOCK_TOKENS) {
-          for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK)
-            add_chunks<ROWS, CHUNKS, BLOCK_TOKENS>(value, upcoming, count, d, weights, rows, sums + d * rows);
+          for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK) {
+            upcoming.ask(lines);
+            add_chunks<ROWS, CHUNKS, BLOCK_TOKENS>(value, count, d, weights, rows, sums + d * rows);
+          }
           for (; d < whole; d += CHUNK)
-            add_chunks<ROWS, 1, BLOCK_TOKENS>(value, upcoming, count, d, weights, rows, sums + d * rows);
+            add_chunks<ROWS, 1, BLOCK_TOKENS>(value, count, d, weights, rows, sums + d * rows);
         }
         for (; d < v_head_dim; d += CHUNK)
-          add_chunks<ROWS, 1, 0>(value, upcoming, count, d, weights, rows, sums + d * rows);
+          add_chunks<ROWS, 1, 0>(value, count, d, weights, rows, sums + d * rows);
       }
     }
   }
@@ -286,25 +305,25 @@ class Decode {
   // CHUNKS chunks from element d on: all rows, while the chunks are near. COUNT tokens in whole chunks; if 0, `count` tokens
   // in chunks that may reach behind the end of a row.
   template <int ROWS, int CHUNKS, int COUNT>
-  PAGEDFLASH_INLINE void add_chunks(const T* const* value, const T* const* upcoming, int64_t count, int64_t d,
+  PAGEDFLASH_INLINE void add_chunks(const T* const* value, int64_t count, int64_t d,
                                     const float* weights, int64_t rows, float* sums) {
-    add_block<ROWS, CHUNKS, COUNT, asks_ahead(ROWS)>(value, upcoming, count, d, weights, rows, sums);
+    add_block<ROWS, CHUNKS, COUNT>(value, count, d, weights, rows, sums);
     if (ROWS < ROW_BLOCK) return;
     for (int64_t row = ROWS; row < rows; row += ROWS) {
       const float* of_rows = weights + row * DECODE_TILE;
       float* to = sums + row * CHUNK;
       switch (lesser(ROWS, rows - row)) {
-        case 1: add_block<1, CHUNKS, COUNT, false>(value, upcoming, count, d, of_rows, rows, to); break;
-        case 2: add_block<2, CHUNKS, COUNT, false>(value, upcoming, count, d, of_rows, rows, to); break;
-        case 3: add_block<3, CHUNKS, COUNT, false>(value, upcoming, count, d, of_rows, rows, to); break;
-        case 4: add_block<4, CHUNKS, COUNT, false>(value, upcoming, count, d, of_rows, rows, to); break;
+        case 1: add_block<1, CHUNKS, COUNT>(value, count, d, of_rows, rows, to); break;
+        case 2: add_block<2, CHUNKS, COUNT>(value, count, d, of_rows, rows, to); break;
+        case 3: add_block<3, CHUNKS, COUNT>(value, count, d, of_rows, rows, to); break;
+        case 4: add_block<4, CHUNKS, COUNT>(value, count, d, of_rows, rows, to); break;
       }
     }
   }
 
   // Sums of ROWS rows and CHUNKS chunks, in registers, += weights x values.
-  template <int ROWS, int CHUNKS, int COUNT, bool ASKS>
-  PAGEDFLASH_INLINE void add_block(const T* const* value, const T* const* upcoming, int64_t count, int64_t d,
+  template <int ROWS, int CHUNKS, int COUNT>
+  PAGEDFLASH_INLINE void add_block(const T* const* value, int64_t count, int64_t d,
                                    const float* weights, int64_t rows, float* sums) {
     const int64_t v_head_dim = v_head_dim_;
     Vec sum[ROWS][2 * CHUNKS];
@@ -314,8 +333,6 @@ class Decode {
     const auto add_token = [&](int64_t j) {
       for (int c = 0; c < CHUNKS; c++) {
         const int64_t at = d + c * CHUNK;
-        if (ASKS && at * sizeof(T) % LINE == 0)
-          for (int i = 0; i < CHUNK; i += LINE / sizeof(T)) fetch(upcoming[j] + at + i);
         const Chunk chunk = COUNT ? load_chunk(value[j] + at) : load_chunk_of(value[j], at, v_head_dim);
         for (int r = 0; r < ROWS; r++) {
           const Vec weight = splat(weights[r * DECODE_TILE + j]);
@@ -355,7 +372,7 @@ class Decode {
   const Sequence& sequence_;
   const ScoreRule rule_;
   const int64_t heads_, rows_, head_dim_, v_head_dim_, query_size_, value_size_;
-  const int64_t ahead_;  // tokens
+  const bool asks_ahead_;
   const DecodeScratch<T> my_;
 };
 
