@@ -191,6 +191,18 @@ def test_dispatch_runs_it(device: str) -> None:
     assert calls == {pagedflash.CallKind("dense", "triton", device): 1}
 
 
+def test_tickets_given_for_good_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(tickets, "_reserves", {None: torch.zeros(100, dtype=torch.int32)})
+    monkeypatch.setattr(tickets, "_given_for_good", [])
+    first, second, beyond = (tickets._for_good(cpu, 40) for _ in range(3))
+    first += 1
+    assert [len(some) for some in (first, second, beyond)] == [40] * 3
+    assert not second.any() and not beyond.any()
+    tickets._reserves.clear()  # as when it is filled again
+    assert [some.data_ptr() for some in tickets._given_for_good] == [first.data_ptr(), second.data_ptr()]
+
+
 def _on_gpu(device: str) -> None:
     if device != "cuda":
         pytest.skip("needs a GPU")

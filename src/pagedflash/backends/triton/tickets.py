@@ -26,6 +26,7 @@ RESERVE = 1 << 20
 
 _of_stream: dict[tuple[int | None, int], Tensor] = {}
 _reserves: dict[int | None, Tensor] = {}
+_given_for_good: list[Tensor] = []  # a graph knows only their addresses: here they are kept
 _reserving = threading.Lock()
 
 
@@ -59,5 +60,6 @@ def _for_good(device: torch.device, count: int) -> Tensor:
         reserve = _reserves.get(device.index)
         if reserve is not None and len(reserve) >= count:
             _reserves[device.index] = reserve[count:]
-            return reserve[:count]
+            _given_for_good.append(reserve[:count])
+            return _given_for_good[-1]
     return torch.zeros(count, dtype=torch.int32, device=device)
