@@ -47,8 +47,8 @@ about the time that sharing costs."""
 MAX_MERGED_PARTS = 10
 """Parts of a segment, on average, up to which the last program of a segment merges them; more are left to ``combine``."""
 
-MERGED_TOGETHER = 8
-"""Parts of which the loads are on their way together, at most."""
+MERGED_TOGETHER, MERGED_VALUES = 8, 4096
+"""Parts, and values of them, that are on their way together at most. Rows of more values are left to ``combine`` too."""
 
 FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 """Lengths that a program of ``decode`` looks at in one step: what one warp holds, or for larger batches all four."""
@@ -157,7 +157,7 @@ def _with_decode(plan: _Plan, call: AttentionCall, fused_tokens: int, aligned: b
     programs = processors(device) * shape.programs_per_processor
     if whole or call.num_splits:
         programs = segments * max(call.num_splits, 1)
-    merges_itself = programs <= MAX_MERGED_PARTS * segments
+    merges_itself = programs <= MAX_MERGED_PARTS * segments and rows * block_dv <= MERGED_VALUES
     dependent = not whole and not merges_itself and has_dependent_launch(device)
 
     no_strides = (0, 0, 0)
@@ -166,7 +166,7 @@ def _with_decode(plan: _Plan, call: AttentionCall, fused_tokens: int, aligned: b
     numbers += (fused_tokens, call.k.shape[0])
     constants += (
         rows, shape.block_m, shape.block_n, block_d, block_dv, block_b, block_new,
-        max(1, min(MERGED_TOGETHER, 4096 // (rows * block_dv))), whole, dependent,
+        max(1, min(MERGED_TOGETHER, MERGED_VALUES // (rows * block_dv))), whole, dependent,
     )  # fmt: skip
     plan = plan._replace(decode=Launch(decode, (programs, 1, 1), numbers, constants, shape, device, aligned))
     if whole:
