@@ -439,3 +439,12 @@ def test_values_of_a_remembered_call_are_checked_again() -> None:
     call["cache_seqlens"][1] = 1000
     with pytest.raises(ValueError, match="cache_seqlens is 1000"):
         pagedflash.flash_attn_with_kvcache(**call)
+
+
+@pytest.mark.parametrize("name, value", (("num_splits", 1.0), ("window_size", (2.0, 0)), ("softcap", torch.tensor(5.0))))
+def test_what_only_equals_a_remembered_option_is_refused(name: str, value: Any) -> None:
+    call = paged(2, 2, 16, torch.float32) | dict(num_splits=1, window_size=(2, 0), softcap=5.0)
+    for _ in range(2):
+        pagedflash.flash_attn_with_kvcache(**call)
+    with pytest.raises(TypeError, match=name):
+        pagedflash.flash_attn_with_kvcache(**call | {name: value})

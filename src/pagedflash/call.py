@@ -206,8 +206,9 @@ def _kept_for(tensors: tuple[object, ...], options: tuple[object, ...]) -> dict[
 def remember(tensors: tuple[object, ...], options: tuple[object, ...], call: AttentionCall) -> None:
     """Keep how the arguments of a call that has passed :func:`check` became its description.
 
-    ``tensors`` are the arguments in the order of the description's fields, ``options`` all others. Only where no tensor
-    had to be converted: then the next arguments alike are the next description's tensors.
+    ``tensors`` are the arguments in the order of the description's fields, ``options`` all others, checked and as plain
+    numbers (1.0 would be found where 1 was kept). Only where no tensor had to be converted: then the next arguments alike
+    are the next description's tensors.
     """
     if torch.compiler.is_compiling() or any(a is not b for a, b in zip(tensors, call)):
         return

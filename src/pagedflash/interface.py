@@ -256,19 +256,23 @@ def flash_attn_with_kvcache(
     """
     table = _one_of("block_table", block_table, "page_table", page_table)
     names = _names(KVCACHE_NAMES, learnable_sink, page_table)
-    # A decode step is mostly like the one before, and short: what its arguments come to is not worked out again.
+    window_left, window_right = _window(window_size, causal)
+    softmax_scale = None if softmax_scale is None else _number("softmax_scale", softmax_scale)
+    softcap, rotary_interleaved = _number("softcap", softcap), bool(rotary_interleaved)
+    num_splits = _integer("num_splits", num_splits)
+
+    # A decode step is mostly like the one before, and short: what its tensors come to is not worked out again.
     tensors = (
         q, k_cache, v_cache, k, v, None, None, None, cache_seqlens, cache_batch_idx, cache_leftpad, table,
         rotary_cos, rotary_sin, alibi_slopes, s_aux,
     )  # fmt: skip
-    options = (softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits, learnable_sink is None)
+    options = (softmax_scale, window_left, window_right, softcap, rotary_interleaved, num_splits, learnable_sink is None)
     if (known := recall(tensors, options)) is not None:
         return _run(known, names, False, return_softmax_lse)
 
     _check_dims("q", q, 4)
     _check_dims("k_cache", k_cache, 4)
     _check_dims("v_cache", v_cache, 4)
-    window_left, window_right = _window(window_size, causal)
     call = AttentionCall(
         q=_rows(q),
         k=k_cache,
@@ -288,9 +292,9 @@ def flash_attn_with_kvcache(
         scale=_scale(softmax_scale, q),
         window_left=window_left,
         window_right=window_right,
-        softcap=_number("softcap", softcap),
-        rotary_interleaved=bool(rotary_interleaved),
-        num_splits=_integer("num_splits", num_splits),
+        softcap=softcap,
+        rotary_interleaved=rotary_interleaved,
+        num_splits=num_splits,
     )
     output = _run(call, names, False, return_softmax_lse)
     if learnable_sink is None:
