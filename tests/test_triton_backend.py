@@ -27,9 +27,14 @@ from pagedflash.call import AttentionCall
 @pytest.fixture(params=("a stage", "a kernel"))
 def combine_is(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether partial results are merged in ``decode``, or by a kernel of its own."""
-    monkeypatch.setattr(run, "MAX_MERGED_PARTS", 2**20 if request.param == "a stage" else 0)
-    monkeypatch.setattr("pagedflash.call._kept", {})
+    _merge_up_to(2**20 if request.param == "a stage" else 0, monkeypatch)
     return request.param
+
+
+def _merge_up_to(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have ``decode`` itself merge up to so many parts of a segment."""
+    monkeypatch.setattr(run, "MAX_MERGED_PARTS", parts)
+    monkeypatch.setattr("pagedflash.call._kept", {})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -139,8 +144,7 @@ def test_append_rotary_and_decode_take_at_most_two_launches(
 
 
 def test_tickets_are_put_back(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "MAX_MERGED_PARTS", 2**20)
-    monkeypatch.setattr("pagedflash.call._kept", {})
+    _merge_up_to(2**20, monkeypatch)
     given: list[torch.Tensor] = []
 
     def watched(*arguments: Any) -> torch.Tensor:
@@ -236,8 +240,7 @@ def test_a_captured_graph_follows_lengths_tables_and_contents(device: str) -> No
 def test_calls_at_the_same_time_share_no_tickets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager calls on several streams, and graphs captured on one stream but replayed on several."""
     _on_gpu(device)
-    monkeypatch.setattr(run, "MAX_MERGED_PARTS", 2**20)
-    monkeypatch.setattr("pagedflash.call._kept", {})
+    _merge_up_to(2**20, monkeypatch)
     call = _decode_call(device, [3000, 600, 5], dtype=torch.float16)
     want, _ = backend.attention(call)
     graphs, outs = [torch.cuda.CUDAGraph() for _ in range(4)], []
@@ -258,8 +261,7 @@ def test_calls_at_the_same_time_share_no_tickets(device: str, monkeypatch: pytes
 
 def test_captured_calls_do_without_the_reserve(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _on_gpu(device)
-    monkeypatch.setattr(run, "MAX_MERGED_PARTS", 2**20)
-    monkeypatch.setattr("pagedflash.call._kept", {})
+    _merge_up_to(2**20, monkeypatch)
     call = _decode_call(device, [3000, 600, 5], dtype=torch.float16)
     want, _ = backend.attention(call)
     monkeypatch.setattr(tickets, "_reserves", {})
