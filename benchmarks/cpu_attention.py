@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from pagedflash import flash_attn_func, flash_attn_varlen_func
-from pagedflash.bench import (
+from pagedflash.cli.bench import (
     STREAM_BYTES,
     Contender,
     DecodeShape,

@@ -22,8 +22,8 @@ from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import pagedflash.transformers
-from pagedflash.bench import describe_device, ratio
-from pagedflash.generate import PAGE_SIZE, find_model, load, quiet_transformers
+from pagedflash.cli.bench import describe_device, ratio
+from pagedflash.cli.generate import PAGE_SIZE, find_model, load, quiet_transformers
 
 IMPLEMENTATIONS = ("pagedflash", "sdpa")
 

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
 from pagedflash import flash_attn_func  # noqa: E402
 from pagedflash.backends.cpu import launch  # noqa: E402
-from pagedflash.bench import (  # noqa: E402
+from pagedflash.cli.bench import (  # noqa: E402
     STREAM_BYTES,
     DecodeShape,
     decode_problem,

@@ -26,6 +26,7 @@ from pagedflash import (
     kv_paged_write,
     use_backend,
 )
+from pagedflash.backends.protocol import Capabilities, Support
 
 ROUNDS, CALLS = 400, 50
 
@@ -36,10 +37,10 @@ def idle_backend() -> str:
     output = torch.empty(0), torch.empty(0)
     vars(module).update(
         NAME="idle",
-        CHECKS_VALUES=True,
-        available=lambda: (True, ""),
-        supports=lambda call: (True, ""),
-        attention=lambda call: output,
+        CAPABILITIES=Capabilities(checks_values=True),
+        available=lambda: Support(True),
+        supports=lambda problem: Support(True),
+        attention=lambda problem: output,
         kv_write=lambda write: None,
     )
     sys.modules[module.__name__] = module

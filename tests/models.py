@@ -14,7 +14,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import pagedflash
 import pagedflash.transformers
-from pagedflash import generate
+from pagedflash.cli import generate
 
 PAGE_SIZE_OPTION = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
 

@@ -21,7 +21,10 @@ from transformers.generation.continuous_batching import continuous_api
 
 import pagedflash
 import pagedflash.transformers
-from pagedflash import cli, dispatch, generate
+from pagedflash import dispatch
+from pagedflash.backends.protocol import Support
+from pagedflash.cli import generate
+from pagedflash.cli import main as cli
 
 LAYERS = 2
 NEW_TOKENS = 6
@@ -226,7 +229,9 @@ def test_doctor_leaves_it_enabled() -> None:
 
 
 def test_doctor_gives_reasons_and_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagedflash.doctor.availability", lambda: {"cpu": (False, "it was not built, so build it")})
+    monkeypatch.setattr(
+        "pagedflash.cli.doctor.availability", lambda: {"cpu": Support(False, "it was not built, so build it")}
+    )
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
         monkeypatch.setitem(sys.modules, name, None)
     result = run("doctor")
@@ -249,7 +254,7 @@ def test_hub_into_a_foreign_folder(tmp_path: Path) -> None:
 
 
 def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pagedflash import bench
+    from pagedflash.cli import bench
 
     measured: list[Any] = []
     monkeypatch.setattr(bench, "main", lambda *arguments: measured.append(arguments))
@@ -260,7 +265,7 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bench_without_what_it_draws_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pagedflash import bench
+    from pagedflash.cli import bench
 
     def fail(*arguments: Any) -> Any:
         raise ImportError("No module named 'matplotlib'")
@@ -285,10 +290,10 @@ def test_as_a_module() -> None:
 
 
 def test_without_click(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "pagedflash.cli")
+    monkeypatch.delitem(sys.modules, "pagedflash.cli.main")
     monkeypatch.setitem(sys.modules, "click", None)
     with pytest.raises(SystemExit, match=r"pip install 'pagedflash\[cli\]'"):
-        import pagedflash.cli  # noqa: F401
+        import pagedflash.cli.main  # noqa: F401
 
 
 def test_the_tokenizer_of_these_tests(llama: Path) -> None:

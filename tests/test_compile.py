@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from cases import LAYOUTS, random_call
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pagedflash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, kv_paged_write
+from pagedflash.testing import LAYOUTS, random_problem
 
 LENGTHS = torch.tensor([5, 20], dtype=torch.int32)
 TABLE = torch.tensor([[8, 2, 30], [4, 16, 22]], dtype=torch.int32)
@@ -137,16 +137,16 @@ def test_operators_pass_opcheck(layout, rng):
     """The schema's word on what is mutated, and the fake kernels' on shapes, hold for the real ones."""
     checked = set()
     while checked != ({False, True} if layout in ("cache", "paged") else {False}):
-        call = random_call(rng, dtype=torch.float32, layout=layout, max_keys=20, max_queries=5)
-        appends = call.k_new is not None
-        if any(isinstance(value, Tensor) and value.numel() == 0 for value in call):
+        problem = random_problem(rng, dtype=torch.float32, layout=layout, max_keys=20, max_queries=5)
+        appends = problem.append is not None
+        if any(tensor is not None and tensor.numel() == 0 for tensor in problem.tensors):
             continue  # opcheck fails on empty strided inputs of its own accord
         # opcheck cannot express mutated arguments that share memory; the tests above cover those.
-        if appends and call.k.untyped_storage()._cdata == call.v.untyped_storage()._cdata:
+        if appends and problem.cache.k.untyped_storage()._cdata == problem.cache.v.untyped_storage()._cdata:
             continue
         name = "attention_with_append" if appends else "attention"
         operator = getattr(torch.ops.pagedflash, name).default
-        torch.library.opcheck(operator, tuple(call), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(operator, problem.flat, test_utils=("test_schema", "test_faketensor"))
         checked.add(appends)
 
 

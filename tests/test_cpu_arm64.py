@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, assert_matches_reference, random_call
+from pagedflash.call import AttentionCall
 from torch import Tensor
 
 from pagedflash.backends.cpu import launch
-from pagedflash.call import AttentionCall
 
 pytest.importorskip("ziglang")
 

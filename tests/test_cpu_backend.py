@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, assert_matches_reference, clone_call, random_call
+from pagedflash.call import AttentionCall, CacheWrite, check_values, check_write_values
 
 import pagedflash
 from pagedflash import reference
 from pagedflash.backends import cpu as backend
 from pagedflash.backends.cpu import launch
-from pagedflash.call import AttentionCall, CacheWrite, check_values, check_write_values
 
 # Where nobody has built the library these tests have nothing to run on; CI sets this variable, and then they must run.
 REQUIRED = os.environ.get("PAGEDFLASH_REQUIRE_NATIVE") == "1"

@@ -12,6 +12,7 @@ import torch
 
 import pagedflash
 from pagedflash import CallKind, count_calls, dispatch, flash_attn_func, flash_attn_with_kvcache, kv_paged_write, use_backend
+from pagedflash.backends.protocol import Capabilities, Support
 
 Q, K, V = torch.randn(1, 3, 4, 32), torch.randn(1, 5, 2, 32), torch.randn(1, 5, 2, 32)
 
@@ -22,10 +23,10 @@ def picky(monkeypatch):
     module = ModuleType("picky_backend")
     vars(module).update(
         NAME="picky",
-        CHECKS_VALUES=False,
-        available=lambda: (True, ""),
-        supports=lambda call: (call.softcap == 0, "softcap is not supported"),
-        attention=lambda call: (torch.full(call.out_shape, 7.0), torch.zeros(call.lse_shape)),
+        CAPABILITIES=Capabilities(),
+        available=lambda: Support(True),
+        supports=lambda problem: Support(problem.scores.softcap == 0, "softcap is not supported"),
+        attention=lambda problem: (torch.full(problem.out_shape, 7.0), torch.zeros(problem.lse_shape)),
         kv_write=lambda write: None,
     )
     monkeypatch.setitem(sys.modules, "picky_backend", module)
@@ -53,7 +54,7 @@ def test_an_unsupported_call_runs_on_the_reference_and_warns_once(picky):
 
 
 def test_an_unavailable_backend_says_why(picky):
-    picky.available = lambda: (False, "its library is missing")
+    picky.available = lambda: Support(False, "its library is missing")
     with use_backend("picky"), pytest.warns(RuntimeWarning, match="its library is missing"):
         flash_attn_func(Q, K, V)
     assert pagedflash.availability()["picky"] == (False, "its library is missing")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pagedflash
-from pagedflash import hub
+from pagedflash.integrations import hub
 
 DROP_IN = "kernels-community/metal-flash-sdpa"
 FUNCTIONS = (
@@ -135,7 +135,7 @@ def test_written_again_it_is_the_same_and_another_kernel_stays(tmp_path: Path) -
     metadata.write_text(json.dumps({"name": "somebody-elses"}))
     with pytest.raises(hub.HubError, match="is not a pagedflash kernel"):
         hub.write(tmp_path)
-    assert (tmp_path / "build/torch-cpu/call.py").exists()
+    assert (tmp_path / "build/torch-cpu/interface.py").exists()
     with pytest.raises(hub.HubError, match="is not a directory"):
         hub.write(metadata)
 
@@ -176,7 +176,7 @@ def test_smollm2_generates_through_it_and_enable_opens_block_tables(
     from models import batched, implementation, layouts, padded, smollm2
 
     import pagedflash.transformers
-    from pagedflash import generate
+    from pagedflash.cli import generate
 
     monkeypatch.setenv("LOCAL_KERNELS", f"{DROP_IN}={tree}")
     model, tokenizer = smollm2()

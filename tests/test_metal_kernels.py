@@ -10,11 +10,11 @@ import pytest
 import torch
 from cases import DTYPES, HEAD_DIMS, LAYOUTS, PAGE_SIZES, assert_matches_reference, random_call
 from metal_harness import Launch, gathered_sdpa, kernels_on, paged_decode
+from pagedflash.call import AttentionCall
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache, kv_paged_write
 from pagedflash.backends import metal
-from pagedflash.call import AttentionCall
 
 
 @pytest.fixture

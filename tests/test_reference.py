@@ -9,7 +9,6 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_matches_reference, random_call
 from torch import Tensor
 
 from pagedflash import (
@@ -18,9 +17,10 @@ from pagedflash import (
     flash_attn_with_kvcache,
     kv_paged_write,
     merge_attention_states,
-    reference,
     use_backend,
 )
+from pagedflash.backends import reference
+from pagedflash.testing import assert_matches_reference, random_problem
 
 
 @pytest.fixture(autouse=True)
@@ -280,4 +280,4 @@ def test_merge_attention_states(dtype):
 def test_reference_over_all_options(rng: random.Random, rounds):
     """Every dtype, layout and option against the same code in float64: rounding, poison and strides."""
     for _ in range(rounds(150)):
-        assert_matches_reference(random_call(rng), reference.attention)
+        assert_matches_reference(random_problem(rng), reference.attention)

@@ -10,12 +10,12 @@ pytest.importorskip("transformers")
 
 import torch
 from models import SIZES, batched, enabled, implementation, layouts, padded  # noqa: F401
+from pagedflash.call import AttentionCall
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import pagedflash
 from pagedflash import dispatch
-from pagedflash.call import AttentionCall
 
 EXPERTS = dict(num_experts_per_tok=2)
 WINDOW = 5

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 from models import batched, enabled, implementation, layouts, padded, smollm2  # noqa: F401
 
 import pagedflash
-from pagedflash import generate
+from pagedflash.cli import generate
 
 NEW_TOKENS = 64
 PAGE_SIZE = 64

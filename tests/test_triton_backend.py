@@ -17,11 +17,11 @@ pytest.importorskip("triton")
 
 import triton_interpreter  # noqa: F401
 from cases import LAYOUTS, assert_matches_reference, random_call
+from pagedflash.call import AttentionCall
 
 import pagedflash
 from pagedflash.backends import triton as backend
 from pagedflash.backends.triton import launch, run, tickets
-from pagedflash.call import AttentionCall
 
 
 @pytest.fixture(params=("a stage", "a kernel"))

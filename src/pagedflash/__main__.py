@@ -1,5 +1,5 @@
 """``python -m pagedflash``: the ``pagedflash`` command."""
 
-from .cli import main
+from .cli.main import main
 
 main()

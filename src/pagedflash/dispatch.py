@@ -1,8 +1,7 @@
-"""Which backend runs a call: from device and description to one of the modules with the four kernels.
+"""Which backend runs a problem: from its device to one of the modules with the four kernels.
 
-A backend is a module (or object) with ``NAME``, ``available() -> (bool, reason)``, ``supports(call) -> (bool, reason)``,
-``attention(call) -> (out, lse)`` and ``kv_write(write)``. Where the device's backend is unavailable or does not support a
-call, the reference runs and a warning says why, once for each reason.
+Where the device's backend is unavailable or does not support a problem, the reference runs and a warning says why, once for
+each reason.
 """
 
 from __future__ import annotations
@@ -11,21 +10,24 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
-from . import reference
-from .call import AttentionCall, CacheWrite, check_values, check_write_values
+from .backends import reference
+from .backends.protocol import Backend, Support
+from .problem import AttentionProblem, CacheWrite
+from .scoped import Scoped
+from .validate_values import check_values, check_write_values
 
 CHECK_VARIABLE = "PAGEDFLASH_CHECK"
 """Set to 1, this environment variable has lengths and table entries checked on every device, not only on CPUs."""
 
 BACKEND_MODULES = {
-    "reference": ".reference",
+    "reference": ".backends.reference",
     "cpu": ".backends.cpu",
     "metal": ".backends.metal",
     "triton": ".backends.triton",
@@ -34,75 +36,65 @@ DEVICE_BACKENDS = {"cpu": "cpu", "mps": "metal", "cuda": "triton", "xpu": "trito
 """Device type -> the backend written for it. Any other device runs the reference."""
 
 
-class Backend(Protocol):
-    """What a backend module offers."""
-
-    NAME: str
-    CHECKS_VALUES: bool
-    """Whether ``attention`` and ``kv_write`` check lengths and tables themselves before they write."""
-
-    def available(self) -> tuple[bool, str]: ...
-
-    def supports(self, call: AttentionCall) -> tuple[bool, str]: ...
-
-    def attention(self, call: AttentionCall) -> tuple[Tensor, Tensor]: ...
-
-    def kv_write(self, write: CacheWrite) -> None: ...
-
-
 class CallKind(NamedTuple):
     """What :func:`count_calls` counts by."""
 
-    layout: str  # AttentionCall.layout, or "write" for kv_paged_write
+    layout: str  # AttentionProblem.layout, or "write" for kv_paged_write
     backend: str
     device: str
 
 
-_forced: list[str] = []
+_forced = Scoped[str]("pagedflash_backend")
 _counters: list[Counter[CallKind]] = []
 
 
-def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Run a checked call on its backend."""
-    backend = _backend_for(call.q.device.type)
-    supported, reason = backend.supports(call)
-    if not supported:
-        _warn_once(backend.NAME, reason)
+def attention(problem: AttentionProblem, backend: Backend) -> tuple[Tensor, Tensor]:
+    """Run a validated problem on ``backend``."""
+    support = problem.plan((backend.NAME, "support"), backend.supports)
+    if not support.ok:
+        _warn_once(backend.NAME, support.reason)
         backend = _reference()
-    if not backend.CHECKS_VALUES and _values_wanted(call.q):
-        check_values(call)
-    for counter in _counters:
-        counter[CallKind(call.layout, backend.NAME, call.q.device.type)] += 1
-    return backend.attention(call)
+    q = problem.tensors[0]
+    assert q is not None
+    if not backend.CAPABILITIES.checks_values and _values_wanted(q):
+        check_values(problem)
+    if _counters:
+        _count(CallKind(problem.layout, backend.NAME, q.device.type))
+    return backend.attention(problem)
 
 
-def kv_write(write: CacheWrite) -> None:
-    """Run a checked write on its backend. Every backend supports every write."""
-    backend = _backend_for(write.k.device.type)
-    if not backend.CHECKS_VALUES and _values_wanted(write.k):
+def kv_write(write: CacheWrite, backend: Backend) -> None:
+    """Run a validated write on ``backend``. Every backend supports every write."""
+    k_cache = write.tensors[0]
+    assert k_cache is not None
+    if not backend.CAPABILITIES.checks_values and _values_wanted(k_cache):
         check_write_values(write)
-    for counter in _counters:
-        counter[CallKind("write", backend.NAME, write.k.device.type)] += 1
+    if _counters:
+        _count(CallKind("write", backend.NAME, k_cache.device.type))
     backend.kv_write(write)
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def backend_for(tensor: Tensor) -> Backend:
+    """The backend that runs problems on the device of ``tensor``."""
+    device_type = tensor.device.type
+    name = _forced.current
+    if name is None:
+        return _of_device.get(device_type) or _find_for_device(device_type)
+    return _usable(name)
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Run every call inside on backend ``name`` (``"reference"``, ``"cpu"``, ``"metal"``, ``"triton"``), on any device.
 
-    For tests, comparisons and simulators. Holds for all threads. What the backend does not support still goes to the
-    reference, with a warning.
+    For tests, comparisons and simulators. Holds in this thread, and in threads that force no backend themselves. What the
+    backend does not support still goes to the reference, with a warning.
 
     Raises:
         ValueError: there is no such backend.
     """
     if name not in BACKEND_MODULES:
         raise ValueError(f"pagedflash: backend is {name!r}, expected one of {', '.join(BACKEND_MODULES)}")
-    _forced.append(name)
-    try:
-        yield
-    finally:
-        _forced.remove(name)
+    return _forced.use(name)
 
 
 @contextmanager
@@ -121,36 +113,52 @@ def count_calls() -> Iterator[Counter[CallKind]]:
         _counters[:] = [other for other in _counters if other is not counter]
 
 
-def availability() -> dict[str, tuple[bool, str]]:
+def availability() -> dict[str, Support]:
     """Backend -> (available here, the reason if not)."""
-    return {name: _load(name)[1:] for name in BACKEND_MODULES}
+    return {name: _load(name)[1] for name in BACKEND_MODULES}
 
 
-def _backend_for(device_type: str) -> Backend:
-    name = _forced[-1] if _forced else DEVICE_BACKENDS.get(device_type)
+def _count(kind: CallKind) -> None:
+    for counter in _counters:
+        counter[kind] += 1
+
+
+_of_device: dict[str, Backend] = {}
+"""Device type -> its backend, once that has been found available."""
+
+
+def _find_for_device(device_type: str) -> Backend:
+    name = DEVICE_BACKENDS.get(device_type)
     if name is None:
         _warn_once(device_type, f"no backend is written for {device_type} devices")
         return _reference()
-    backend, is_available, reason = _load(name)
-    if backend is None or not is_available:
-        _warn_once(name, reason)
+    backend = _usable(name)
+    if name == backend.NAME:
+        _of_device[device_type] = backend
+    return backend
+
+
+def _usable(name: str) -> Backend:
+    backend, support = _load(name)
+    if backend is None or not support.ok:
+        _warn_once(name, support.reason)
         return _reference()
     return backend
 
 
-def _load(name: str) -> tuple[Backend | None, bool, str]:
+def _load(name: str) -> tuple[Backend | None, Support]:
     backend, reason = _import(name)
     # Asked every time: metal.use_compiler makes a backend available for a while.
-    return (backend, *backend.available()) if backend is not None else (None, False, reason)
+    return (backend, backend.available()) if backend is not None else (None, Support(False, reason))
 
 
 @cache
 def _import(name: str) -> tuple[Backend | None, str]:
     try:
-        backend: Backend = import_module(BACKEND_MODULES[name], __package__)
+        backend = import_module(BACKEND_MODULES[name], __package__)
     except ImportError as error:
         return None, f"it cannot be imported: {error}"
-    return backend, ""
+    return cast(Backend, backend), ""
 
 
 def _reference() -> Backend:

@@ -1,74 +1,249 @@
 """The operators torch sees, so that ``torch.compile`` and ``torch.export`` hold one node a call and no graph breaks.
 
-Each operator's argument list *is* the description it carries: the schema is spelled from the fields of
-:class:`~pagedflash.call.AttentionCall` and :class:`~pagedflash.call.CacheWrite`. The operators that write to a cache
-declare it. The fake kernels stand beside the real ones.
+Each operator's argument list *is* the flat form of the problem it carries: the schema is spelled from the fields of
+:class:`~pagedflash.problem.AttentionProblem` and :class:`~pagedflash.problem.CacheWrite`. The operators that write to a
+cache declare it and count the cache's version up. Eager calls with plain tensors pass by torch's dispatcher, unless
+something follows what operators are called.
 """
 
 from __future__ import annotations
 
-from typing import get_args, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._autograd import _profiler_enabled
 
 from . import dispatch
-from .call import AttentionCall, CacheWrite
+from .backends.protocol import Backend
+from .errors import InvalidArgument, Names
+from .problem import AttentionProblem, CacheWrite, _Field, _Flat
+from .validate import validate, validate_write
 
 NAMESPACE = __name__.rpartition(".")[0]
 """The package's own name: "pagedflash", or that of a copy written by ``pagedflash hub``, so that both can be loaded."""
 
+NO_BACKWARD = (
+    "pagedflash: attention was asked for its gradient, but there is no backward yet; train with another attention "
+    '(attn_implementation="sdpa" in transformers), or call under torch.no_grad()'
+)
+NO_FORWARD_AD = (
+    "pagedflash: {field} carries a tangent of forward-mode AD, expected plain tensors: there is no derivative yet"
+)
+NO_VMAP_OF_WRITES = "pagedflash: torch.vmap over a write to a cache is not possible; write all sequences in one call"
+
+
+def attention(problem: AttentionProblem, names: Names) -> tuple[Tensor, Tensor]:
+    """Validate and run a problem: ``(out, lse)``. Errors name fields as ``names`` says."""
+    try:
+        if torch.compiler.is_compiling():  # the fake kernel validates
+            return _run_operator(problem)
+        backend = _validated(problem, validate)
+        if _may_pass_by(problem):
+            return _run_attention(problem, backend)
+        return _run_operator(problem)
+    except InvalidArgument as error:
+        raise error.renamed(names) from None
+
+
+def write_cache(write: CacheWrite, names: Names) -> None:
+    """Validate and run a write. Errors name fields as ``names`` says."""
+    try:
+        if torch.compiler.is_compiling():
+            _WRITE_CACHE(*write.flat)
+            return
+        backend = _validated(write, validate_write)
+        if _may_pass_by(write):
+            _run_write(write, backend)
+        else:
+            _WRITE_CACHE(*write.flat)
+    except InvalidArgument as error:
+        raise error.renamed(names) from None
+
+
+def _validated(problem: Any, validate_it: Callable[..., None]) -> Backend:
+    """Validate ``problem`` unless one of its signature has been; its backend."""
+    first = problem.tensors[0]
+    backend = dispatch.backend_for(first)
+    capabilities, entry = backend.CAPABILITIES, problem.entry
+    if entry is None or entry.validated_for is not capabilities:
+        validate_it(problem, capabilities)
+        if entry is not None:
+            entry.validated_for = capabilities
+    return backend
+
+
+def _run_attention(problem: AttentionProblem, backend: Backend) -> tuple[Tensor, Tensor]:
+    results = dispatch.attention(problem, backend)
+    if problem.tensors[_K_NEW] is not None:
+        _count_version_up(problem.tensors[_K], problem.tensors[_V])
+    return results
+
+
+def _run_write(write: CacheWrite, backend: Backend) -> None:
+    dispatch.kv_write(write, backend)
+    _count_version_up(write.tensors[0], write.tensors[1])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Operators
+# --------------------------------------------------------------------------------------------------------------------
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def _schema(description: type, mutates: dict[str, str]) -> str:
-    """Spell the fields of a description as operator arguments; ``mutates`` maps a field to its alias set."""
+def _schema(fields: Sequence[_Field], mutates: dict[str, str]) -> str:
+    """Spell fields as operator arguments; ``mutates`` maps a field to its alias set."""
     arguments = []
-    for field, hint in get_type_hints(description).items():
-        kind, optional = (get_args(hint)[0], True) if type(None) in get_args(hint) else (hint, False)
-        word = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool"}[kind]
-        alias = f"({mutates[field]}!)" if field in mutates else ""
-        arguments.append(f"{word}{alias}{'?' if optional else ''} {field}")
+    for name, kind in fields:
+        word = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool"}.get(kind, "Tensor")
+        alias = f"({mutates[name]}!)" if name in mutates else ""
+        # The new tokens are optional here: AttentionProblem has the fields of an append that is not there.
+        optional = "?" if word == "Tensor" and (kind is not Tensor or name in ("k_new", "v_new")) else ""
+        arguments.append(f"{word}{alias}{optional} {name}")
     return ", ".join(arguments)
 
 
-def _define(name: str, description: type, returns: str, kernel, fake, mutates: dict[str, str]):  # type: ignore[no-untyped-def]
-    _library.define(f"{name}({_schema(description, mutates)}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
+def _define(name: str, problem: type[_Flat], returns: str, kernel: Any, fake: Any, mutates: dict[str, str]) -> Any:
+    fields = (*problem.TENSOR_FIELDS, *problem.NUMBER_FIELDS)
+    _library.define(f"{name}({_schema(fields, mutates)}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _library.impl(name, _without_derivative(operator, problem), "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", _vmap_of(operator, mutates), lib=_library)
+    return operator
 
 
-def _attention(*fields: object) -> tuple[Tensor, Tensor]:
-    return dispatch.attention(AttentionCall(*fields))  # type: ignore[arg-type]
+def _attention(*flat: Any) -> tuple[Tensor, Tensor]:
+    problem = AttentionProblem.from_flat(flat)
+    return _run_attention(problem, dispatch.backend_for(flat[0]))
 
 
-def _attention_fake(*fields: object) -> tuple[Tensor, Tensor]:
-    call = AttentionCall(*fields)  # type: ignore[arg-type]
-    return call.q.new_empty(call.out_shape), call.q.new_empty(call.lse_shape, dtype=torch.float32)
+def _attention_fake(*flat: Any) -> tuple[Tensor, Tensor]:
+    problem = AttentionProblem.from_flat(flat)
+    q = problem.queries.q
+    validate(problem, dispatch.backend_for(q).CAPABILITIES)
+    return q.new_empty(problem.out_shape), q.new_empty(problem.lse_shape, dtype=torch.float32)
 
 
-def _write_cache(*fields: object) -> None:
-    dispatch.kv_write(CacheWrite(*fields))  # type: ignore[arg-type]
+def _write(*flat: Any) -> None:
+    _run_write(CacheWrite.from_flat(flat), dispatch.backend_for(flat[0]))
 
 
-def _write_cache_fake(*fields: object) -> None:
-    return None
+def _write_fake(*flat: Any) -> None:
+    validate_write(CacheWrite.from_flat(flat), dispatch.backend_for(flat[0]).CAPABILITIES)
 
 
-attention = _define("attention", AttentionCall, "(Tensor, Tensor)", _attention, _attention_fake, {})
-attention_with_append = _define(
-    "attention_with_append", AttentionCall, "(Tensor, Tensor)", _attention, _attention_fake, {"k": "a", "v": "b"}
+class _WithoutBackward(torch.autograd.Function):
+    """Forward as it is; whoever asks for a gradient is told that there is none."""
+
+    @staticmethod
+    def forward(operator: Any, *flat: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*flat)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError(NO_BACKWARD)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(NO_FORWARD_AD.format(field="an argument"))
+
+
+def _without_derivative(operator: Any, problem: type[_Flat]) -> Callable[..., Any]:
+    """What runs where gradients may be tracked."""
+
+    def run(*flat: Any) -> Any:
+        for field, value in zip(problem.TENSOR_FIELDS, flat):
+            if value is not None and _has_tangent(value):
+                raise NotImplementedError(NO_FORWARD_AD.format(field=field.name))
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in flat):
+            return _WithoutBackward.apply(operator, *flat)  # type: ignore[no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*flat)
+
+    return run
+
+
+def _vmap_of(operator: Any, mutates: dict[str, str]) -> Callable[..., Any]:
+    """One call for each element of the mapped axis."""
+
+    def run(info: Any, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
+        if mutates:
+            raise NotImplementedError(NO_VMAP_OF_WRITES)
+        elements = [
+            operator(*(value if axis is None else value.select(axis, i) for value, axis in zip(flat, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(results) for results in zip(*elements)), (0, 0)
+
+    return run
+
+
+_CACHES = {"k": "a", "v": "b"}
+_ATTENTION = _define("attention", AttentionProblem, "(Tensor, Tensor)", _attention, _attention_fake, {})
+_ATTENTION_WITH_APPEND = _define(
+    "attention_with_append", AttentionProblem, "(Tensor, Tensor)", _attention, _attention_fake, _CACHES
 )
-write_cache = _define("write_cache", CacheWrite, "()", _write_cache, _write_cache_fake, {"k_cache": "a", "v_cache": "b"})
+_WRITE_CACHE = _define("write_cache", CacheWrite, "()", _write, _write_fake, _CACHES)
+
+_K, _V, _K_NEW = ([field.name for field in AttentionProblem.TENSOR_FIELDS].index(name) for name in ("k", "v", "k_new"))
 
 
-def is_watched() -> bool:
-    """Whether something follows what operators are called: a tracer, a dispatch mode or a profiler.
+def _run_operator(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    operator = _ATTENTION if problem.tensors[_K_NEW] is None else _ATTENTION_WITH_APPEND
+    out, lse = operator(*problem.flat)
+    return out, lse
 
-    Where nothing does, calls with plain tensors need not pass through torch's dispatcher, which takes longer than all else
-    that a call does before its kernel.
-    """
-    return _len_torch_dispatch_stack() > 0 or _profiler_enabled() or _get_tracing_state() is not None
+
+# --------------------------------------------------------------------------------------------------------------------
+# Past the dispatcher
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _may_pass_by(problem: _Flat) -> bool:
+    """Whether kernels may be called without torch's dispatcher, which takes longer than all else before a kernel."""
+    return problem.entry is not None and problem.entry.is_plain and not is_watched()
+
+
+def _watch() -> Callable[[], bool]:
+    try:  # private names of torch: without them every call goes through the dispatcher
+        from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+        from torch._C._autograd import _profiler_enabled
+        from torch._C._functorch import peek_interpreter_stack
+        from torch.autograd import forward_ad
+
+        forward_ad._current_level  # noqa: B018
+    except (ImportError, AttributeError):
+        return lambda: True
+
+    def is_watched() -> bool:
+        return (
+            _len_torch_dispatch_stack() > 0
+            or peek_interpreter_stack() is not None
+            or forward_ad._current_level >= 0
+            or _profiler_enabled()
+            or _get_tracing_state() is not None
+        )
+
+    return is_watched
+
+
+is_watched = _watch()
+"""Whether something follows what operators are called, or stands for their tensors: a tracer, a dispatch mode, a profiler,
+a transform of torch.func, forward-mode AD."""
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _count_version_up(*caches: Tensor | None) -> None:
+    """Caches are written behind autograd's back: a graph that saved one must find out."""
+    torch.autograd.graph.increment_version([cache for cache in caches if cache is not None])

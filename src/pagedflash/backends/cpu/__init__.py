@@ -1,29 +1,29 @@
 """Any CPU: C++ kernels behind a plain C ABI, on torch's own thread pool.
 
-``native/`` holds the kernels, ``launch.py`` loads the library and packs descriptions for it. See docs/cpu.md.
+``native/`` holds the kernels, ``launch.py`` loads the library and packs problems for it. See docs/cpu.md.
 """
 
 from __future__ import annotations
 
-from ...call import AttentionCall
+from ...problem import AttentionProblem
+from ..protocol import Capabilities, Support
 from .launch import Unavailable, attention, kv_write, library
 
-__all__ = ["CHECKS_VALUES", "NAME", "attention", "available", "kv_write", "supports"]
+__all__ = ["CAPABILITIES", "NAME", "attention", "available", "kv_write", "supports"]
 
 NAME = "cpu"
-CHECKS_VALUES = True
+CAPABILITIES = Capabilities(checks_values=True)
 
 
-def available() -> tuple[bool, str]:
+def available() -> Support:
     try:
         library()
     except Unavailable as error:
-        return False, str(error)
-    return True, ""
+        return Support(False, str(error))
+    return Support(True)
 
 
-def supports(call: AttentionCall) -> tuple[bool, str]:
+def supports(problem: AttentionProblem) -> Support:
     """Every option of the interface is native; the tensors must lie in CPU memory."""
-    if call.q.device.type != "cpu":
-        return False, f"it reads CPU memory, the tensors are on {call.q.device.type}"
-    return True, ""
+    device = problem.queries.q.device.type
+    return Support(True) if device == "cpu" else Support(False, f"it reads CPU memory, the tensors are on {device}")

@@ -8,8 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from struct import Struct
@@ -18,7 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...call import NUM_WRITE_TENSORS, AttentionCall, CacheWrite, check_values, check_write_values
+from ...geometry import strides
+from ...problem import Append, AttentionProblem, CacheWrite, KVCache
+from ...scoped import Scoped
+from ...validate_values import check_values, check_write_values
 
 ISA_VARIABLE = "PAGEDFLASH_CPU_ISA"
 """Names the instruction set to use (``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``generic``) instead of the best one."""
@@ -95,35 +97,38 @@ def library() -> Library:
     return Library(Path(os.environ.get(LIBRARY_VARIABLE, LIBRARY)))
 
 
-@contextmanager
-def use_isa(name: str) -> Iterator[None]:
-    """Run every native call inside with one of ``library().isas``. For tests and comparisons; holds for all threads."""
-    chosen = library()
-    before, chosen.isa = chosen.isa, chosen.isas[name]
-    try:
-        yield
-    finally:
-        chosen.isa = before
+_forced_isa = Scoped[int]("pagedflash_isa")
 
 
-class _Shapes(NamedTuple):
-    """What calls alike share."""
+def use_isa(name: str) -> AbstractContextManager[None]:
+    """Run every native call inside with one of ``library().isas``. For tests and comparisons."""
+    return _forced_isa.use(library().isas[name])
+
+
+def _isa(native: Library) -> int:
+    forced = _forced_isa.current
+    return native.isa if forced is None else forced
+
+
+class _Plan(NamedTuple):
+    """What problems of one signature share."""
 
     packed: bytes  # AttentionShape of native/abi.h
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
 
 
-def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Append (if asked) and attend. Lengths and tables are checked natively before anything is written."""
     native = library()
-    shapes = call.once("cpu", lambda: describe(call))
-    out = torch.empty(*shapes.out_shape, dtype=call.q.dtype, device=_CPU)
-    lse = torch.empty(*shapes.lse_shape, dtype=torch.float32, device=_CPU)
-    status = native.run_attention(shapes.packed, addresses(call, out, lse), native.isa)
+    plan = problem.plan("cpu", make_plan)
+    q: Tensor = problem.tensors[0]  # type: ignore[assignment]
+    out = torch.empty(*plan.out_shape, dtype=q.dtype, device=_CPU)
+    lse = torch.empty(*plan.lse_shape, dtype=torch.float32, device=_CPU)
+    status = native.run_attention(plan.packed, addresses(problem, out, lse), _isa(native))
     if status != _DONE:
         if status == _BAD_VALUES:
-            check_values(call)
+            check_values(problem)
         _fail(status)
     return out, lse
 
@@ -131,9 +136,12 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def kv_write(write: CacheWrite) -> None:
     """Write new keys and values. Lengths and tables are checked natively before anything is written."""
     native = library()
-    shape = write.once("cpu", lambda: describe_write(write))
-    at = _WRITE_ADDRESSES.pack(*_data(write[:NUM_WRITE_TENSORS]))  # type: ignore[arg-type]
-    status = native.run_write(shape, at, native.isa)
+    shape = write.plan("cpu", describe_write)
+    k, v, table, rows, _, lengths, _, k_new, v_new, cos, sin = (
+        0 if tensor is None else tensor.data_ptr() for tensor in write.tensors
+    )
+    at = _WRITE_ADDRESSES.pack(k_new, v_new, k, v, lengths, table, rows, cos, sin)
+    status = native.run_write(shape, at, _isa(native))
     if status != _DONE:
         if status == _BAD_VALUES:
             check_write_values(write)
@@ -150,116 +158,60 @@ def _fail(status: int) -> None:
 
 def describe_write(write: CacheWrite) -> bytes:
     """``WriteShape`` of native/abi.h: all of a write but its addresses."""
-    fields = _write_fields(
-        write.k,
-        write.v,
-        write.k_cache,
-        write.v_cache,
-        write.block_table,
-        write.rotary_cos,
-        write.rotary_interleaved,
-        write.k.shape[0],
-    )
-    return _WRITE.pack(*fields)
+    return _WRITE.pack(*_write_fields(write.cache, write.append, write.batch_size))
 
 
-def describe(call: AttentionCall) -> _Shapes:
-    """All of a call but its addresses, from what calls alike share."""
-    q, slopes = call.q, call.alibi_slopes
-    if call.cu_seqlens_q is None:
-        (_, q_tokens, q_heads, _), q_strides = q.shape, q.stride()
-    else:
-        (q_tokens, q_heads, _), q_strides = q.shape, (0, *q.stride())
-    write_fields = _write_fields(
-        call.k_new,
-        call.v_new,
-        call.k,
-        call.v,
-        call.block_table,
-        call.rotary_cos,
-        call.rotary_interleaved,
-        call.batch_size,
-    )
+def make_plan(problem: AttentionProblem) -> _Plan:
+    q, slopes, scores = problem.queries.q, problem.scores.alibi_slopes, problem.scores
     packed = _ATTENTION.pack(
-        *write_fields,
-        *q_strides[:3],
+        *_write_fields(problem.cache, problem.append, problem.batch_size),
+        *strides(q),
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
-        q_tokens,
-        call.k.shape[0],
-        q_heads,
-        call.max_seqlen_q,
-        call.window_left,
-        call.window_right,
-        call.num_splits,
-        call.scale,
-        call.softcap,
+        q.shape[-3],
+        problem.cache.k.shape[0],
+        q.shape[-2],
+        problem.queries.max_seqlen_q,
+        scores.window_left,
+        scores.window_right,
+        problem.num_splits,
+        scores.scale,
+        scores.softcap,
     )
-    return _Shapes(packed, call.out_shape, call.lse_shape)
+    return _Plan(packed, problem.out_shape, problem.lse_shape)
 
 
-def _write_fields(
-    k_new: Tensor | None,
-    v_new: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    block_table: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_interleaved: bool,
-    batch: int,
-) -> tuple[int, ...]:
+def _write_fields(cache: KVCache, append: Append | None, batch: int) -> tuple[int, ...]:
     """``WriteShape`` of native/abi.h."""
-    if k.dim() == 4:
-        num_pages, page_size, kv_heads, head_dim = k.shape
-        k_strides, v_strides = k.stride(), v.stride()
-    else:
-        (page_size, kv_heads, head_dim), num_pages = k.shape, 0
-        k_strides, v_strides = (0, *k.stride()), (0, *v.stride())
-    new_strides = (0,) * 6 if k_new is None or v_new is None else (*k_new.stride()[:3], *v_new.stride()[:3])
+    k, v, table = cache.k, cache.v, cache.block_table
+    page_size, kv_heads, head_dim = k.shape[-3:]
+    cos = None if append is None else append.rotary_cos
     return (
-        *new_strides,
-        *k_strides[:3],
-        *v_strides[:3],
-        *((0, 0) if rotary_cos is None else rotary_cos.shape),
-        rotary_interleaved,
+        *((0,) * 6 if append is None else (*strides(append.k_new), *strides(append.v_new))),
+        *strides(k),
+        *strides(v),
+        *((0, 0) if cos is None else cos.shape),
+        append is None or append.rotary_interleaved,
         _DTYPES[k.dtype],
         batch,
-        0 if k_new is None else k_new.shape[1],
+        0 if append is None else append.k_new.shape[1],
         kv_heads,
         head_dim,
         v.shape[-1],
-        num_pages,
+        k.shape[0] if k.dim() == 4 else 0,
         page_size,
-        -1 if block_table is None else block_table.shape[1],
+        -1 if table is None else table.shape[1],
     )
 
 
-def addresses(call: AttentionCall, out: Tensor, lse: Tensor) -> bytes:
+def addresses(problem: AttentionProblem, out: Tensor, lse: Tensor) -> bytes:
     """``Addresses`` of native/abi.h, whose first half is ``WriteAddresses``."""
-    tensors = (
-        call.k_new,
-        call.v_new,
-        call.k,
-        call.v,
-        call.seqused_k,
-        call.block_table,
-        call.cache_batch_idx,
-        call.rotary_cos,
-        call.rotary_sin,
-        call.q,
-        out,
-        lse,
-        call.cu_seqlens_q,
-        call.cu_seqlens_k,
-        call.seqused_q,
-        call.cache_leftpad,
-        call.alibi_slopes,
-        call.sinks,
-    )
-    return _ADDRESSES.pack(*_data(tensors))
-
-
-def _data(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    (
+        q, cu_q, used_q, k, v, table, rows, leftpad, lengths, cu_k, k_new, v_new, cos, sin, slopes, sinks,
+    ) = [0 if tensor is None else tensor.data_ptr() for tensor in problem.tensors]  # fmt: skip
+    return _ADDRESSES.pack(
+        k_new, v_new, k, v, lengths, table, rows, cos, sin,
+        q, out.data_ptr(), lse.data_ptr(), cu_q, cu_k, used_q, leftpad, slopes, sinks,
+    )  # fmt: skip
 
 
 def _present_isas(native: ctypes.CDLL) -> dict[str, int]:

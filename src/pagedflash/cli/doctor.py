@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .dispatch import DEVICE_BACKENDS, availability
+from ..dispatch import DEVICE_BACKENDS, availability
 
 
 class BackendState(NamedTuple):
@@ -66,7 +66,7 @@ def backends() -> list[BackendState]:
 
 def decode_fast_path() -> FastPath:
     """Ask transformers, with pagedflash enabled for the time of the question."""
-    from . import transformers as integration
+    from .. import transformers as integration
 
     already_enabled = integration.is_enabled()
     try:

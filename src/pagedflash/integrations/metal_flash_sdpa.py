@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import FLOAT_DTYPES, check_shape, check_tensor
-from .interface import flash_attn_varlen_func
+from ..backends.protocol import Capabilities
+from ..interface import flash_attn_varlen_func
+from ..validate import validate_shape, validate_tensor
 
 NO_SOFTCAP = 1.0
 
@@ -49,7 +50,7 @@ def flash_attention_varlen(
 
     Source: the function of this name in ``kernels-community/metal-flash-sdpa``.
     """
-    check_tensor("out", out, "total_q, Hq, Dv", out, FLOAT_DTYPES)
+    validate_tensor("out", out, "total_q, Hq, Dv", out, Capabilities().dtypes)
     result = flash_attn_varlen_func(
         query,
         key,
@@ -63,6 +64,6 @@ def flash_attention_varlen(
         softcap=0.0 if softcapping == NO_SOFTCAP else softcapping,
     )
     assert isinstance(result, Tensor)
-    check_tensor("out", out, "total_q, Hq, Dv", result, (result.dtype,))
-    check_shape("out", out, tuple(result.shape), "total_q, Hq, Dv")
+    validate_tensor("out", out, "total_q, Hq, Dv", result, (result.dtype,))
+    validate_shape("out", out, tuple(result.shape), "total_q, Hq, Dv")
     out.copy_(result)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .dispatch import DEVICE_BACKENDS, availability
-from .interface import flash_attn_with_kvcache
+from ..dispatch import DEVICE_BACKENDS, availability
+from ..interface import flash_attn_with_kvcache
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 CACHE_BYTES = 160 << 20
@@ -381,7 +381,7 @@ def describe_device(device: str) -> str:
         return torch.cuda.get_device_name()
     if device != "cpu" or not availability()[DEVICE_BACKENDS["cpu"]][0]:
         return device
-    from .backends.cpu.launch import library
+    from ..backends.cpu.launch import library
 
     native = library()
     isa = next(name for name, number in native.isas.items() if number == native.isa)

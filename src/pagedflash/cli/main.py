@@ -20,11 +20,11 @@ except ImportError as error:
 
 import torch
 
+from .. import transformers as integration
+from ..dispatch import DEVICE_BACKENDS, CallKind, availability
+from ..integrations import hub as kernel
 from . import doctor as facts
 from . import generate as generation
-from . import hub as kernel
-from . import transformers as integration
-from .dispatch import DEVICE_BACKENDS, CallKind, availability
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)

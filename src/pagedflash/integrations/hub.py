@@ -2,7 +2,7 @@
 
 ::
 
-    DIR/build/torch-cpu/      __init__.py  metadata.json  call.py ...  backends/cpu/
+    DIR/build/torch-cpu/      __init__.py  metadata.json  interface.py ...  backends/cpu/
         build/torch-cuda/     the same with backends/triton/
         build/torch-metal/    the same with backends/metal/
 
@@ -19,18 +19,35 @@ import json
 import shutil
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 KERNEL_NAME = "pagedflash"
 KERNEL_VERSION = 1
 
 VARIANTS = {"cpu": "cpu", "cuda": "triton", "metal": "metal"}
 """Backend type as the ``kernels`` library names it -> our backend for it. The variant is called ``torch-`` and the type."""
 
-MODULES = ("call.py", "dispatch.py", "interface.py", "metal_flash_sdpa.py", "ops.py", "reference.py", "backends/__init__.py")
+MODULES = (
+    "arguments.py",
+    "dispatch.py",
+    "errors.py",
+    "geometry.py",
+    "interface.py",
+    "ops.py",
+    "plan_cache.py",
+    "problem.py",
+    "scoped.py",
+    "validate.py",
+    "validate_values.py",
+    "backends/__init__.py",
+    "backends/protocol.py",
+    "backends/reference.py",
+    "integrations/__init__.py",
+    "integrations/metal_flash_sdpa.py",
+)
 NOT_PART_OF_A_KERNEL = ("native", "__pycache__")  # sources that are compiled before, and Python's own cache
 
 MORE_EXPORTS = """
-from .metal_flash_sdpa import flash_attention_varlen
+from .integrations.metal_flash_sdpa import flash_attention_varlen
 
 __all__ += ["flash_attention_varlen"]
 """

@@ -1,0 +1,48 @@
+"""What a backend is: a module with the functions of :class:`Backend`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..problem import AttentionProblem, CacheWrite
+
+
+class Support(NamedTuple):
+    """Whether something can be done here, and if not, why, as the end of a sentence."""
+
+    ok: bool
+    reason: str = ""
+
+
+class Capabilities(NamedTuple):
+    """What a backend takes; anything else is rejected before it is asked."""
+
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    max_head_dim: int = 256
+    head_dim_multiple: int = 8
+    checks_values: bool = False
+    """Whether ``attention`` and ``kv_write`` validate lengths and tables themselves before they write."""
+
+
+class Backend(Protocol):
+    NAME: str
+    CAPABILITIES: Capabilities
+
+    def available(self) -> Support:
+        """Whether it can run on this machine."""
+        ...
+
+    def supports(self, problem: AttentionProblem) -> Support:
+        """Whether it has kernels for a valid problem. It sees the signature; its word is kept for problems like it."""
+        ...
+
+    def attention(self, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+        """Append (if asked), then attend: ``(out, lse)`` of the problem's ``out_shape`` and ``lse_shape``."""
+        ...
+
+    def kv_write(self, write: CacheWrite) -> None:
+        """Rotate the new keys (if asked) and put each token into its slot."""
+        ...

@@ -1,0 +1,195 @@
+"""Plain, slow, obviously right attention in PyTorch: the oracle of every test, and the fallback on any device.
+
+One sequence at a time: its keys are gathered from where they lie, the whole score matrix is formed in float32 (or
+float64, if that is what comes in), masked, and normalised. Nothing outside a sequence's own slots is ever read, so
+garbage or NaN in unused slots and pages cannot leak.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..geometry import queries_rotate_by_position
+from ..problem import AttentionProblem, CacheWrite
+from ..validate_values import key_lengths
+from .protocol import Capabilities, Support
+
+NAME = "reference"
+CAPABILITIES = Capabilities(
+    dtypes=(torch.float32, torch.float16, torch.bfloat16, torch.float64), max_head_dim=2**31, head_dim_multiple=1
+)
+
+
+def available() -> Support:
+    return Support(True)
+
+
+def supports(problem: AttentionProblem) -> Support:
+    return Support(True)
+
+
+def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Append (if asked), then attend sequence by sequence. Returns ``(out, lse)`` of the shapes the problem gives."""
+    q, cache = problem.queries.q, problem.cache
+    lengths = key_lengths(problem)
+    if problem.append is not None:
+        kv_write(problem.write)
+        lengths = [n + problem.num_new_tokens if n >= 0 else n for n in lengths]
+
+    out = q.new_zeros(problem.out_shape)
+    lse = torch.full(problem.lse_shape, float("inf"), dtype=_working_dtype(q), device=q.device)
+    for b, length in enumerate(lengths):
+        if length < 0:
+            continue
+        q_b, out_b, lse_b = _queries(problem, b, out, lse)
+        q_b = _rotate_queries(problem, q_b, b)
+        first = 0 if cache.cache_leftpad is None else int(cache.cache_leftpad[b])
+        k, v = (_keys(problem, keys, b, first, length, q_b.shape[0]) for keys in (cache.k, cache.v))
+        out_rows, lse_rows = _attend(problem, q_b, k, v, b)
+        out_b.copy_(out_rows)
+        lse_b.copy_(lse_rows)
+    return out, lse
+
+
+def kv_write(write: CacheWrite) -> None:
+    """Rotate the new keys (if asked) and put each token into its slot."""
+    cache, (k_new, v_new, cos, sin, interleaved) = write.cache, write.append
+    assert cache.seqused_k is not None
+    for b, start in enumerate(cache.seqused_k.tolist()):
+        if start < 0 or write.num_new_tokens == 0:
+            continue
+        positions = torch.arange(start, start + write.num_new_tokens, device=k_new.device)
+        k = k_new[b]
+        if cos is not None and sin is not None:
+            k = rotate(k, cos[positions], sin[positions], interleaved)
+        if cache.block_table is not None:
+            slot = (cache.block_table[b, positions // write.page_size].long(), positions % write.page_size)
+        else:
+            row = b if cache.cache_batch_idx is None else int(cache.cache_batch_idx[b])
+            slot = (torch.full_like(positions, row), positions)
+        cache.k[slot] = k
+        cache.v[slot] = v_new[b]
+
+
+def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge partial outputs by their LSE: ``outs (parts, ..., Hq, Dv)``, ``lses (parts, ...)`` laid out as in a call.
+
+    A part with LSE ``+inf`` or ``-inf`` saw no key and counts nothing; where all are so: 0 and ``+inf``.
+    """
+    empty = lses.isinf()
+    total = lses.masked_fill(empty, float("-inf")).logsumexp(0)
+    seen = ~empty.all(0)
+    weights = torch.exp(lses - total).masked_fill(empty, 0.0)
+    per_row = weights.transpose(-1, -2).unsqueeze(-1)  # head-major, as an LSE, to row-major, as an output
+    working = outs.to(_working_dtype(outs)).masked_fill(per_row == 0, 0.0)
+    out = (working * per_row).sum(0).to(outs.dtype)
+    return out, torch.where(seen, total, float("inf"))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding of ``x (S, H, D)`` by angles given as ``cos, sin (S, rotary_dim / 2)``; the rest of D is kept.
+
+    Pair ``i`` is elements ``(2i, 2i + 1)`` if interleaved, else ``(i, i + rotary_dim / 2)``. Source: Su et al.,
+    "RoFormer" (2021); the two layouts are GPT-J's and GPT-NeoX's.
+    """
+    half = cos.shape[-1]
+    working = _working_dtype(x)
+    cos, sin = cos.to(working).unsqueeze(1), sin.to(working).unsqueeze(1)
+    head = x[..., : 2 * half].to(working)
+    if interleaved:
+        a, b = head[..., 0::2], head[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = head[..., :half], head[..., half:]
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
+
+
+def _working_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _queries(problem: AttentionProblem, b: int, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``(Sq, Hq, D)`` of sequence b, and where its output ``(Sq, Hq, Dv)`` and LSE ``(Hq, Sq)`` go."""
+    q, cu_seqlens_q, seqused_q, _ = problem.queries
+    if cu_seqlens_q is None:
+        return q[b], out[b], lse[b]
+    start, end = int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1])
+    if seqused_q is not None:
+        end = start + int(seqused_q[b])
+    return q[start:end], out[start:end], lse[:, start:end]
+
+
+def _rotate_queries(problem: AttentionProblem, q: Tensor, b: int) -> Tensor:
+    """Query i sits at position seqused_k + i where positions matter (causal or windowed), else all at seqused_k."""
+    append = problem.append
+    if append is None or append.rotary_cos is None or append.rotary_sin is None:
+        return q
+    assert problem.cache.seqused_k is not None
+    positions = torch.full((q.shape[0],), int(problem.cache.seqused_k[b]), device=q.device)
+    if queries_rotate_by_position(problem):
+        positions = positions + torch.arange(q.shape[0], device=q.device)
+        positions = positions.clamp(max=append.rotary_cos.shape[0] - 1)
+    return rotate(q, append.rotary_cos[positions], append.rotary_sin[positions], append.rotary_interleaved)
+
+
+def _keys(problem: AttentionProblem, keys: Tensor, b: int, first: int, length: int, num_queries: int) -> Tensor:
+    """Slots ``first`` to ``length`` of sequence b, as ``(length - first, Hkv, D)``. Left of a window: zeros, not read."""
+    cache = problem.cache
+    if cache.block_table is not None:
+        page_size = problem.page_size
+        seen = first
+        if problem.scores.window_left >= 0:
+            seen = min(max(first, length - num_queries - problem.scores.window_left), length)
+        first_page, end_page = seen // page_size, -(-length // page_size)
+        pages = cache.block_table[b, first_page:end_page].long()
+        offset = first_page * page_size
+        rows = keys.new_zeros(length - first, *keys.shape[-2:])
+        rows[seen - first :] = keys[pages].flatten(0, 1)[seen - offset : length - offset]
+        return rows
+    if cache.cu_seqlens_k is not None:
+        start = int(cache.cu_seqlens_k[b])
+        return keys[start + first : start + length]
+    row = b if cache.cache_batch_idx is None else int(cache.cache_batch_idx[b])
+    return keys[row, first:length]
+
+
+def _attend(problem: AttentionProblem, q: Tensor, k: Tensor, v: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """One sequence: ``q (Sq, Hq, D)``, ``k (n, Hkv, D)``, ``v (n, Hkv, Dv)`` to ``out (Sq, Hq, Dv)``, ``lse (Hq, Sq)``."""
+    working = _working_dtype(q)
+    num_queries, num_keys = q.shape[0], k.shape[0]
+    k = k.to(working).repeat_interleave(problem.group, dim=1)
+    v = v.to(working).repeat_interleave(problem.group, dim=1)
+
+    scores, visible = _scores(problem, torch.einsum("qhd,khd->hqk", q.to(working), k), b)
+    logits = scores.masked_fill(~visible, float("-inf"))
+    if problem.scores.sinks is not None:
+        sinks = problem.scores.sinks.to(working).view(-1, 1, 1).expand(-1, num_queries, 1)
+        logits = torch.cat((logits, sinks), dim=-1)
+    sees_a_key = visible.any(-1)
+    lse = logits.logsumexp(-1).masked_fill(~sees_a_key, float("inf"))
+    # exp(-inf) = 0 for masked keys and for rows without any
+    probabilities = torch.exp(logits[..., :num_keys] - lse.unsqueeze(-1))
+    return torch.einsum("hqk,khd->qhd", probabilities, v), lse
+
+
+def _scores(problem: AttentionProblem, products: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """From ``q . k (Hq, Sq, n)`` of sequence b to scores, and which of them are seen ``(Sq, n)``."""
+    alibi_slopes, _, scale, softcap, window_left, window_right = problem.scores
+    _, num_queries, num_keys = products.shape
+    scores = products * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    # Bottom-right alignment; slots left of cache_leftpad are gone from both sides of the difference.
+    query_position = torch.arange(num_queries, device=scores.device).unsqueeze(1) + (num_keys - num_queries)
+    distance = query_position - torch.arange(num_keys, device=scores.device)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes[b] if alibi_slopes.dim() == 2 else alibi_slopes
+        scores = scores - slopes.to(scores.dtype).view(-1, 1, 1) * distance.abs()
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if window_left >= 0:
+        visible &= distance <= window_left
+    if window_right >= 0:
+        visible &= -distance <= window_right
+    return scores, visible

@@ -1,0 +1,133 @@
+"""What is kept from one call to the next: for each signature, that it is valid and the backends' plans for it.
+
+A signature is what problems with the same shapes, strides, dtypes, devices and options share, at any addresses and with any
+values. An eager call of a model's layer is mostly like the one before: it finds its entry and adds the addresses of its
+tensors. The cache is bounded: where there are too many signatures, all are forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+if TYPE_CHECKING:
+    from .problem import _Flat
+
+MAX_SIGNATURES = 4096
+
+Key = tuple[Hashable, ...]
+Problem = TypeVar("Problem", bound="_Flat")
+
+
+class TensorSpec:
+    """What a signature holds of a tensor, with a tensor's names for it. No address, no values."""
+
+    __slots__ = ("_strides", "device", "dtype", "requires_grad", "shape")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape = tensor.shape
+        self._strides = tensor.stride()
+        self.dtype = tensor.dtype
+        self.device = tensor.device
+        self.requires_grad = tensor.requires_grad
+
+    def stride(self, axis: int | None = None) -> Any:
+        return self._strides if axis is None else self._strides[axis]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+class Entry:
+    """What is kept for one signature."""
+
+    __slots__ = ("arguments", "is_plain", "plans", "signature", "validated_for")
+
+    def __init__(self, signature: Any, is_plain: bool) -> None:
+        self.signature = signature
+        self.is_plain = is_plain
+        """Whether kernels may be given the addresses of the tensors: no gradient is tracked, no negative bit is set."""
+        self.validated_for: object = None
+        """The capabilities that the signature has been validated against."""
+        self.plans: dict[Hashable, Any] = {}
+        self.arguments: Any = None
+        """For a signature of arguments: (numbers, entry) of the problem they became."""
+
+
+_entries: dict[Key, Entry] = {}
+
+
+def entry_of(problem: _Flat) -> Entry | None:
+    """The entry of a problem; made if it is the first of its signature. None where its tensors cannot be told apart."""
+    return _find(
+        problem.tensors,
+        problem.numbers,
+        _HINT[type(problem).__name__],
+        lambda: Entry(signature_of(problem), _is_plain(problem.tensors)),
+    )
+
+
+def entry_of_arguments(tensors: tuple[object, ...], options: tuple[Hashable, ...]) -> Entry | None:
+    """The entry of the arguments of a public function, as they came."""
+    return _find(tensors, options, None, lambda: Entry(None, False))
+
+
+def signature_of(problem: Problem) -> Problem:
+    """The problem with a :class:`TensorSpec` in the place of each tensor, and hints rounded up as in its key."""
+    numbers = _rounded(problem.numbers, _HINT[type(problem).__name__])
+    specs = tuple(None if tensor is None else TensorSpec(tensor) for tensor in problem.tensors)
+    return type(problem)(specs, numbers)  # type: ignore[arg-type]
+
+
+_HINT = {"AttentionProblem": 1, "CacheWrite": 0}
+"""Kind of problem -> where its numbers have max_seqlen_k, another hint in each step of a generation."""
+
+
+def _rounded(numbers: tuple[Any, ...], hint: int) -> tuple[Any, ...]:
+    """``numbers`` with the one at ``hint`` rounded up to a power of two."""
+    value = numbers[hint]
+    return (*numbers[:hint], 1 << (value - 1).bit_length() if value > 0 else value, *numbers[hint + 1 :])
+
+
+def _find(
+    tensors: tuple[object, ...], numbers: tuple[Any, ...], hint: int | None, make: Callable[[], Entry]
+) -> Entry | None:
+    if torch.compiler.is_compiling():
+        return None
+    tracks_grad = torch.is_grad_enabled()
+    parts: list[Hashable] = [tracks_grad]
+    for tensor in tensors:
+        if tensor is None:
+            parts.append(None)
+        elif tensor.__class__ is Tensor or tensor.__class__ is Parameter:  # sinks come as parameters
+            parts += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg())
+            if tracks_grad:
+                parts.append(tensor.requires_grad)
+        else:
+            return None
+    try:
+        parts.append(numbers if hint is None else _rounded(numbers, hint))
+        entry = _entries.get(key := tuple(parts))
+    except (AttributeError, TypeError):  # symbolic sizes
+        return None
+    if entry is None:
+        if len(_entries) >= MAX_SIGNATURES:
+            _entries.clear()
+        entry = _entries.setdefault(key, make())
+    return entry
+
+
+def _is_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    tracks_grad = torch.is_grad_enabled()
+    return not any(t is not None and (t.is_neg() or (tracks_grad and t.requires_grad)) for t in tensors)

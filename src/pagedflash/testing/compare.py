@@ -1,0 +1,92 @@
+"""The comparison with float64 that every backend must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..problem import AttentionProblem
+
+# Largest difference to float64 on values of about unit size. float16 and bfloat16 round the output (2^-11, 2^-8 of its
+# size) and, with rotary, the rotated queries and keys, which moves scores and with them the LSE.
+OUT_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+LSE_TOLERANCE = {torch.float32: 5e-5, torch.float16: 5e-5, torch.bfloat16: 5e-5}
+ROTARY_LSE_TOLERANCE = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+Run = Callable[[AttentionProblem], tuple[Tensor, Tensor]]
+
+
+def assert_matches_reference(problem: AttentionProblem, run: Run) -> None:
+    """``run`` must give the reference's output and LSE in float64, leave finite numbers everywhere, and write its slots and
+    no others."""
+    want_out, want_lse = reference.attention(as_float64(problem))
+    expected = copy_of(problem)
+    rotary = False
+    if expected.append is not None:
+        reference.kv_write(expected.write)
+        rotary = expected.append.rotary_cos is not None
+
+    out, lse = run(problem)
+
+    message, dtype = describe(problem), problem.queries.q.dtype
+    assert out.dtype == dtype and out.shape == problem.out_shape, message
+    assert lse.dtype == torch.float32 and lse.shape == problem.lse_shape, message
+    _assert_close("out", out, want_out, OUT_TOLERANCE[dtype], message)
+    _assert_close("lse", lse, want_lse, (ROTARY_LSE_TOLERANCE if rotary else LSE_TOLERANCE)[dtype], message)
+    for name, cache, want in zip("kv", problem.cache[:2], expected.cache[:2]):
+        # Bit for bit, except that rotated keys may round differently.
+        step = torch.finfo(cache.dtype).eps if rotary else 0.0
+        torch.testing.assert_close(
+            _whole_storage(cache),
+            _whole_storage(want),
+            rtol=2 * step,
+            atol=step,
+            equal_nan=True,
+            msg=f"{name}: {message}",
+        )
+
+
+def describe(problem: AttentionProblem) -> str:
+    """A problem in one line, for messages."""
+    words = [problem.layout, str(problem.queries.q.dtype)]
+    for field, value in problem.named_fields().items():
+        if isinstance(value, Tensor):
+            words.append(f"{field}{list(value.shape)}")
+        elif value not in (None, False):
+            words.append(f"{field}={value}")
+    return " ".join(words)
+
+
+def copy_of(problem: AttentionProblem) -> AttentionProblem:
+    """A copy whose tensors overlap in memory exactly as the original's do."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def clone(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        copy = storages.setdefault(storage._cdata, storage.clone())
+        return tensor.new_empty(0).set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    return problem.map_tensors(clone)
+
+
+def as_float64(problem: AttentionProblem) -> AttentionProblem:
+    """The same problem on float64 copies of its tensors, on the CPU: an oracle for a device must not run on that device."""
+    return problem.map_tensors(lambda tensor: tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu())
+
+
+def _assert_close(name: str, got: Tensor, want: Tensor, tolerance: float, message: str) -> None:
+    assert not got.isnan().any(), f"{name} has NaN: {message}"
+    got = got.cpu().double()
+    assert torch.equal(got.isinf(), want.isinf()), f"{name} is infinite at other places: {message}"
+    error = (got - want).masked_fill(want.isinf(), 0.0).abs()
+    allowed = tolerance * want.masked_fill(want.isinf(), 0.0).abs().clamp(min=1.0)
+    if error.numel():
+        assert (error <= allowed).all(), f"{name} is off by up to {error.max():.3g}: {message}"
+
+
+def _whole_storage(tensor: Tensor) -> Tensor:
+    count = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.as_strided((count,), (1,), 0).cpu()

@@ -1,0 +1,207 @@
+"""Validation of everything about a problem but the values of its lengths and tables.
+
+It looks at types, shapes, dtypes, devices and numbers only: microseconds, no synchronisation with a device, fake tensors
+too. It runs once for each signature and raises before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .backends.protocol import Capabilities
+from .errors import reject, reject_type
+from .problem import Append, AttentionProblem, CacheWrite, KVCache
+
+INDEX_DTYPES = (torch.int32,)
+SLOPE_DTYPES = (torch.float32,)
+
+
+def validate(problem: AttentionProblem, capabilities: Capabilities) -> None:
+    """Raise InvalidType (wrong type or dtype) or InvalidValue, naming the argument, what came and what is expected."""
+    queries, cache = problem.queries, problem.cache
+    q, k = queries.q, cache.k
+    validate_tensor("q", q, "B, Sq, Hq, D" if queries.cu_seqlens_q is None else "total_q, Hq, D", q, capabilities.dtypes)
+    _validate_cache(cache, q)
+    _validate_head_dims(q, cache, capabilities)
+    if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        reject(
+            "k",
+            "of {heads} heads",
+            "a number of heads that divides the {q_heads} of q",
+            heads=k.shape[-2],
+            q_heads=q.shape[-2],
+        )
+    _validate_last_axis("q", q)
+
+    _validate_lengths(problem)
+    batch = problem.batch_size
+    shares_rows = cache.block_table is None and cache.cu_seqlens_k is None and cache.cache_batch_idx is None
+    if shares_rows and k.shape[0] != batch:
+        reject("k", "of batch size {rows}", "{batch}, as q (or give cache_batch_idx)", rows=k.shape[0], batch=batch)
+
+    append = problem.append
+    if append is not None:
+        if append.k_new is not None or append.v_new is not None:
+            _validate_new_tokens(append, cache, batch)
+            if cache.seqused_k is None:
+                reject("seqused_k", "None", "tokens in the cache before the append, with {k_new}")
+        _validate_rotary(append, q, problem.capacity)
+    _validate_scores(problem)
+
+
+def validate_write(write: CacheWrite, capabilities: Capabilities) -> None:
+    """:func:`validate` for a write of its own."""
+    cache, batch = write.cache, write.batch_size
+    validate_tensor("k", cache.k, "num_pages, page_size, Hkv, D", cache.k, capabilities.dtypes)
+    _validate_cache(cache, cache.k)
+    _validate_head_dims(cache.k, cache, capabilities)
+    _validate_new_tokens(write.append, cache, batch)
+    for field, dims, shape in (("seqused_k", "B", (batch,)), ("block_table", "B, max_pages", (batch, None))):
+        tensor = getattr(cache, field)
+        validate_tensor(field, tensor, dims, cache.k, INDEX_DTYPES)
+        validate_shape(field, tensor, shape, dims)
+
+
+def validate_tensor(field: str, tensor: object, dims: str, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """``tensor`` must be a strided tensor with one axis per word of ``dims``, on ``like``'s device, of one of ``dtypes``."""
+    if not isinstance(tensor, Tensor):
+        reject_type(field, "of type {type}", "a torch.Tensor ({dims})", type=type(tensor).__name__, dims=dims)
+    if tensor.layout is not torch.strided:
+        reject(field, "of layout {layout}", "a strided tensor", layout=tensor.layout)
+    if tensor.dim() != dims.count(",") + 1:
+        reject(field, "of shape {shape}", "({dims})", shape=tuple(tensor.shape), dims=dims)
+    if tensor.dtype not in dtypes:
+        reject_type(field, "of dtype {dtype}", "{wanted}", dtype=tensor.dtype, wanted=" or ".join(map(str, dtypes)))
+    if tensor.device != like.device:
+        reject(field, "on {device}", "{wanted}, where q or the cache is", device=tensor.device, wanted=like.device)
+
+
+def validate_shape(field: str, tensor: Tensor, expected: tuple[int | None, ...], dims: str) -> None:
+    """``tensor.shape`` must be ``expected``, where None is any size."""
+    for have, want in zip(tensor.shape, expected):
+        if want is not None and have != want:
+            sizes = ", ".join("*" if size is None else str(size) for size in expected)
+            reject(field, "of shape {shape}", "({dims}) = ({sizes})", shape=tuple(tensor.shape), dims=dims, sizes=sizes)
+
+
+def _validate_last_axis(field: str, tensor: Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        reject(
+            field,
+            "strided by {stride} in its last axis",
+            "stride 1 there (a cache is never copied)",
+            stride=tensor.stride(-1),
+        )
+
+
+def _validate_cache(cache: KVCache, like: Tensor) -> None:
+    k, v = cache.k, cache.v
+    if cache.block_table is not None:
+        dims = "num_pages, page_size, Hkv, D"
+    else:
+        dims = "B, Sk, Hkv, D" if cache.cu_seqlens_k is None else "total_k, Hkv, D"
+    validate_tensor("k", k, dims, like, (like.dtype,))
+    validate_tensor("v", v, dims, like, (like.dtype,))
+    if v.shape[:-1] != k.shape[:-1]:
+        reject("v", "of shape {shape}", "{wanted} before head_dim, as {k}", shape=tuple(v.shape), wanted=tuple(k.shape[:-1]))
+    if cache.block_table is not None and k.shape[1] == 0:
+        reject("k", "of shape {shape}", "pages of at least one token", shape=tuple(k.shape))
+    _validate_last_axis("k", k)
+    _validate_last_axis("v", v)
+
+
+def _validate_head_dims(q: Tensor, cache: KVCache, capabilities: Capabilities) -> None:
+    most, multiple = capabilities.max_head_dim, capabilities.head_dim_multiple
+    head_dim, k_head_dim, v_head_dim = q.shape[-1], cache.k.shape[-1], cache.v.shape[-1]
+    if not 0 < head_dim <= most or head_dim % multiple:
+        reject("q", "of head_dim {d}", "a multiple of {multiple} up to {most}", d=head_dim, multiple=multiple, most=most)
+    if k_head_dim != head_dim:
+        reject("k", "of head_dim {d}", "{wanted}, as q", d=k_head_dim, wanted=head_dim)
+    if not 0 < v_head_dim <= head_dim or v_head_dim % multiple:
+        reject(
+            "v", "of head_dim {d}", "a multiple of {multiple} up to {most}, as q",
+            d=v_head_dim, multiple=multiple, most=head_dim,
+        )  # fmt: skip
+
+
+def _validate_lengths(problem: AttentionProblem) -> None:
+    """Every tensor of lengths or indices: int32, one entry a sequence."""
+    batch, fields = problem.batch_size, problem.named_fields()
+    for field, dims, shape in (
+        ("cu_seqlens_q", "B + 1", (batch + 1,)),
+        ("cu_seqlens_k", "B + 1", (batch + 1,)),
+        ("seqused_q", "B", (batch,)),
+        ("seqused_k", "B", (batch,)),
+        ("cache_batch_idx", "B", (batch,)),
+        ("cache_leftpad", "B", (batch,)),
+        ("block_table", "B, max_pages", (batch, None)),
+    ):
+        if fields[field] is not None:
+            validate_tensor(field, fields[field], dims, problem.queries.q, INDEX_DTYPES)
+            validate_shape(field, fields[field], shape, dims)
+    if problem.cache.block_table is not None and problem.cache.cache_batch_idx is not None:
+        reject("cache_batch_idx", "given together with {block_table}", "one of the two: a table already picks the pages")
+    if problem.queries.cu_seqlens_q is None:
+        return
+    if batch < 0:
+        reject("cu_seqlens_q", "empty", "(B + 1) offsets, starting with 0")
+    for field in ("max_seqlen_q", "max_seqlen_k"):
+        # One that a graph computes is not known before it runs; then the values are validated.
+        if not isinstance(fields[field], torch.SymInt) and fields[field] < 0:
+            reject(field, "{length}", "at least 0", length=fields[field])
+
+
+def _validate_new_tokens(append: Append, cache: KVCache, batch: int) -> None:
+    """New keys and values come together and fit the caches they go to."""
+    k_new, v_new = append.k_new, append.v_new
+    if k_new is None or v_new is None:
+        missing, given = ("k_new", "v_new") if k_new is None else ("v_new", "k_new")
+        reject(missing, "None", f"a tensor, since {{{given}}} is given")
+    for field, new, keys in (("k_new", k_new, cache.k), ("v_new", v_new, cache.v)):
+        validate_tensor(field, new, "B, S_new, Hkv, D", keys, (keys.dtype,))
+        validate_shape(field, new, (batch, k_new.shape[1], *keys.shape[-2:]), "B, S_new, Hkv, D")
+
+
+def _validate_rotary(append: Append, q: Tensor, capacity: int) -> None:
+    """As in flash-attn: both tables in q's dtype, at least one row for each slot of the cache."""
+    cos, sin = append.rotary_cos, append.rotary_sin
+    if cos is None and sin is None:
+        return
+    if cos is None or sin is None:
+        missing = "rotary_cos" if cos is None else "rotary_sin"
+        reject(missing, "None", "a tensor: rotary_cos and rotary_sin go together")
+    if append.k_new is None:
+        reject("rotary_cos", "given without new keys", "{k_new} and {v_new} to rotate and append")
+    for field, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        validate_tensor(field, table, "seqlen_ro, rotary_dim / 2", q, (q.dtype,))
+        validate_shape(field, table, (None, cos.shape[1]), "seqlen_ro, rotary_dim / 2")
+        if table.shape[0] < capacity:
+            reject(field, "of {rows} positions", "at least {most}, the cache's capacity", rows=table.shape[0], most=capacity)
+    if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
+        reject("rotary_cos", "for rotary_dim {d}", "at most head_dim = {most}", d=2 * cos.shape[1], most=q.shape[-1])
+
+
+def _validate_scores(problem: AttentionProblem) -> None:
+    """Scale, window, softcap, ALiBi, sinks, splits."""
+    slopes, sinks, scale, softcap, window_left, window_right = problem.scores
+    q, batch, heads = problem.queries.q, problem.batch_size, problem.queries.q.shape[-2]
+    if not math.isfinite(scale):
+        reject("softmax_scale", "{scale}", "a finite number", scale=scale)
+    if window_left < -1 or window_right < -1:
+        window = window_left, window_right
+        reject("window_size", "{window}", "two integers of at least -1 (-1 = unbounded)", window=window)
+    if not 0.0 <= softcap < math.inf:
+        reject("softcap", "{cap}", "a finite number of at least 0 (0 = none)", cap=softcap)
+    if problem.num_splits < 0:
+        reject("num_splits", "{splits}", "at least 0 (0 = chosen for you)", splits=problem.num_splits)
+    if slopes is not None:
+        per_sequence = isinstance(slopes, Tensor) and slopes.dim() == 2
+        dims = "B, Hq" if per_sequence else "Hq"
+        validate_tensor("alibi_slopes", slopes, dims, q, SLOPE_DTYPES)
+        validate_shape("alibi_slopes", slopes, (batch, heads) if per_sequence else (heads,), dims)
+    if sinks is not None:
+        validate_tensor("sinks", sinks, "Hq", q, SLOPE_DTYPES)
+        validate_shape("sinks", sinks, (heads,), "Hq")
