@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, NamedTuple, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from . import plan_cache
 from .errors import ATTENTION_NAMES, KVCACHE_NAMES, Names, reject, reject_type
+from .plan_cache import Entry
 from .problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
 
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
@@ -21,38 +22,40 @@ _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 Given = Any
 """An argument as it came."""
 
-
-class Named(NamedTuple):
-    """A problem and what its caller calls its fields."""
-
-    problem: AttentionProblem
-    names: Names
+Problem = TypeVar("Problem", AttentionProblem, CacheWrite)
 
 
-class ScoreArguments(NamedTuple):
-    """The arguments about scores that all attention functions have, as they came."""
-
-    softmax_scale: Given
-    causal: Given
-    window_size: Given
-    softcap: Given
-    alibi_slopes: Given
-    s_aux: Given
-    learnable_sink: Given
-
-
-def dense(q: Given, k: Given, v: Given, dropout_p: Given, scores: ScoreArguments) -> Named:
-    """The problem of ``flash_attn_func``."""
+def dense(
+    q: Given,
+    k: Given,
+    v: Given,
+    dropout_p: Given,
+    softmax_scale: Given,
+    causal: Given,
+    window_size: Given,
+    softcap: Given,
+    alibi_slopes: Given,
+    s_aux: Given,
+    learnable_sink: Given,
+) -> tuple[AttentionProblem, Names]:
+    """The problem of ``flash_attn_func``, and its names."""
+    names = _names(ATTENTION_NAMES, learnable_sink)
     _reject_dropout(dropout_p)
+    tensors = (q, None, None, k, v, *_NONE[:9], alibi_slopes, s_aux)
+    options = _score_options(softmax_scale, causal, window_size, softcap, learnable_sink)
+    entry = plan_cache.entry_of_arguments(tensors, ("dense", *options))
+    if (problem := _known(AttentionProblem, entry, tensors)) is not None:
+        return problem, names
+
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _require_axes(name, tensor, 4)
     problem = AttentionProblem.of(
         Queries(_inner_contiguous(q), max_seqlen_q=q.shape[1]),
         KVCache(_inner_contiguous(k), _inner_contiguous(v), max_seqlen_k=k.shape[1]),
         None,
-        _scores(scores, q),
+        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink)),
     )
-    return Named(problem, _names(ATTENTION_NAMES, scores))
+    return _keep(entry, tensors, problem), names
 
 
 def packed(
@@ -68,11 +71,32 @@ def packed(
     page_table: Given,
     seqused_q: Given,
     seqused_k: Given,
-    scores: ScoreArguments,
-) -> Named:
-    """The problem of ``flash_attn_varlen_func``."""
+    softmax_scale: Given,
+    causal: Given,
+    window_size: Given,
+    softcap: Given,
+    alibi_slopes: Given,
+    s_aux: Given,
+    learnable_sink: Given,
+) -> tuple[AttentionProblem, Names]:
+    """The problem of ``flash_attn_varlen_func``, and its names."""
+    names = _names(ATTENTION_NAMES, learnable_sink, page_table)
     _reject_dropout(dropout_p)
     table = _one_of("block_table", block_table, "page_table", page_table)
+    max_seqlen_q, max_seqlen_k = _integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)
+    tensors = (
+        q, cu_seqlens_q, seqused_q, k, v, table, None, None, seqused_k, cu_seqlens_k, *_NONE[:4],
+        alibi_slopes, s_aux,
+    )  # fmt: skip
+    options = _score_options(softmax_scale, causal, window_size, softcap, learnable_sink)
+    entry = None
+    if isinstance(max_seqlen_k, int):
+        seqlens = max_seqlen_q, plan_cache.round_hint(max_seqlen_k)
+        entry = plan_cache.entry_of_arguments(tensors, ("packed", *seqlens, *options))
+    if (problem := _known(AttentionProblem, entry, tensors)) is not None:
+        problem.numbers = (max_seqlen_q, max_seqlen_k, *problem.numbers[2:])
+        return problem, names
+
     _require_axes("q", q, 3)
     for name, keys in (("k", k), ("v", v)):
         _require_axes(name, keys, 3 if table is None else 4)
@@ -83,7 +107,7 @@ def packed(
             _inner_contiguous(q),
             _int32("cu_seqlens_q", _required("cu_seqlens_q", cu_seqlens_q)),
             _int32("seqused_q", seqused_q),
-            _integer("max_seqlen_q", max_seqlen_q),
+            max_seqlen_q,
         ),
         KVCache(
             _inner_contiguous(k) if table is None else k,
@@ -91,12 +115,12 @@ def packed(
             block_table=_int32("block_table" if page_table is None else "page_table", table),
             seqused_k=_int32("seqused_k", seqused_k),
             cu_seqlens_k=_int32("cu_seqlens_k", cu_seqlens_k),
-            max_seqlen_k=_integer("max_seqlen_k", max_seqlen_k),
+            max_seqlen_k=max_seqlen_k,
         ),
         None,
-        _scores(scores, q),
+        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink)),
     )
-    return Named(problem, _names(ATTENTION_NAMES, scores, page_table))
+    return _keep(entry, tensors, problem), names
 
 
 def cached(
@@ -114,35 +138,34 @@ def cached(
     page_table: Given,
     rotary_interleaved: Given,
     num_splits: Given,
-    scores: ScoreArguments,
-) -> Named:
-    """The problem of ``flash_attn_with_kvcache``.
-
-    A decode step is mostly like the one before, and short: how its arguments became a problem is kept with their signature.
-    """
+    softmax_scale: Given,
+    causal: Given,
+    window_size: Given,
+    softcap: Given,
+    alibi_slopes: Given,
+    s_aux: Given,
+    learnable_sink: Given,
+) -> tuple[AttentionProblem, Names]:
+    """The problem of ``flash_attn_with_kvcache``, and its names."""
+    names = _names(KVCACHE_NAMES, learnable_sink, page_table)
     table = _one_of("block_table", block_table, "page_table", page_table)
-    names = _names(KVCACHE_NAMES, scores, page_table)
-    window = _window(scores.window_size, scores.causal)
-    softmax_scale = None if scores.softmax_scale is None else _number("softmax_scale", scores.softmax_scale)
-    softcap, num_splits = _number("softcap", scores.softcap), _integer("num_splits", num_splits)
-    rotary_interleaved = bool(rotary_interleaved)
-
+    num_splits, rotary_interleaved = _integer("num_splits", num_splits), bool(rotary_interleaved)
     tensors = (
         q, None, None, k_cache, v_cache, table, cache_batch_idx, cache_leftpad, cache_seqlens, None,
-        k, v, rotary_cos, rotary_sin, scores.alibi_slopes, scores.s_aux,
+        k, v, rotary_cos, rotary_sin, alibi_slopes, s_aux,
     )  # fmt: skip
-    # As plain numbers: 1.0 would be found where 1 is kept.
-    options = (softmax_scale, *window, softcap, rotary_interleaved, num_splits, scores.learnable_sink is None)
-    entry = plan_cache.entry_of_arguments(tensors, options)
-    if entry is not None and entry.arguments is not None:
-        numbers, problem_entry = entry.arguments
-        problem = AttentionProblem(tensors, numbers)
-        problem.entry = problem_entry
-        return Named(problem, names)
+    options = _score_options(softmax_scale, causal, window_size, softcap, learnable_sink)
+    entry = plan_cache.entry_of_arguments(tensors, ("cached", rotary_interleaved, num_splits, *options))
+    if (problem := _known(AttentionProblem, entry, tensors)) is not None:
+        return problem, names
 
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _require_axes(name, tensor, 4)
-    has_append = any(x is not None for x in (k, v, rotary_cos, rotary_sin))
+    append = None
+    if any(tensor is not None for tensor in (k, v, rotary_cos, rotary_sin)):
+        append = Append(
+            _inner_contiguous(k), _inner_contiguous(v), _contiguous(rotary_cos), _contiguous(rotary_sin), rotary_interleaved
+        )
     problem = AttentionProblem.of(
         Queries(_inner_contiguous(q), max_seqlen_q=q.shape[1]),
         KVCache(
@@ -154,25 +177,22 @@ def cached(
             seqused_k=_lengths("cache_seqlens", cache_seqlens, q),
             max_seqlen_k=k_cache.shape[1] * (1 if table is None else _tensor("block_table", table).shape[-1]),
         ),
-        Append(
-            _inner_contiguous(k), _inner_contiguous(v), _contiguous(rotary_cos), _contiguous(rotary_sin), rotary_interleaved
-        )
-        if has_append
-        else None,
-        _scores(scores, q),
+        append,
+        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink)),
         num_splits,
     )
-    # Where no tensor had to be converted, the tensors of the next arguments like these are those of the next problem.
-    if entry is not None and problem.entry is not None and all(a is b for a, b in zip(tensors, problem.tensors)):
-        entry.arguments = problem.numbers, problem.entry
-    return Named(problem, names)
+    return _keep(entry, tensors, problem), names
 
 
 def write(k: Given, v: Given, k_cache: Given, v_cache: Given, block_table: Given, seq_lens: Given) -> CacheWrite:
     """The write of ``kv_paged_write``."""
+    tensors = (k_cache, v_cache, block_table, None, None, seq_lens, None, k, v, None, None)
+    entry = plan_cache.entry_of_arguments(tensors, ("write",))
+    if (problem := _known(CacheWrite, entry, tensors)) is not None:
+        return problem
     for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         _require_axes(name, tensor, 4)
-    return CacheWrite.of(
+    problem = CacheWrite.of(
         KVCache(
             k_cache,
             v_cache,
@@ -181,28 +201,60 @@ def write(k: Given, v: Given, k_cache: Given, v_cache: Given, block_table: Given
         ),
         Append(_inner_contiguous(k), _inner_contiguous(v)),
     )
+    return _keep(entry, tensors, problem)
 
 
-def _names(names: Names, scores: ScoreArguments, page_table: Given = None) -> Names:
+# A step of a generation is mostly like the one before, and short: how arguments became a problem is kept with their
+# signature, where no tensor had to be converted. Then the tensors of arguments like these are those of the problem.
+
+_NONE = (None,) * 9
+
+
+def _known(kind: type[Problem], entry: Entry | None, tensors: tuple[Given, ...]) -> Problem | None:
+    """The problem of arguments whose signature was seen before, without looking at each of them again."""
+    if entry is None or entry.problem is None:
+        return None
+    numbers, problem_entry = entry.problem
+    problem = kind(tensors, numbers)
+    problem.entry = problem_entry
+    return problem
+
+
+def _keep(entry: Entry | None, tensors: tuple[Given, ...], problem: Problem) -> Problem:
+    if entry is not None and problem.entry is not None and all(a is b for a, b in zip(tensors, problem.tensors)):
+        entry.problem = problem.numbers, problem.entry
+    return problem
+
+
+def _names(names: Names, learnable_sink: Given, page_table: Given = None) -> Names:
     """The caller's names of a problem's fields, where it used the newer aliases of some."""
-    if scores.learnable_sink is not None:
+    if learnable_sink is not None:
         names = {**names, "sinks": "learnable_sink"}
     if page_table is not None:
         names = {**names, "block_table": "page_table"}
     return names
 
 
-def _scores(given: ScoreArguments, q: Tensor) -> Scores:
-    window_left, window_right = _window(given.window_size, given.causal)
-    scale = given.softmax_scale
-    return Scores(
-        _contiguous(given.alibi_slopes),
-        _sinks(given.s_aux, given.learnable_sink),
-        1.0 / math.sqrt(q.shape[-1] or 1) if scale is None else _number("softmax_scale", scale),
-        _number("softcap", given.softcap),
-        window_left,
-        window_right,
+def _score_options(
+    softmax_scale: Given, causal: Given, window_size: Given, softcap: Given, learnable_sink: Given
+) -> tuple[float | None, float, tuple[int, int], bool]:
+    """(scale, softcap, (window_left, window_right), whether sinks are ``s_aux``), as plain numbers: 1.0 would be found where
+    1 is kept."""
+    return (
+        softmax_scale if softmax_scale is None else _number("softmax_scale", softmax_scale),
+        softcap if softcap.__class__ is float else _number("softcap", softcap),
+        _window(window_size, causal),
+        learnable_sink is None,
     )
+
+
+def _scores(
+    q: Tensor, options: tuple[float | None, float, tuple[int, int], bool], alibi_slopes: Given, sinks: Given
+) -> Scores:
+    scale, softcap, (window_left, window_right), _ = options
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1] or 1)
+    return Scores(_contiguous(alibi_slopes), sinks, scale, softcap, window_left, window_right)
 
 
 def _window(window_size: Given, causal: Given) -> tuple[int, int]:

@@ -16,11 +16,13 @@ from importlib import import_module
 from typing import NamedTuple, cast
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .backends import reference
 from .backends.protocol import Backend, Support
 from .problem import AttentionProblem, CacheWrite
 from .scoped import Scoped
+from .validate import validate, validate_write
 from .validate_values import check_values, check_write_values
 
 CHECK_VARIABLE = "PAGEDFLASH_CHECK"
@@ -48,39 +50,53 @@ _forced = Scoped[str]("pagedflash_backend")
 _counters: list[Counter[CallKind]] = []
 
 
-def attention(problem: AttentionProblem, backend: Backend) -> tuple[Tensor, Tensor]:
-    """Run a validated problem on ``backend``."""
-    support = problem.plan((backend.NAME, "support"), backend.supports)
-    if not support.ok:
-        _warn_once(backend.NAME, support.reason)
-        backend = _reference()
+def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Validate a problem and run it on its device's backend: ``(out, lse)``."""
     q = problem.tensors[0]
     assert q is not None
+    backend, entry = backend_for(q), problem.entry
+    if entry is None or entry.ready_for is not backend:
+        validate(problem, backend.CAPABILITIES)
+        support = problem.plan((backend.NAME, "support"), backend.supports)
+        if not support.ok:
+            _warn_once(backend.NAME, support.reason)
+            backend = reference
+        elif entry is not None:
+            entry.ready_for = backend
     if not backend.CAPABILITIES.checks_values and _values_wanted(q):
         check_values(problem)
     if _counters:
         _count(CallKind(problem.layout, backend.NAME, q.device.type))
-    return backend.attention(problem)
+    results = backend.attention(problem)
+    if problem.tensors[_K_NEW] is not None:
+        _bump_versions(problem.tensors[_K], problem.tensors[_V])
+    return results
 
 
-def kv_write(write: CacheWrite, backend: Backend) -> None:
-    """Run a validated write on ``backend``. Every backend supports every write."""
-    k_cache = write.tensors[0]
+def kv_write(write: CacheWrite) -> None:
+    """Validate a write and run it on its device's backend. Every backend supports every write."""
+    k_cache, v_cache = write.tensors[:2]
     assert k_cache is not None
+    backend, entry = backend_for(k_cache), write.entry
+    if entry is None or entry.ready_for is not backend:
+        validate_write(write, backend.CAPABILITIES)
+        if entry is not None:
+            entry.ready_for = backend
     if not backend.CAPABILITIES.checks_values and _values_wanted(k_cache):
         check_write_values(write)
     if _counters:
         _count(CallKind("write", backend.NAME, k_cache.device.type))
     backend.kv_write(write)
+    _bump_versions(k_cache, v_cache)
 
 
 def backend_for(tensor: Tensor) -> Backend:
     """The backend that runs problems on the device of ``tensor``."""
-    device_type = tensor.device.type
     name = _forced.current
-    if name is None:
-        return _of_device.get(device_type) or _find_for_device(device_type)
-    return _usable(name)
+    if name is not None:
+        return _usable(name)
+    device_type = tensor.device.type
+    return _of_device.get(device_type) or _find_for_device(device_type)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -118,6 +134,14 @@ def availability() -> dict[str, Support]:
     return {name: _load(name)[1] for name in BACKEND_MODULES}
 
 
+_K, _V, _K_NEW = ([name for name, _ in AttentionProblem.TENSOR_FIELDS].index(name) for name in ("k", "v", "k_new"))
+
+
+def _bump_versions(*caches: Tensor | None) -> None:
+    """Kernels write to caches behind autograd's back: a graph that saved one must find out."""
+    increment_version(caches)  # type: ignore[arg-type]
+
+
 def _count(kind: CallKind) -> None:
     for counter in _counters:
         counter[kind] += 1
@@ -131,7 +155,7 @@ def _find_for_device(device_type: str) -> Backend:
     name = DEVICE_BACKENDS.get(device_type)
     if name is None:
         _warn_once(device_type, f"no backend is written for {device_type} devices")
-        return _reference()
+        return reference
     backend = _usable(name)
     if name == backend.NAME:
         _of_device[device_type] = backend
@@ -142,7 +166,7 @@ def _usable(name: str) -> Backend:
     backend, support = _load(name)
     if backend is None or not support.ok:
         _warn_once(name, support.reason)
-        return _reference()
+        return reference
     return backend
 
 
@@ -159,10 +183,6 @@ def _import(name: str) -> tuple[Backend | None, str]:
     except ImportError as error:
         return None, f"it cannot be imported: {error}"
     return cast(Backend, backend), ""
-
-
-def _reference() -> Backend:
-    return reference
 
 
 @cache

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from . import arguments, ops
-from .arguments import Named, ScoreArguments
 from .backends import reference
-from .errors import WRITE_NAMES
+from .errors import WRITE_NAMES, Names
+from .problem import AttentionProblem
 from .validate import validate_shape, validate_tensor
 
 Output = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
@@ -74,8 +74,10 @@ def flash_attn_func(
 
     Source: Dao, "FlashAttention-2" (2023); flash-attn's ``flash_attn_func``.
     """
-    scores = ScoreArguments(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink)
-    return _run(arguments.dense(q, k, v, dropout_p, scores), return_attn_probs, return_softmax_lse)
+    problem, names = arguments.dense(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink
+    )
+    return _run(problem, names, return_attn_probs, return_softmax_lse)
 
 
 def flash_attn_varlen_func(
@@ -125,12 +127,12 @@ def flash_attn_varlen_func(
     Returns:
         ``out (total_q, Hq, Dv)`` in q's dtype, or a tuple with ``lse (Hq, total_q)`` float32.
     """
-    scores = ScoreArguments(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink)
-    named = arguments.packed(
+    problem, names = arguments.packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        block_table, page_table, seqused_q, seqused_k, scores,
+        block_table, page_table, seqused_q, seqused_k,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
     )  # fmt: skip
-    return _run(named, return_attn_probs, return_softmax_lse)
+    return _run(problem, names, return_attn_probs, return_softmax_lse)
 
 
 def flash_attn_with_kvcache(
@@ -193,12 +195,12 @@ def flash_attn_with_kvcache(
 
     Source: flash-attn's ``flash_attn_with_kvcache``; Kwon et al., "PagedAttention" (2023); Su et al., "RoFormer" (2021).
     """
-    scores = ScoreArguments(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink)
-    named = arguments.cached(
+    problem, names = arguments.cached(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
-        block_table, page_table, rotary_interleaved, num_splits, scores,
+        block_table, page_table, rotary_interleaved, num_splits,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
     )  # fmt: skip
-    return _run(named, False, return_softmax_lse)
+    return _run(problem, names, False, return_softmax_lse)
 
 
 def kv_paged_write(
@@ -254,8 +256,8 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
     return reference.combine(torch.stack((out_a, out_b)), torch.stack((lse_a, lse_b)))
 
 
-def _run(named: Named, return_attn_probs: bool, return_softmax_lse: bool) -> Output:
-    out, lse = ops.attention(*named)
+def _run(problem: AttentionProblem, names: Names, return_attn_probs: bool, return_softmax_lse: bool) -> Output:
+    out, lse = ops.attention(problem, names)
     if return_attn_probs:
         return out, lse, out.new_empty(0)
     return (out, lse) if return_softmax_lse else out

@@ -2,8 +2,8 @@
 
 Each operator's argument list *is* the flat form of the problem it carries: the schema is spelled from the fields of
 :class:`~pagedflash.problem.AttentionProblem` and :class:`~pagedflash.problem.CacheWrite`. The operators that write to a
-cache declare it and count the cache's version up. Eager calls with plain tensors pass by torch's dispatcher, unless
-something follows what operators are called.
+cache declare it. Every kernel validates its problem, fake ones too. Eager calls with plain tensors pass by torch's
+dispatcher, unless something follows what operators are called.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .backends.protocol import Backend
 from .errors import InvalidArgument, Names
+from .plan_cache import Entry
 from .problem import AttentionProblem, CacheWrite, _Field, _Flat
 from .validate import validate, validate_write
 
@@ -34,55 +34,29 @@ NO_VMAP_OF_WRITES = "pagedflash: torch.vmap over a write to a cache is not possi
 
 
 def attention(problem: AttentionProblem, names: Names) -> tuple[Tensor, Tensor]:
-    """Validate and run a problem: ``(out, lse)``. Errors name fields as ``names`` says."""
+    """Run a problem: ``(out, lse)``. Errors name fields as ``names`` says."""
     try:
-        if torch.compiler.is_compiling():  # the fake kernel validates
-            return _run_operator(problem)
-        backend = _validated(problem, validate)
-        if _may_pass_by(problem):
-            return _run_attention(problem, backend)
-        return _run_operator(problem)
+        if _may_pass_by(problem.entry):
+            return dispatch.attention(problem)
+        if not torch.compiler.is_compiling():  # before the operator's schema turns away what is no tensor
+            validate(problem, dispatch.backend_for(problem.queries.q).CAPABILITIES)
+        out, lse = (_ATTENTION if problem.append is None else _ATTENTION_WITH_APPEND)(*problem.flat)
+        return out, lse
     except InvalidArgument as error:
         raise error.renamed(names) from None
 
 
 def write_cache(write: CacheWrite, names: Names) -> None:
-    """Validate and run a write. Errors name fields as ``names`` says."""
+    """Run a write. Errors name fields as ``names`` says."""
     try:
-        if torch.compiler.is_compiling():
-            _WRITE_CACHE(*write.flat)
+        if _may_pass_by(write.entry):
+            dispatch.kv_write(write)
             return
-        backend = _validated(write, validate_write)
-        if _may_pass_by(write):
-            _run_write(write, backend)
-        else:
-            _WRITE_CACHE(*write.flat)
+        if not torch.compiler.is_compiling():
+            validate_write(write, dispatch.backend_for(write.cache.k).CAPABILITIES)
+        _WRITE_CACHE(*write.flat)
     except InvalidArgument as error:
         raise error.renamed(names) from None
-
-
-def _validated(problem: Any, validate_it: Callable[..., None]) -> Backend:
-    """Validate ``problem`` unless one of its signature has been; its backend."""
-    first = problem.tensors[0]
-    backend = dispatch.backend_for(first)
-    capabilities, entry = backend.CAPABILITIES, problem.entry
-    if entry is None or entry.validated_for is not capabilities:
-        validate_it(problem, capabilities)
-        if entry is not None:
-            entry.validated_for = capabilities
-    return backend
-
-
-def _run_attention(problem: AttentionProblem, backend: Backend) -> tuple[Tensor, Tensor]:
-    results = dispatch.attention(problem, backend)
-    if problem.tensors[_K_NEW] is not None:
-        _count_version_up(problem.tensors[_K], problem.tensors[_V])
-    return results
-
-
-def _run_write(write: CacheWrite, backend: Backend) -> None:
-    dispatch.kv_write(write, backend)
-    _count_version_up(write.tensors[0], write.tensors[1])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -116,8 +90,7 @@ def _define(name: str, problem: type[_Flat], returns: str, kernel: Any, fake: An
 
 
 def _attention(*flat: Any) -> tuple[Tensor, Tensor]:
-    problem = AttentionProblem.from_flat(flat)
-    return _run_attention(problem, dispatch.backend_for(flat[0]))
+    return dispatch.attention(AttentionProblem.from_flat(flat))
 
 
 def _attention_fake(*flat: Any) -> tuple[Tensor, Tensor]:
@@ -128,7 +101,7 @@ def _attention_fake(*flat: Any) -> tuple[Tensor, Tensor]:
 
 
 def _write(*flat: Any) -> None:
-    _run_write(CacheWrite.from_flat(flat), dispatch.backend_for(flat[0]))
+    dispatch.kv_write(CacheWrite.from_flat(flat))
 
 
 def _write_fake(*flat: Any) -> None:
@@ -193,23 +166,14 @@ _ATTENTION_WITH_APPEND = _define(
 )
 _WRITE_CACHE = _define("write_cache", CacheWrite, "()", _write, _write_fake, _CACHES)
 
-_K, _V, _K_NEW = ([field.name for field in AttentionProblem.TENSOR_FIELDS].index(name) for name in ("k", "v", "k_new"))
-
-
-def _run_operator(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    operator = _ATTENTION if problem.tensors[_K_NEW] is None else _ATTENTION_WITH_APPEND
-    out, lse = operator(*problem.flat)
-    return out, lse
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Past the dispatcher
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _may_pass_by(problem: _Flat) -> bool:
+def _may_pass_by(entry: Entry | None) -> bool:
     """Whether kernels may be called without torch's dispatcher, which takes longer than all else before a kernel."""
-    return problem.entry is not None and problem.entry.is_plain and not is_watched()
+    return entry is not None and entry.is_plain and not is_watched()
 
 
 def _watch() -> Callable[[], bool]:
@@ -242,8 +206,3 @@ a transform of torch.func, forward-mode AD."""
 
 def _has_tangent(tensor: Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def _count_version_up(*caches: Tensor | None) -> None:
-    """Caches are written behind autograd's back: a graph that saved one must find out."""
-    torch.autograd.graph.increment_version([cache for cache in caches if cache is not None])

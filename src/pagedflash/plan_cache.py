@@ -52,17 +52,17 @@ class TensorSpec:
 class Entry:
     """What is kept for one signature."""
 
-    __slots__ = ("arguments", "is_plain", "plans", "signature", "validated_for")
+    __slots__ = ("is_plain", "plans", "problem", "ready_for", "signature")
 
     def __init__(self, signature: Any, is_plain: bool) -> None:
         self.signature = signature
         self.is_plain = is_plain
         """Whether kernels may be given the addresses of the tensors: no gradient is tracked, no negative bit is set."""
-        self.validated_for: object = None
-        """The capabilities that the signature has been validated against."""
+        self.ready_for: object = None
+        """The backend that the signature is valid for and that supports it."""
         self.plans: dict[Hashable, Any] = {}
-        self.arguments: Any = None
-        """For a signature of arguments: (numbers, entry) of the problem they became."""
+        self.problem: Any = None
+        """For a signature of arguments: (numbers, entry) of the problem that they became."""
 
 
 _entries: dict[Key, Entry] = {}
@@ -80,7 +80,11 @@ def entry_of(problem: _Flat) -> Entry | None:
 
 def entry_of_arguments(tensors: tuple[object, ...], options: tuple[Hashable, ...]) -> Entry | None:
     """The entry of the arguments of a public function, as they came."""
-    return _find(tensors, options, None, lambda: Entry(None, False))
+    return _find(tensors, options, None, _entry_of_nothing)
+
+
+def _entry_of_nothing() -> Entry:
+    return Entry(None, False)
 
 
 def signature_of(problem: Problem) -> Problem:
@@ -95,9 +99,13 @@ _HINT = {"AttentionProblem": 1, "CacheWrite": 0}
 
 
 def _rounded(numbers: tuple[Any, ...], hint: int) -> tuple[Any, ...]:
-    """``numbers`` with the one at ``hint`` rounded up to a power of two."""
-    value = numbers[hint]
-    return (*numbers[:hint], 1 << (value - 1).bit_length() if value > 0 else value, *numbers[hint + 1 :])
+    """``numbers`` with the one at ``hint`` rounded up."""
+    return (*numbers[:hint], round_hint(numbers[hint]), *numbers[hint + 1 :])
+
+
+def round_hint(hint: int) -> int:
+    """Up to a power of two, so that the steps of a generation share their plans."""
+    return 1 << (hint - 1).bit_length() if hint > 0 else hint
 
 
 def _find(
