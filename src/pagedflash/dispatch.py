@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 
 from .backends import reference
 from .backends.protocol import Backend, Support
-from .problem import AttentionProblem, CacheWrite
+from .problem import K_NEW, AttentionProblem, CacheWrite, K, V
 from .scoped import Scoped
 from .validate import validate, validate_write
 from .validate_values import check_values, check_write_values
@@ -68,8 +68,8 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     if _counters:
         _count(CallKind(problem.layout, backend.NAME, q.device.type))
     results = backend.attention(problem)
-    if problem.tensors[_K_NEW] is not None:
-        _bump_versions(problem.tensors[_K], problem.tensors[_V])
+    if problem.tensors[K_NEW] is not None:
+        _bump_versions(problem.tensors[K], problem.tensors[V])
     return results
 
 
@@ -132,9 +132,6 @@ def count_calls() -> Iterator[Counter[CallKind]]:
 def availability() -> dict[str, Support]:
     """Backend -> (available here, the reason if not)."""
     return {name: _load(name)[1] for name in BACKEND_MODULES}
-
-
-_K, _V, _K_NEW = ([name for name, _ in AttentionProblem.TENSOR_FIELDS].index(name) for name in ("k", "v", "k_new"))
 
 
 def _bump_versions(*caches: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import dispatch
 from .errors import InvalidArgument, Names
 from .plan_cache import Entry
-from .problem import AttentionProblem, CacheWrite, _Field, _Flat
+from .problem import K_NEW, AttentionProblem, CacheWrite, _Field, _Flat
 from .validate import validate, validate_write
 
 NAMESPACE = __name__.rpartition(".")[0]
@@ -36,11 +36,12 @@ NO_VMAP_OF_WRITES = "pagedflash: torch.vmap over a write to a cache is not possi
 def attention(problem: AttentionProblem, names: Names) -> tuple[Tensor, Tensor]:
     """Run a problem: ``(out, lse)``. Errors name fields as ``names`` says."""
     try:
-        if _may_pass_by(problem.entry):
-            return dispatch.attention(problem)
-        if not torch.compiler.is_compiling():  # before the operator's schema turns away what is no tensor
+        if not torch.compiler.is_compiling():
+            if _may_pass_by(problem.entry):
+                return dispatch.attention(problem)
+            # Before the operator's schema turns away what is no tensor.
             validate(problem, dispatch.backend_for(problem.queries.q).CAPABILITIES)
-        out, lse = (_ATTENTION if problem.append is None else _ATTENTION_WITH_APPEND)(*problem.flat)
+        out, lse = (_ATTENTION if problem.tensors[K_NEW] is None else _ATTENTION_WITH_APPEND)(*problem.flat)
         return out, lse
     except InvalidArgument as error:
         raise error.renamed(names) from None
@@ -49,10 +50,10 @@ def attention(problem: AttentionProblem, names: Names) -> tuple[Tensor, Tensor]:
 def write_cache(write: CacheWrite, names: Names) -> None:
     """Run a write. Errors name fields as ``names`` says."""
     try:
-        if _may_pass_by(write.entry):
-            dispatch.kv_write(write)
-            return
         if not torch.compiler.is_compiling():
+            if _may_pass_by(write.entry):
+                dispatch.kv_write(write)
+                return
             validate_write(write, dispatch.backend_for(write.cache.k).CAPABILITIES)
         _WRITE_CACHE(*write.flat)
     except InvalidArgument as error:

@@ -277,3 +277,7 @@ class AttentionProblem(_Flat):
         """``(B, Hq, Sq)``, or ``(Hq, total_q)`` for packed queries."""
         q, cu_seqlens_q, _, _ = self.queries
         return (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
+
+
+K, V, K_NEW = ([name for name, _ in AttentionProblem.TENSOR_FIELDS].index(name) for name in ("k", "v", "k_new"))
+"""Where a flat problem has its keys, its values and its new keys."""
