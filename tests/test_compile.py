@@ -132,6 +132,65 @@ def test_export_keeps_one_operator():
     torch.testing.assert_close(program.module()(*inputs), flash_attn_func(*inputs, causal=True))
 
 
+def test_export_of_an_append():
+    """The exported program declares what it writes, and writes it."""
+
+    class Step(torch.nn.Module):
+        def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return step_with_views(q, k_cache, v_cache, k, v)
+
+    caches = torch.randn(2, 40, 16, 2, 32)
+    q, k, v = torch.randn(2, 1, 4, 32), torch.randn(2, 1, 2, 32), torch.randn(2, 1, 2, 32)
+    want_caches = caches.clone()
+    want = step_with_views(q, *want_caches, k, v)
+    program = torch.export.export(Step(), (q, *caches.clone(), k, v))
+    assert sum("attention_with_append" in str(node.target) for node in program.graph.nodes) == 1
+    torch.testing.assert_close(program.module()(q, *caches, k, v), want)
+    assert torch.equal(caches, want_caches)
+
+
+def test_dynamic_shapes_compile_once():
+    """Batch, queries and cache grow without a new graph for each size."""
+    compilations = 0
+
+    def count(graph, inputs):
+        nonlocal compilations
+        compilations += 1
+        return graph
+
+    step = torch.compile(step_of_any_size, fullgraph=True, dynamic=True, backend=count)
+    for batch, pages in ((3, 33), (5, 60), (7, 70)):
+        caches = torch.randn(2, pages, 4, 2, 32)
+        table = torch.randperm(pages)[: batch * (pages // batch)].view(batch, -1).int()
+        lengths = torch.arange(1, batch + 1, dtype=torch.int32)
+        q, k, v = torch.randn(batch, 1, 4, 32), torch.randn(batch, 1, 2, 32), torch.randn(batch, 1, 2, 32)
+        want_caches = caches.clone()
+        want = step_of_any_size(q, *want_caches, k, v, table, lengths)
+        torch.testing.assert_close(step(q, *caches, k, v, table, lengths), want)
+        assert torch.equal(caches, want_caches)
+    assert compilations == 1
+
+
+def step_of_any_size(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor
+) -> Tensor:
+    return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, block_table=table, causal=True) + 1
+
+
+def test_a_length_computed_in_the_graph():
+    """``max_seqlen`` is then a number that the tracer knows nothing of."""
+
+    def attend(q: Tensor, cu_seqlens: Tensor) -> Tensor:
+        longest = cu_seqlens.diff().max().item()
+        return flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        for lengths in ((3, 5), (4, 9, 2)):
+            cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+            q = torch.randn(sum(lengths), 2, 64)
+            torch.testing.assert_close(compiled(attend)(q, cu_seqlens), attend(q, cu_seqlens))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operators_pass_opcheck(layout, rng):
     """The schema's word on what is mutated, and the fake kernels' on shapes, hold for the real ones."""

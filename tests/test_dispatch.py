@@ -99,3 +99,47 @@ def test_other_devices_check_values_when_asked_to(monkeypatch):
     assert dispatch._values_wanted(Q) and not dispatch._values_wanted(Elsewhere)
     monkeypatch.setenv(dispatch.CHECK_VARIABLE, "1")
     assert dispatch._values_wanted(Elsewhere)
+
+
+def runs_on() -> str:
+    with count_calls() as calls:
+        flash_attn_func(Q, K, V)
+    (kind,) = calls
+    return kind.backend
+
+
+def test_nested_backends_restore_the_one_before(picky):
+    with use_backend("picky"):
+        with use_backend("reference"):
+            with use_backend("picky"):
+                assert runs_on() == "picky"
+            assert runs_on() == "reference"
+        assert runs_on() == "picky"
+    assert runs_on() == "cpu"
+
+
+def test_threads_follow_the_block_they_run_in_unless_they_have_their_own(picky):
+    """A thread started inside a block, as an engine does, runs there too; two threads with blocks of their own never meet."""
+    entered, left = threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60)
+    seen: dict[str, list[str]] = {"reference": [], "picky": []}
+
+    def work(name: str) -> None:
+        with use_backend(name):
+            entered.wait()
+            seen[name].append(runs_on())
+            left.wait()
+        seen[name].append(runs_on())
+
+    with use_backend("reference"):
+        inherits = threading.Thread(target=lambda: seen["reference"].append(runs_on()))
+        inherits.start()
+        inherits.join()
+    assert seen["reference"] == ["reference"]
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in seen]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen["reference"][1] == "reference" and seen["picky"][0] == "picky"
+    assert runs_on() == "cpu"

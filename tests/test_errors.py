@@ -447,3 +447,48 @@ def test_what_only_equals_a_kept_option_is_rejected(name: str, value: Any) -> No
         pagedflash.flash_attn_with_kvcache(**call)
     with pytest.raises(TypeError, match=name):
         pagedflash.flash_attn_with_kvcache(**call | {name: value})
+
+
+def test_errors_speak_the_names_that_the_caller_used() -> None:
+    """Of shapes and of values, past the dispatcher and through it."""
+    call = paged(2, 2, 16, torch.float32)
+    table = call.pop("block_table")
+    for wrong in (table.clone().fill_(-1), table[0], table.float()):
+        with pytest.raises((ValueError, TypeError), match="page_table is"):
+            pagedflash.flash_attn_with_kvcache(**call, page_table=wrong)
+        with pytest.raises((ValueError, TypeError), match="page_table is"):
+            pagedflash.flash_attn_with_kvcache(**call | dict(q=call["q"].clone().requires_grad_()), page_table=wrong)
+    with pytest.raises(ValueError, match="learnable_sink is"):
+        pagedflash.flash_attn_func(**dense(2, 2, 16, torch.float32), learnable_sink=torch.ones(1))
+    with pytest.raises(ValueError, match="seq_lens is 99"):
+        pagedflash.kv_paged_write(**write(2, 2, 16, torch.float32) | dict(seq_lens=99))
+
+
+def test_a_value_with_braces_is_printed_as_it_is() -> None:
+    with pytest.raises(ValueError, match=r"window_size is \{'k': '\{v\}'\}"):
+        pagedflash.flash_attn_func(**dense(2, 2, 16, torch.float32), window_size={"k": "{v}"})
+
+
+@pytest.mark.parametrize("appends", [False, True])
+def test_table_entries_left_of_a_window_may_be_anything(appends: bool) -> None:
+    """Engines free the pages that a sliding window has left, and put -1 in their place."""
+    torch.manual_seed(0)
+    pages = torch.randn(2, 16, 4, 2, 16)
+    q, new = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 2, 16) if appends else None
+    table = torch.randperm(16, dtype=torch.int32)[None]
+    freed = table.clone()
+    freed[:, : (50 + 2 * appends - 2 - 10) // 4] = -1
+
+    def run(table: Tensor) -> Tensor:
+        k_cache, v_cache = pages.clone()
+        return pagedflash.flash_attn_with_kvcache(
+            q, k_cache, v_cache, new, new, cache_seqlens=50, block_table=table, causal=True, window_size=(10, 0)
+        )
+
+    for backend in ("reference", "cpu"):
+        with pagedflash.use_backend(backend):
+            assert torch.equal(run(freed), run(table))
+            one_more = freed.clone()
+            one_more[:, : (50 + 2 * appends - 2 - 10) // 4 + 1] = -1
+            with pytest.raises(ValueError, match="block_table is -1"):
+                run(one_more)

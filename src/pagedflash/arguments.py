@@ -90,7 +90,7 @@ def packed(
     )  # fmt: skip
     options = _score_options(softmax_scale, causal, window_size, softcap, learnable_sink)
     entry = None
-    if isinstance(max_seqlen_k, int):
+    if not torch.compiler.is_compiling() and isinstance(max_seqlen_k, int):
         seqlens = max_seqlen_q, plan_cache.round_hint(max_seqlen_k)
         entry = plan_cache.entry_of_arguments(tensors, ("packed", *seqlens, *options))
     if (problem := _known(AttentionProblem, entry, tensors)) is not None:

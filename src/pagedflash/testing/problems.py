@@ -17,12 +17,14 @@ from torch import Tensor
 from ..backends.protocol import Capabilities
 from ..problem import AttentionProblem
 from ..validate import validate
-from ..validate_values import check_values
+from ..validate_values import check_values, key_lengths, query_lengths
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 192, 256)
 GROUPS = (1, 2, 3, 4, 7, 8, 16)
 PAGE_SIZES = (1, 4, 16, 32, 48, 256)
 LAYOUTS = ("dense", "cache", "paged", "varlen", "paged varlen")
+GARBAGE = (-1, 2**30, -(2**31))
+"""Table entries that no kernel may follow."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -136,7 +138,20 @@ class _Draw:
             fields["v_new"] = self.normal(batch, new_tokens, kv_heads, v_head_dim)
             if self.maybe(0.5):
                 fields |= self.rotary(head_dim, fields)
-        return AttentionProblem.of_fields(**fields)
+        problem = AttentionProblem.of_fields(**fields)
+        if problem.cache.block_table is not None and self.maybe(0.5):
+            self.free_left_of_window(problem, problem.cache.block_table)
+        return problem
+
+    def free_left_of_window(self, problem: AttentionProblem, table: Tensor) -> None:
+        """As engines do: entries of pages that a sliding window has left are no pages any more."""
+        window_left = problem.scores.window_left
+        if window_left < 0:
+            return
+        for b, (keys, queries) in enumerate(zip(key_lengths(problem), query_lengths(problem))):
+            first = keys + problem.num_new_tokens - queries - window_left
+            # What is appended is written, seen or not.
+            table[b, : max(0, min(first, keys)) // problem.page_size] = self.rng.choice(GARBAGE)
 
     def scores(self, batch: int, heads: int, head_dim: int) -> dict[str, object]:
         window_left, window_right = -1, -1
@@ -289,7 +304,7 @@ class _Draw:
         table = []
         for first, length, count in zip(firsts, lengths, needed):
             pages = [stride * free.pop() for _ in range(count)]
-            table.append(pages + [self.rng.choice((-1, 2**30, -(2**31))) for _ in range(width - count)])
+            table.append(pages + [self.rng.choice(GARBAGE) for _ in range(width - count)])
             for token in range(first, length):
                 for cache in (k, v):
                     cache[pages[token // page_size], token % page_size] = self.normal(*cache.shape[2:])
