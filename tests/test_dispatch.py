@@ -119,7 +119,7 @@ def test_nested_backends_restore_the_one_before(picky):
 
 
 def test_threads_follow_the_block_they_run_in_unless_they_have_their_own(picky):
-    """A thread started inside a block, as an engine does, runs there too; two threads with blocks of their own never meet."""
+    """A thread started inside a block, as an engine does, runs there too; threads with blocks of their own never meet."""
     entered, left = threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60)
     seen: dict[str, list[str]] = {"reference": [], "picky": []}
 
