@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -17,10 +18,10 @@ UNKNOWN_CORE_COUNT = 128
 """Assumed where there is no Apple GPU to ask: more than the largest has, so that a simulator sees the most splits."""
 
 SOURCES = {
-    "kv_write": ("types", "paging", "sequence", "rotary", "kv_write"),
-    "decode": ("types", "sequence", "paging", "rotary", "softmax", "decode"),
-    "combine": ("types", "sequence", "softmax", "combine"),
-    "prefill": ("types", "sequence", "paging", "rotary", "softmax", "matrix", "prefill"),
+    "kv_write": ("kv_format", "paging", "sequence", "rotary", "kv_write"),
+    "decode": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "decode"),
+    "combine": ("softmax", "combine"),
+    "prefill": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "prefill"),
 }
 """Kernel -> the files it is made of, in order."""
 
@@ -91,8 +92,8 @@ def _compiled(
 
 def source_of(name: str, dtype: torch.dtype, definitions: Mapping[str, int], structs: tuple[type, ...]) -> str:
     """The whole source of one kernel: definitions, structures shared with the host, then its files."""
-    lines = ["#include <metal_stdlib>", "#include <metal_simdgroup_matrix>", "using namespace metal;", ""]
-    lines += [
+    lines = [
+        _file("prologue"),
         f"#define T {ELEMENT_TYPES[dtype]}",
         f"#define T_IS_FLOAT {int(dtype == torch.float32)}",
         f"#define T_IS_BFLOAT {int(dtype == torch.bfloat16)}",
@@ -103,11 +104,20 @@ def source_of(name: str, dtype: torch.dtype, definitions: Mapping[str, int], str
     return "\n".join(lines) + "\n" + "\n".join(_file(part) for part in SOURCES[name])
 
 
+_MEMBERS = {int: ("long", "q"), float: ("float", "f")}
+"""Type of a NamedTuple's field -> its type in the shader, and in the module struct."""
+
+
 def _struct(fields: type) -> str:
-    """A NamedTuple of ints or floats as the structure its list of values fills: long and float."""
-    words = {int: "long", float: "float"}
-    members = " ".join(f"{words[kind]} {field};" for field, kind in get_type_hints(fields).items())
+    members = " ".join(f"{_MEMBERS[kind][0]} {field};" for field, kind in get_type_hints(fields).items())
     return f"struct {fields.__name__} {{ {members} }};"
+
+
+def packed(values: NamedTuple) -> list[int]:
+    """A NamedTuple of ints and floats as the struct of the same name in the shader: its bytes, 8 to an int."""
+    layout = "@" + "".join(_MEMBERS[kind][1] for kind in get_type_hints(type(values)).values()) + "0q"
+    contents = struct.pack(layout, *values)
+    return list(struct.unpack(f"@{len(contents) // 8}q", contents))
 
 
 @cache

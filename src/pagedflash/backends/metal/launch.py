@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...call import AttentionCall, CacheWrite
-from .compiler import core_count, kernel
+from .compiler import core_count, kernel, packed
 from .plan import (
     DECODE_MAX_QUERIES,
     HEAD_DIMS,
@@ -21,46 +21,41 @@ from .plan import (
     plan_splits,
 )
 
-UNBOUNDED = 2**30
-"""A window this wide hides nothing. Positions stay inside 32 bits."""
-
 LOG2_E = 1.4426950408889634
 
 
-class Sizes(NamedTuple):
-    """The integers of a dispatch, as the structure of the same name in the shader. Strides count elements."""
+class Params(NamedTuple):
+    """The integers of a dispatch, as the struct of the same name in the shader. Strides count elements."""
 
-    queries: int  # of each sequence; of all together where they are ragged
-    batch: int
-    heads: int
+    batch_size: int
+    num_tokens_q: int  # queries of each sequence; of all together where they are packed
+    num_heads: int
     capacity: int  # keys of a sequence whose length is not given
-    new_keys: int  # of each sequence, behind those its length counts
+    num_new_tokens: int  # of each sequence, behind those its length counts
     appends: int  # whether decode writes them to the cache
-    splits: int
-    table_width: int
-    window_left: int
-    window_right: int
-    has_query_offsets: int
-    has_key_offsets: int
-    has_queries_used: int
-    has_keys_used: int
-    has_cache_rows: int
-    has_left_padding: int
-    has_slopes: int
+    num_splits: int
+    max_pages: int  # of a sequence: the width of block_table
+    has_cu_seqlens_q: int
+    has_cu_seqlens_k: int
+    has_seqused_q: int
+    has_seqused_k: int
+    has_cache_batch_idx: int
+    has_cache_leftpad: int
+    has_alibi_slopes: int
     has_sinks: int
-    slope_batch_stride: int
+    alibi_batch_stride: int
     rotary_half: int  # 0 = no rotary embedding
     rotary_interleaved: int
-    rotary_by_query: int
+    rotary_by_position: int
     rotary_positions: int
     q_batch_stride: int
     q_token_stride: int
     q_head_stride: int
-    k_row_stride: int
+    k_batch_stride: int
     k_page_stride: int
     k_token_stride: int
     k_head_stride: int
-    v_row_stride: int
+    v_batch_stride: int
     v_page_stride: int
     v_token_stride: int
     v_head_stride: int
@@ -72,16 +67,18 @@ class Sizes(NamedTuple):
     v_new_head_stride: int
 
 
-class Numbers(NamedTuple):
-    """The floats of a dispatch, as the structure of the same name in the shader."""
+class ScoreParams(NamedTuple):
+    """What makes scores of products of queries and keys, as the struct of the same name in the shader."""
 
     scale: float  # from q . k to a score in base 2, or to the argument of softcap's tanh
     softcap: float  # in base 2; 0 = none
+    window_left: int  # -1 = unbounded
+    window_right: int
 
 
-STRUCTS = (Sizes, Numbers)
+STRUCTS = (Params, ScoreParams)
 COMBINE_SIMDGROUPS = 4
-_NO_SIZES = Sizes(*(0 for _ in Sizes._fields))
+_NO_SIZES = Params(*(0 for _ in Params._fields))
 
 
 def supports(call: AttentionCall) -> tuple[bool, str]:
@@ -117,8 +114,8 @@ def kv_write(write: CacheWrite) -> None:
         return
     paged = write.block_table is not None
     sizes = _NO_SIZES._replace(
-        table_width=write.block_table.shape[1] if write.block_table is not None else 0,
-        has_cache_rows=int(write.cache_batch_idx is not None),
+        max_pages=write.block_table.shape[1] if write.block_table is not None else 0,
+        has_cache_batch_idx=int(write.cache_batch_idx is not None),
         **_cache_strides(write.k_cache, write.v_cache, paged),
         **_new_strides(write.k, write.v),
         **_rotary_sizes(write.rotary_cos, write.rotary_interleaved),
@@ -140,7 +137,7 @@ def kv_write(write: CacheWrite) -> None:
         write.seq_lens,
         *_given(write.k.device, torch.int32, write.cache_batch_idx, write.block_table),
         *_given(write.k.device, write.k.dtype, write.rotary_cos, write.rotary_sin),
-        list(sizes),
+        packed(sizes),
         threads=(32 * kv_heads, new_tokens, batch),
         group_size=(32 * heads_together, 1, 1),
     )
@@ -159,7 +156,7 @@ def _decode(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
     threadgroups = batch * kv_heads * row_tiles
     planned = plan_splits(threadgroups, plan.simdgroups, plan.rows, max_keys, core_count())
     splits = min(call.num_splits or planned, MAX_SPLITS)
-    sizes = _sizes(call)._replace(splits=splits, appends=int(row_tiles == 1 and call.k_new is not None))
+    sizes = _sizes(call)._replace(num_splits=splits, appends=int(row_tiles == 1 and call.k_new is not None))
     partial_out = partial_sums = None
     if splits > 1:
         rows = out.numel() // v_head_dim
@@ -177,7 +174,7 @@ def _decode(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
         ("K_STEPS", plan.k_steps),
         ("V_STEPS", plan.v_steps),
         ("KEY_BLOCK", plan.key_block),
-        ("MERGE_ROWS", plan.merge_rows),
+        ("REDUCE_ROWS", plan.reduce_rows),
         ("K_RUN", plan.k_run),
         ("V_RUN", plan.v_run),
     )
@@ -191,9 +188,9 @@ def _decode(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
         *_given(device, torch.int32, *_lengths(call), call.block_table),
         *_given(device, dtype, call.rotary_cos, call.rotary_sin),
         *_given(device, torch.float32, call.alibi_slopes, call.sinks, partial_out, partial_sums),
-        list(sizes),
-        list(_numbers(call)),
-        threads=(threads * kv_heads, splits * row_tiles, batch + sizes.has_query_offsets),
+        packed(sizes),
+        packed(_numbers(call)),
+        threads=(threads * kv_heads, splits * row_tiles, batch + sizes.has_cu_seqlens_q),
         group_size=(threads, 1, 1),
     )
     if partial_out is not None and partial_sums is not None:
@@ -201,7 +198,7 @@ def _decode(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
 
 
 def _combine(
-    partial_out: Tensor, partial_sums: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, sizes: Sizes
+    partial_out: Tensor, partial_sums: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, sizes: Params
 ) -> None:
     """Merge the parts of split keys."""
     v_head_dim, heads = out.shape[-1], out.shape[-2]
@@ -219,7 +216,7 @@ def _combine(
         *_given(out.device, torch.float32, sinks),
         out,
         lse,
-        list(sizes),
+        packed(sizes),
         threads=(threads * heads, out.numel() // (v_head_dim * heads), 1),
         group_size=(threads, 1, 1),
     )
@@ -246,36 +243,34 @@ def _prefill(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
         *_given(device, torch.int32, *_lengths(call), call.block_table),
         *_given(device, dtype, call.rotary_cos, call.rotary_sin),
         *_given(device, torch.float32, call.alibi_slopes, call.sinks),
-        list(sizes),
-        list(_numbers(call)),
-        threads=(threads * -(-rows // (8 * plan.simdgroups)), kv_heads, call.batch_size + sizes.has_query_offsets),
+        packed(sizes),
+        packed(_numbers(call)),
+        threads=(threads * -(-rows // (8 * plan.simdgroups)), kv_heads, call.batch_size + sizes.has_cu_seqlens_q),
         group_size=(threads, 1, 1),
     )
 
 
-def _sizes(call: AttentionCall) -> Sizes:
+def _sizes(call: AttentionCall) -> Params:
     """The integers of a call, for decode and prefill alike."""
     q, ragged = call.q, call.cu_seqlens_q is not None
     slopes = call.alibi_slopes
     return _NO_SIZES._replace(
-        queries=q.shape[0] if ragged else q.shape[1],
-        batch=call.batch_size,
-        heads=q.shape[-2],
+        num_tokens_q=q.shape[0] if ragged else q.shape[1],
+        batch_size=call.batch_size,
+        num_heads=q.shape[-2],
         capacity=call.capacity,
-        new_keys=0 if call.k_new is None else call.k_new.shape[1],
-        table_width=0 if call.block_table is None else call.block_table.shape[1],
-        window_left=_window(call.window_left),
-        window_right=_window(call.window_right),
-        has_query_offsets=int(ragged),
-        has_key_offsets=int(call.cu_seqlens_k is not None),
-        has_queries_used=int(call.seqused_q is not None),
-        has_keys_used=int(call.seqused_k is not None),
-        has_cache_rows=int(call.cache_batch_idx is not None),
-        has_left_padding=int(call.cache_leftpad is not None),
-        has_slopes=int(slopes is not None),
+        num_new_tokens=0 if call.k_new is None else call.k_new.shape[1],
+        max_pages=0 if call.block_table is None else call.block_table.shape[1],
+        has_cu_seqlens_q=int(ragged),
+        has_cu_seqlens_k=int(call.cu_seqlens_k is not None),
+        has_seqused_q=int(call.seqused_q is not None),
+        has_seqused_k=int(call.seqused_k is not None),
+        has_cache_batch_idx=int(call.cache_batch_idx is not None),
+        has_cache_leftpad=int(call.cache_leftpad is not None),
+        has_alibi_slopes=int(slopes is not None),
         has_sinks=int(call.sinks is not None),
-        slope_batch_stride=slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0,
-        rotary_by_query=int(call.window_left >= 0 or call.window_right >= 0),
+        alibi_batch_stride=slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0,
+        rotary_by_position=int(call.window_left >= 0 or call.window_right >= 0),
         q_batch_stride=0 if ragged else q.stride(0),
         q_token_stride=q.stride(-3),
         q_head_stride=q.stride(-2),
@@ -285,14 +280,11 @@ def _sizes(call: AttentionCall) -> Sizes:
     )
 
 
-def _numbers(call: AttentionCall) -> Numbers:
+def _numbers(call: AttentionCall) -> ScoreParams:
+    windows = (call.window_left, call.window_right)
     if call.softcap > 0:
-        return Numbers(call.scale / call.softcap, call.softcap * LOG2_E)
-    return Numbers(call.scale * LOG2_E, 0.0)
-
-
-def _window(width: int) -> int:
-    return UNBOUNDED if width < 0 else min(width, UNBOUNDED)
+        return ScoreParams(call.scale / call.softcap, call.softcap * LOG2_E, *windows)
+    return ScoreParams(call.scale * LOG2_E, 0.0, *windows)
 
 
 def _cache_strides(k: Tensor, v: Tensor, paged: bool) -> dict[str, int]:
@@ -301,7 +293,7 @@ def _cache_strides(k: Tensor, v: Tensor, paged: bool) -> dict[str, int]:
     for name, rows in (("k", k), ("v", v)):
         token_stride = rows.stride(-3)
         strides |= {
-            f"{name}_row_stride": 0 if paged else rows.stride(0),
+            f"{name}_batch_stride": 0 if paged else rows.stride(0),
             f"{name}_page_stride": rows.stride(0) if paged else TILE_KEYS * token_stride,
             f"{name}_token_stride": token_stride,
             f"{name}_head_stride": rows.stride(-2),

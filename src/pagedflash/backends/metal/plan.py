@@ -26,7 +26,7 @@ KEY_REGISTERS = 32  # for keys unpacked and multiplied at once
 LOAD_REGISTERS = 32  # for loads under way; twice that where there are few rows
 FEW_ROWS = 2
 MANY_ROWS = 4  # more than this, and a threadgroup has eight simdgroups, not four: its queries are then worth more keys
-MERGE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups merge some rows at a time
+REDUCE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups merge some rows at a time
 
 SIMDGROUPS_PER_CORE = 13  # a core has registers for
 MIN_SIMDGROUPS = 512  # to have in flight even on small GPUs
@@ -50,7 +50,7 @@ class DecodePlan(NamedTuple):
     k_steps: int  # steps whose loads are issued together
     v_steps: int
     key_block: int  # steps multiplied together
-    merge_rows: int  # rows that the simdgroups merge together
+    reduce_rows: int  # rows that the simdgroups merge together
     simdgroups: int  # of a threadgroup
     k_run: int  # steps for which the page stays the same
     v_run: int
@@ -94,7 +94,7 @@ def plan_decode(
         k_steps=k_steps,
         v_steps=v_steps,
         key_block=min(k_steps, _power_of_two(KEY_REGISTERS // (k_chunks * chunk))),
-        merge_rows=min(rows, max(1, MERGE_BYTES // (4 * v_head_dim * simdgroups))),
+        reduce_rows=min(rows, max(1, REDUCE_BYTES // (4 * v_head_dim * simdgroups))),
         simdgroups=simdgroups,
         k_run=math.gcd(page_size, k_lanes),
         v_run=math.gcd(page_size, v_lanes),

@@ -1,12 +1,7 @@
-// The element type T of a specialisation, and how CHUNK consecutive elements of it travel in one load.
+// How elements of the cache are loaded and stored. All kernels go through here; q, k_new and v_new have the same type.
 //
 // Defined by the launcher: T, T_IS_BFLOAT, T_IS_FLOAT, CHUNK (elements a load), WORDS (32-bit words a load: 1, 2 or 4),
 // ALIGNED (whether every row starts at a multiple of CHUNK elements).
-
-#define UNROLL _Pragma("clang loop unroll(full)")
-
-constant constexpr float LOG2_E = 1.44269504088896340736f;
-constant constexpr float LN_2 = 0.69314718055994530942f;
 
 #if WORDS == 4
 typedef uint4 Packed;
@@ -65,4 +60,9 @@ inline void unpack(Packed packed, thread float* x) {
         x[2 * i + 1] = float(pair.y);
 #endif
     }
+}
+
+// Element d of a slot of the cache.
+inline void store_element(device T* slot, int d, T x) {
+    slot[d] = x;
 }
