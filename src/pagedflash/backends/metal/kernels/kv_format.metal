@@ -1,7 +1,9 @@
 // How elements of the cache are loaded and stored. All kernels go through here; q, k_new and v_new have the same type.
 //
-// Defined by the launcher: T, T_IS_BFLOAT, T_IS_FLOAT, CHUNK (elements a load), WORDS (32-bit words a load: 1, 2 or 4),
-// ALIGNED (whether every row starts at a multiple of CHUNK elements).
+// Defined by the launcher: T, T_BYTES, T_IS_BFLOAT, CHUNK (elements a load), ALIGNED (whether every row starts at a multiple
+// of CHUNK elements).
+
+#define WORDS (CHUNK * T_BYTES / 4)  // of 32 bits a load: 1, 2 or 4
 
 #if WORDS == 4
 typedef uint4 Packed;
@@ -23,7 +25,7 @@ inline uint word_of(uint packed, int i) { return packed; }
 
 #if !ALIGNED
 inline uint assembled_word(device const T* row, int i) {
-#if T_IS_FLOAT
+#if T_BYTES == 4
     return as_type<uint>(row[i]);
 #else
     return uint(as_type<ushort>(row[2 * i])) | (uint(as_type<ushort>(row[2 * i + 1])) << 16);
@@ -49,7 +51,7 @@ inline void unpack(Packed packed, thread float* x) {
     UNROLL
     for (int i = 0; i < WORDS; i++) {
         const uint word = word_of(packed, i);
-#if T_IS_FLOAT
+#if T_BYTES == 4
         x[i] = as_type<float>(word);
 #elif T_IS_BFLOAT
         x[2 * i] = as_type<float>(word << 16);
