@@ -18,10 +18,11 @@ from metalsim import Counters, Dispatch
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache, kv_paged_write
+from pagedflash.testing import PagedProblem
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from metal_harness import PagedDecode, counted, paged_decode, plain_decode  # noqa: E402
+from metal_harness import counted, paged_decode, pairs, plain_decode  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "metal.md"
 BEGIN, END = "<!-- counters: begin -->", "<!-- counters: end -->"
@@ -44,11 +45,11 @@ HEADER = (
 )
 
 
-def decode_row(name: str, kernel: str, dispatches: list[Dispatch], problem: PagedDecode) -> str:
+def decode_row(name: str, kernel: str, dispatches: list[Dispatch], problem: PagedProblem) -> str:
     total = sum((d.counters for d in dispatches[1:]), dispatches[0].counters)
     return (
-        f"| {name} | {kernel} | {total.device_bytes_loaded / problem.kv_bytes:.3f} | {total.load_efficiency:.0%} |"
-        f" {total.simd_operations / problem.pairs:.2f} | {dispatches[0].counters.simdgroups} |"
+        f"| {name} | {kernel} | {total.device_bytes_loaded / problem.cache_bytes:.3f} | {total.load_efficiency:.0%} |"
+        f" {total.simd_operations / pairs(problem):.2f} | {dispatches[0].counters.simdgroups} |"
         f" {dispatches[0].threadgroup_bytes} B |"
     )
 
@@ -65,10 +66,15 @@ def decode_table() -> list[str]:
     return lines
 
 
-def run_decode(problem: PagedDecode) -> None:
+def run_decode(problem: PagedProblem) -> None:
     with pagedflash.use_backend("metal"):
         flash_attn_with_kvcache(
-            problem.q, problem.k, problem.v, cache_seqlens=problem.lengths, block_table=problem.table, causal=True
+            problem.q,
+            problem.k_cache,
+            problem.v_cache,
+            cache_seqlens=problem.cache_seqlens,
+            block_table=problem.block_table,
+            causal=True,
         )
 
 
@@ -108,7 +114,7 @@ def write_line() -> str:
 
     def write() -> None:
         with pagedflash.use_backend("metal"):
-            kv_paged_write(new, new, problem.k, problem.v, problem.table, problem.lengths - 1)
+            kv_paged_write(new, new, problem.k_cache, problem.v_cache, problem.block_table, problem.cache_seqlens - 1)
 
     (only,) = counted(write)
     moved = 2 * new.numel() * new.element_size()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pagedflash.backends import metal
+from pagedflash.testing import PagedProblem, paged_problem
 
 BASELINE = Path(__file__).parent / "metal_baseline.metal"
 ELEMENT_TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
@@ -55,56 +56,36 @@ def kernels_on(device: str, core_count: int | None = None) -> Iterator[list[Laun
         yield launches
 
 
-class PagedDecode(NamedTuple):
-    """One query a sequence over shuffled pages: a problem that the backend and the baseline can both run."""
-
-    q: Tensor  # (B, 1, Hq, D)
-    k: Tensor  # pages
-    v: Tensor
-    table: Tensor
-    lengths: Tensor
-
-    @property
-    def kv_bytes(self) -> int:
-        """What any decode must read."""
-        return int(self.lengths.sum()) * self.k.shape[2] * self.k.shape[3] * 2 * self.k.element_size()
-
-    @property
-    def pairs(self) -> int:
-        """(key, query head) pairs."""
-        return int(self.lengths.sum()) * self.q.shape[2]
-
-
 def paged_decode(
     batch: int, heads: int, kv_heads: int, head_dim: int, keys: int, dtype: torch.dtype, page_size: int = 16
-) -> PagedDecode:
-    generator = torch.Generator().manual_seed(keys)
-    pages = -(-keys // page_size)
-    table = torch.randperm(batch * pages, generator=generator).view(batch, pages).int()
-    shape = (batch * pages, page_size, kv_heads, head_dim)
-    return PagedDecode(
-        torch.randn(batch, 1, heads, head_dim, generator=generator).to(dtype),
-        torch.randn(shape, generator=generator).to(dtype),
-        torch.randn(shape, generator=generator).to(dtype),
-        table,
-        torch.full((batch,), keys, dtype=torch.int32),
-    )
+) -> PagedProblem:
+    """One query a sequence, all sequences of the same length, every page with values of its own."""
+    torch.manual_seed(keys)
+    problem = paged_problem([keys] * batch, heads=(heads, kv_heads), head_dim=head_dim, page_size=page_size, dtype=dtype)
+    problem.k_cache.normal_()
+    problem.v_cache.normal_()
+    return problem
 
 
-def gathered_sdpa(problem: PagedDecode) -> Tensor:
+def pairs(problem: PagedProblem) -> int:
+    """(key, query head) pairs."""
+    return int(problem.cache_seqlens.sum()) * problem.q.shape[2]
+
+
+def gathered_sdpa(problem: PagedProblem) -> Tensor:
     """What upstream does without a paged kernel: gather K and V, then torch's SDPA. Returns ``(B, 1, Hq, D)``."""
     outs = []
-    for q, pages, length in zip(problem.q, problem.table.long(), problem.lengths.tolist()):
-        k, v = (cache[pages].flatten(0, 1)[:length].transpose(0, 1) for cache in (problem.k, problem.v))
+    for q, pages, length in zip(problem.q, problem.block_table.long(), problem.cache_seqlens.tolist()):
+        k, v = (cache[pages].flatten(0, 1)[:length].transpose(0, 1) for cache in (problem.k_cache, problem.v_cache))
         outs.append(
             torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), k, v, enable_gqa=True).transpose(0, 1)
         )
     return torch.stack(outs)
 
 
-def plain_decode(problem: PagedDecode) -> Tensor:
+def plain_decode(problem: PagedProblem) -> Tensor:
     """The baseline kernel, on metalsim."""
-    q, k, v, table, lengths = problem
+    q, k, v, lengths, table = problem
     batch, _, heads, head_dim = q.shape
     source = (
         f"#define T {ELEMENT_TYPES[q.dtype]}\n#define HEAD_DIM {head_dim}\n#define PAGE_SIZE {k.shape[1]}\n"

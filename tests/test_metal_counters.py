@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import metalsim
 import pytest
 import torch
-from metal_harness import PagedDecode, counted, gathered_sdpa, kernels_on, paged_decode, plain_decode
+from metal_harness import counted, gathered_sdpa, kernels_on, paged_decode, pairs, plain_decode
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache
-from pagedflash.backends import metal
-from pagedflash.backends.metal.compiler import core_count
-from pagedflash.backends.metal.plan import plan_decode, plan_splits
+from pagedflash.backends.metal.tiling import choose_num_splits, decode_tiling
+from pagedflash.testing import PagedProblem
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +18,16 @@ def simulated(device: str) -> None:
         pytest.skip("only the simulator counts")
 
 
-def decode(problem: PagedDecode, **options) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def decode(problem: PagedProblem, **options) -> torch.Tensor:  # type: ignore[no-untyped-def]
     with pagedflash.use_backend("metal"):
         return flash_attn_with_kvcache(
-            problem.q, problem.k, problem.v, cache_seqlens=problem.lengths, block_table=problem.table, causal=True, **options
+            problem.q,
+            problem.k_cache,
+            problem.v_cache,
+            cache_seqlens=problem.cache_seqlens,
+            block_table=problem.block_table,
+            causal=True,
+            **options,
         )
 
 
@@ -33,8 +37,8 @@ def test_decode_reads_each_key_once(group: int, head_dim: int) -> None:
     """Counted per lane, over all dispatches: the queries, the table and the parts that combine reads are in it."""
     problem = paged_decode(1, group, 1, head_dim, 1024, torch.float16)
     dispatches = counted(lambda: decode(problem))
-    assert sum(d.counters.device_bytes_loaded for d in dispatches) <= 1.05 * problem.kv_bytes
-    assert sum(d.counters.simd_operations for d in dispatches) <= 2.5 * problem.pairs
+    assert sum(d.counters.device_bytes_loaded for d in dispatches) <= 1.05 * problem.cache_bytes
+    assert sum(d.counters.simd_operations for d in dispatches) <= 2.5 * pairs(problem)
     assert dispatches[0].counters.load_efficiency >= 0.95
 
 
@@ -42,8 +46,8 @@ def test_decode_reads_each_key_once(group: int, head_dim: int) -> None:
 def test_decode_of_other_dtypes(dtype: torch.dtype) -> None:
     problem = paged_decode(2, 8, 2, 128, 512, dtype)
     (only,) = (d for d in counted(lambda: decode(problem)) if d.kernel == "decode")
-    assert only.counters.device_bytes_loaded <= 1.05 * problem.kv_bytes
-    assert only.counters.simd_operations <= 2.5 * problem.pairs
+    assert only.counters.device_bytes_loaded <= 1.05 * problem.cache_bytes
+    assert only.counters.simd_operations <= 2.5 * pairs(problem)
     assert only.counters.load_efficiency >= 0.95
 
 
@@ -52,8 +56,8 @@ def test_decode_against_the_baseline() -> None:
     problem = paged_decode(1, 8, 2, 128, 512, torch.float16)
     torch.testing.assert_close(plain_decode(problem), gathered_sdpa(problem), rtol=2e-3, atol=2e-3)
     (plain,), (ours, *_) = counted(lambda: plain_decode(problem)), counted(lambda: decode(problem))
-    assert plain.counters.device_bytes_loaded >= 4 * problem.kv_bytes
-    assert ours.counters.device_bytes_loaded <= 1.05 * problem.kv_bytes
+    assert plain.counters.device_bytes_loaded >= 4 * problem.cache_bytes
+    assert ours.counters.device_bytes_loaded <= 1.05 * problem.cache_bytes
     assert ours.counters.load_instructions <= plain.counters.load_instructions / 16  # 4 heads, 8 elements for 2 at a time
     assert ours.counters.simdgroups >= plain.counters.simdgroups
 
@@ -69,16 +73,16 @@ def test_a_single_sequence_fills_the_gpu(cores: int, group: int) -> None:
 
 @pytest.mark.parametrize("cores", (8, 40, 80, 132))
 def test_a_large_batch_is_not_split(cores: int) -> None:
-    plan = plan_decode(64 * 8, 4, 1, 4096, 128, 128, 2, 16)
-    assert plan_splits(64 * 8, plan.simdgroups, plan.rows, 4096, cores) == 1
+    tiling = decode_tiling(64 * 8, 4, 4096, 128, 128, 2, 16)
+    assert choose_num_splits(64 * 8, tiling.simdgroups, tiling.rows, 4096, cores) == 1
 
 
 @pytest.mark.parametrize("cores", (80, 132))
 def test_splits_fill_the_gpu_once(cores: int) -> None:
     """A core runs three threadgroups of four simdgroups: a few more than that, and they wait for a second turn."""
-    plan = plan_decode(8 * 8, 4, 1, 4096, 128, 128, 2, 16)
-    splits = plan_splits(8 * 8, plan.simdgroups, plan.rows, 4096, cores)
-    assert plan.simdgroups == 4
+    tiling = decode_tiling(8 * 8, 4, 4096, 128, 128, 2, 16)
+    splits = choose_num_splits(8 * 8, tiling.simdgroups, tiling.rows, 4096, cores)
+    assert tiling.simdgroups == 4
     assert 0.7 <= splits * 8 * 8 / (3 * cores) <= 1
 
 
@@ -87,7 +91,7 @@ def test_layout_knows_shapes_and_cores_only() -> None:
     grids = []
     for length in (0, 5, 640):
         problem = paged_decode(2, 4, 2, 64, 640, torch.float16)
-        problem.lengths.fill_(length)
+        problem.cache_seqlens.fill_(length)
         with kernels_on("cpu", core_count=40) as launches:
             decode(problem)
         grids.append([(launch.kernel, launch.threads, launch.group_size) for launch in launches])
@@ -124,18 +128,14 @@ def test_prefill_over_pages_gathers_nothing() -> None:
     problem = paged_decode(1, 2, 1, 64, 256, torch.float16)
     q = torch.randn(32, 2, 64).half()
     offsets = torch.tensor([0, 32], dtype=torch.int32)
-    arguments = (q, problem.k, problem.v, offsets, None, 32, 256)
-    options = dict(block_table=problem.table, seqused_k=problem.lengths, causal=True)
+    arguments = (q, problem.k_cache, problem.v_cache, offsets, None, 32, 256)
+    options = dict(block_table=problem.block_table, seqused_k=problem.cache_seqlens, causal=True)
     with pagedflash.use_backend("metal"):
         (only,) = counted(lambda: pagedflash.flash_attn_varlen_func(*arguments, **options))
     tiles = 32 * 2 // 32
-    assert only.counters.device_bytes_loaded <= 1.15 * tiles * problem.kv_bytes
+    assert only.counters.device_bytes_loaded <= 1.15 * tiles * problem.cache_bytes
 
 
-def test_core_count_comes_from_torch_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mps, "get_core_count", lambda: 38)
-    assert core_count() == 38
-    with metal.use_compiler(metalsim.compile_shader, core_count=10):
-        assert core_count() == 10
-    per_core = [plan_splits(16, 4, 4, 65536, cores) for cores in (10, 40, 80)]
+def test_more_cores_get_more_splits() -> None:
+    per_core = [choose_num_splits(16, 4, 4, 65536, cores) for cores in (10, 40, 80)]
     assert per_core == sorted(per_core) and per_core[0] < per_core[-1]

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import metalsim
 import pytest
 import torch
-from cases import DTYPES, HEAD_DIMS, LAYOUTS, PAGE_SIZES, assert_matches_reference, random_call
 from metal_harness import Launch, gathered_sdpa, kernels_on, paged_decode
-from pagedflash.call import AttentionCall
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache, kv_paged_write
 from pagedflash.backends import metal
+from pagedflash.backends.protocol import Support
+from pagedflash.testing import DTYPES, HEAD_DIMS, LAYOUTS, PAGE_SIZES, assert_matches_reference, random_problem
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def launches(device: str) -> Iterator[list[Launch]]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_options(rng: random.Random, rounds, launches, device, layout, dtype) -> None:  # type: ignore[no-untyped-def]
     for _ in range(rounds(1)):
-        assert_matches_reference(random_call(rng, dtype=dtype, layout=layout, device=device), metal.attention)
+        assert_matches_reference(random_problem(rng, dtype=dtype, layout=layout, device=device), metal.attention)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -42,30 +42,30 @@ def test_all_options_under_the_simulator_checks(rng: random.Random, rounds, laun
     if device != "cpu":
         pytest.skip("the checks are the simulator's")
     for _ in range(rounds(2)):
-        call = random_call(rng, layout=layout)
+        problem = random_problem(rng, layout=layout)
         with metalsim.simulate(check=True, order=rng.choice(metalsim.ORDERS), seed=rng.getrandbits(32)):
-            assert_matches_reference(call, metal.attention)
+            assert_matches_reference(problem, metal.attention)
 
 
 @pytest.mark.parametrize("queries", (1, 12), ids=("decode", "prefill"))
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims(rng: random.Random, launches, device, head_dim, queries) -> None:  # type: ignore[no-untyped-def]
     layout = "paged" if queries == 1 else "varlen"
-    call = random_call(rng, layout=layout, head_dims=(head_dim,), max_queries=queries, device=device)
-    assert_matches_reference(call, metal.attention)
+    problem = random_problem(rng, layout=layout, head_dims=(head_dim,), max_queries=queries, device=device)
+    assert_matches_reference(problem, metal.attention)
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_page_sizes(rng: random.Random, launches, device, page_size) -> None:  # type: ignore[no-untyped-def]
     layout = rng.choice(("paged", "paged varlen"))
-    call = random_call(rng, layout=layout, page_sizes=(page_size,), max_keys=400, device=device)
-    assert_matches_reference(call, metal.attention)
+    problem = random_problem(rng, layout=layout, page_sizes=(page_size,), max_keys=400, device=device)
+    assert_matches_reference(problem, metal.attention)
 
 
 @pytest.mark.parametrize("group", (1, 2, 3, 4, 5, 6, 7, 8, 12, 16))
 def test_query_heads_of_a_kv_head(rng: random.Random, launches, device, group) -> None:  # type: ignore[no-untyped-def]
-    call = random_call(rng, layout="paged", groups=(group,), head_dims=(64, 128), max_queries=1, device=device)
-    assert_matches_reference(call, metal.attention)
+    problem = random_problem(rng, layout="paged", groups=(group,), head_dims=(64, 128), max_queries=1, device=device)
+    assert_matches_reference(problem, metal.attention)
 
 
 def test_the_order_of_threads_changes_nothing(launches, device) -> None:  # type: ignore[no-untyped-def]
@@ -86,7 +86,13 @@ def test_the_order_of_threads_changes_nothing(launches, device) -> None:  # type
 
 def decode(problem, **options) -> torch.Tensor:  # type: ignore[no-untyped-def]
     return flash_attn_with_kvcache(
-        problem.q, problem.k, problem.v, cache_seqlens=problem.lengths, block_table=problem.table, causal=True, **options
+        problem.q,
+        problem.k_cache,
+        problem.v_cache,
+        cache_seqlens=problem.cache_seqlens,
+        block_table=problem.block_table,
+        causal=True,
+        **options,
     )
 
 
@@ -104,15 +110,17 @@ def test_write_is_one_dispatch(launches, device) -> None:  # type: ignore[no-unt
     problem = on(device, paged_decode(3, 4, 2, 64, 40, torch.float16))
     new = torch.randn(3, 5, 2, 64, dtype=torch.float16, device=device)
     with pagedflash.use_backend("reference"):
-        want_k, want_v = problem.k.clone(), problem.v.clone()
-        kv_paged_write(new, 2 * new, want_k, want_v, problem.table, torch.tensor([0, -1, 35], device=device))
-    kv_paged_write(new, 2 * new, problem.k, problem.v, problem.table, torch.tensor([0, -1, 35], device=device))
+        want_k, want_v = problem.k_cache.clone(), problem.v_cache.clone()
+        kv_paged_write(new, 2 * new, want_k, want_v, problem.block_table, torch.tensor([0, -1, 35], device=device))
+    kv_paged_write(
+        new, 2 * new, problem.k_cache, problem.v_cache, problem.block_table, torch.tensor([0, -1, 35], device=device)
+    )
     assert [launch.kernel for launch in launches] == ["kv_write"]
-    assert torch.equal(problem.k, want_k) and torch.equal(problem.v, want_v)
+    assert torch.equal(problem.k_cache, want_k) and torch.equal(problem.v_cache, want_v)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Dispatches, copies, refusals
+# Dispatches, copies, what is unsupported
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -121,8 +129,8 @@ def test_dispatches_of_append_and_decode(launches, device, splits, kernels) -> N
     problem = on(device, paged_decode(2, 8, 2, 64, 300, torch.float16))
     new = torch.randn(2, 1, 2, 64, dtype=torch.float16, device=device)
     flash_attn_with_kvcache(
-        problem.q, problem.k, problem.v, new, new, cache_seqlens=problem.lengths - 1, block_table=problem.table,
-        causal=True, num_splits=splits,
+        problem.q, problem.k_cache, problem.v_cache, new, new, cache_seqlens=problem.cache_seqlens - 1,
+        block_table=problem.block_table, causal=True, num_splits=splits,
     )  # fmt: skip
     assert [launch.kernel for launch in launches] == kernels
 
@@ -180,11 +188,11 @@ def test_unsupported_head_dims_run_on_the_reference_and_say_so(launches, device)
 
 def test_what_is_missing_is_said() -> None:
     if not torch.backends.mps.is_available():
-        is_available, reason = metal.available()
-        assert not is_available and "MPS" in reason
+        support = metal.available()
+        assert not support.ok and "MPS" in support.reason
     with metal.use_compiler(metalsim.compile_shader):
-        assert metal.available() == (True, "")
-    assert metal.available()[0] == torch.backends.mps.is_available()
+        assert metal.available() == Support(True)
+    assert metal.available().ok == torch.backends.mps.is_available()
 
 
 def test_an_empty_batch_launches_nothing(launches, device) -> None:  # type: ignore[no-untyped-def]
@@ -192,8 +200,7 @@ def test_an_empty_batch_launches_nothing(launches, device) -> None:  # type: ign
     assert flash_attn_func(q, q, q).shape == (0, 1, 4, 64) and not launches
 
 
-def test_supports_every_random_call(rng: random.Random) -> None:
-    """The fuzz above would prove nothing if calls went elsewhere."""
+def test_supports_every_random_problem(rng: random.Random) -> None:
+    """The fuzz above would prove nothing if problems went elsewhere."""
     for _ in range(50):
-        call: AttentionCall = random_call(rng)
-        assert metal.supports(call) == (True, "")
+        assert metal.supports(random_problem(rng)) == Support(True)

@@ -69,9 +69,9 @@ template <typename T, int D, int SIMDGROUPS>
   const U best = simd_max(lane < SIMDGROUPS ? maxima[lane] : -INFINITY);
   const U total = simd_sum(lane < SIMDGROUPS ? sums[lane] * fast::exp2(maxima[lane] - best) : 0.0f);
   for (int i = 0; i < PART; i++) {
-    U merged = 0;
-    for (int s = 0; s < SIMDGROUPS; s++) merged += partial[s * D + lane * PART + i] * fast::exp2(maxima[s] - best);
-    out[row + i] = static_cast<T>(merged / total);
+    U combined = 0;
+    for (int s = 0; s < SIMDGROUPS; s++) combined += partial[s * D + lane * PART + i] * fast::exp2(maxima[s] - best);
+    out[row + i] = static_cast<T>(combined / total);
   }
 }
 
@@ -115,7 +115,7 @@ def test_vector_attention_in_every_order(kind: str, head_dim: int) -> None:
 
 
 def test_vector_attention_counters() -> None:
-    """K and V are each read once, in full lines; one simd_sum for a key, two for the merge."""
+    """K and V are each read once, in full lines; one simd_sum for a key, two for the reduction."""
     batch, heads, keys, head_dim = 2, 3, 13, 128
     q, k, v = inputs("float", batch, heads, keys, head_dim)
     with metalsim.simulate() as run:

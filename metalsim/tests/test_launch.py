@@ -96,13 +96,13 @@ def test_numbers(cast: str | None, integer: str, real: str) -> None:
     [(None, "unsupported argument type NoneType"), ("x", "unsupported argument type str"), ([], "an empty list"),
      ([None], "unsupported argument type"), (2**70, "the argument .* does not fit")],
 )  # fmt: skip
-def test_refused_arguments(argument: Any, says: str) -> None:
+def test_rejected_arguments(argument: Any, says: str) -> None:
     lib = library(NUMBERS.format("long", "float"))
     with pytest.raises(metalsim.LaunchError, match=f"kernel 'integer', argument 1: {says}"):
         lib.integer(torch.zeros(1, dtype=torch.int64), argument, threads=1)
 
 
-def test_refused_cast() -> None:
+def test_rejected_cast() -> None:
     with pytest.raises(metalsim.LaunchError, match="unsupported cast 'int3'"):
         library(NUMBERS.format("long", "float")).integer(torch.zeros(1), 1, threads=1, arg_casts="int3")
 
@@ -117,7 +117,7 @@ def test_refused_cast() -> None:
         ({"threads": (1, 1, 1, 1)}, "one to three"),
     ],
 )
-def test_refused_sizes(sizes: dict[str, Any], says: str) -> None:
+def test_rejected_sizes(sizes: dict[str, Any], says: str) -> None:
     with pytest.raises(metalsim.LaunchError, match=says):
         library(COPY.format("float") + "{ y[i] = x[i]; }").f(torch.zeros(4), torch.zeros(4), **sizes)
 

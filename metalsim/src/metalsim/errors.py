@@ -2,11 +2,11 @@
 
 
 class MetalError(RuntimeError):
-    """Anything Metal would refuse, or that a checked run found wrong."""
+    """Anything Metal would reject, or that a checked run found wrong."""
 
 
 class CompileError(MetalError):
-    """The source does not compile, or Apple's compiler would refuse it."""
+    """The source does not compile, or Apple's compiler would reject it."""
 
 
 class LaunchError(MetalError):

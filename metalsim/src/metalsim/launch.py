@@ -144,7 +144,7 @@ def launch(
     """Run one dispatch.
 
     Raises:
-        LaunchError: arguments or sizes that Metal or torch would refuse.
+        LaunchError: arguments or sizes that Metal or torch would reject.
         KernelError: what the kernel did wrong.
     """
     if len(arguments) > MAX_BUFFERS:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .launch import MAX_THREADS, BoundKernel, launch, runtime
-from .refusals import refuse
+from .rejections import reject
 from .settings import current
 from .toolchain import MSL, build_shared_object, cached, preprocess
 from .translate import translate
@@ -36,7 +36,7 @@ def compile_shader(source: str) -> Library:
         source: one Metal file. Its kernels become attributes of the library, by their host names.
 
     Raises:
-        CompileError: the source does not compile here, or Apple's compiler would refuse it.
+        CompileError: the source does not compile here, or Apple's compiler would reject it.
     """
     return Library(source)
 
@@ -62,7 +62,7 @@ class Library:
         """The kernels as compiled for unchecked or checked runs."""
         runtime()
         # Once for both kinds: an empty folder says that the source is legal.
-        cached("library", f"legal\n{self._source}", lambda folder: refuse(preprocess(self._source)))
+        cached("library", f"legal\n{self._source}", lambda folder: reject(preprocess(self._source)))
         content = f"{checked=}\n{self._source}"
         return _load(cached("library", content, functools.partial(_build, self._source, checked)))
 
@@ -88,13 +88,13 @@ class Kernel:
 
         Args:
             args: argument i binds to `[[buffer(i)]]`. CPU tensors bind from their storage offset on; ints go as
-                int64, floats as float32, lists of numbers packed; None is refused.
+                int64, floats as float32, lists of numbers packed; None is rejected.
             threads: the whole grid in threads, one to three dimensions; by default the first tensor's numel.
             group_size: threads of a threadgroup, at most 1024.
             arg_casts: a type ("int32", "fp16", ...) for all numbers, or one for each argument index.
 
         Raises:
-            LaunchError: arguments or sizes that Metal or torch would refuse.
+            LaunchError: arguments or sizes that Metal or torch would reject.
             KernelError: what the kernel did wrong.
         """
         simulation = current()

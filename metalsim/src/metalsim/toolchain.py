@@ -113,7 +113,7 @@ _PARTS = {
         "toolchain.py",
         "library.py",
         "t*.py",
-        "refusals.py",
+        "rejections.py",
         "msl/*.h",
         "msl/headers/*",
         "runtime/api.h",

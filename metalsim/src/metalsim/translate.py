@@ -91,7 +91,7 @@ def translate(preprocessed: str, keep_spaces: bool = False) -> Translation:
 
     Args:
         preprocessed: the source after its macros.
-        keep_spaces: keep address spaces, for the parse of refusals.py; the result is not meant to run.
+        keep_spaces: keep address spaces, for the parse of rejections.py; the result is not meant to run.
 
     Raises:
         CompileError: what the pass itself does not understand or Metal does not allow.

@@ -1,4 +1,4 @@
-// The address spaces, for the parse that finds what Apple's compiler refuses (refusals.py). Included after the other
+// The address spaces, for the parse that finds what Apple's compiler rejects (rejections.py). Included after the other
 // headers, which then leave out the functions that take pointers: they are declared here for each address space.
 #pragma once
 

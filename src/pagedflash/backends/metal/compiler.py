@@ -1,14 +1,19 @@
-"""From a kernel's name and its definitions to a compiled kernel, kept for the process."""
+"""From a kernel's name and its definitions to a compiled kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
+
+from ...scoped import Scoped
+from ..protocol import Support
+from .params import STRUCTS, struct_source
 
 Compiler = Callable[[str], Any]
 """Metal source -> a library whose attributes are its kernels, as ``torch.mps.compile_shader``."""
@@ -16,100 +21,95 @@ Compiler = Callable[[str], Any]
 UNKNOWN_CORE_COUNT = 128
 """Assumed where there is no Apple GPU to ask: more than the largest has, so that a simulator sees the most splits."""
 
+MAX_KERNELS = 1024
+"""Compiled kernels that are kept. A model needs a handful."""
+
 SOURCES = {
-    "kv_write": ("types", "paging", "sequence", "rotary", "kv_write"),
-    "decode": ("types", "sequence", "paging", "rotary", "softmax", "decode"),
-    "combine": ("types", "sequence", "softmax", "combine"),
-    "prefill": ("types", "sequence", "paging", "rotary", "softmax", "matrix", "prefill"),
+    "kv_write": ("kv_format", "paging", "sequence", "rotary", "kv_write"),
+    "decode": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "decode"),
+    "combine": ("softmax", "combine"),
+    "prefill": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "prefill"),
 }
-"""Kernel -> the files it is made of, in order."""
+"""Kernel -> the files it is made of, in order, behind the prologue, its definitions and the structs."""
 
 ELEMENT_TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
 
 
-class _Replacement(NamedTuple):
-    compile: Compiler
-    core_count: int | None
+class Target(NamedTuple):
+    """What kernels are compiled with and laid out for."""
+
+    compile_shader: Compiler
+    core_count: int
 
 
-_replacements: list[_Replacement] = []
+_given_target = Scoped[Target]("pagedflash_metal_target")
 
 
-@contextmanager
-def use_compiler(compile_shader: Compiler, core_count: int | None = None) -> Iterator[None]:
-    """Compile the kernels inside with ``compile_shader`` in place of ``torch.mps.compile_shader``, in all threads.
+def use_compiler(compile_shader: Compiler, core_count: int | None = None) -> AbstractContextManager[None]:
+    """Compile the kernels inside with ``compile_shader`` in place of ``torch.mps.compile_shader``.
 
-    For simulators of Metal, whose kernels run on tensors of another device.
+    For simulators of Metal, whose kernels run on tensors of another device. Holds in this thread, and in threads that use
+    no compiler of their own.
 
     Args:
         compile_shader: Metal source -> library, with the interface of ``torch.mps.compile_shader``.
-        core_count: GPU cores to plan for, in place of ``torch.backends.mps.get_core_count()``.
+        core_count: GPU cores to lay kernels out for, in place of ``torch.backends.mps.get_core_count()``.
     """
-    replacement = _Replacement(compile_shader, core_count)
-    _replacements.append(replacement)
-    try:
-        yield
-    finally:
-        _replacements.remove(replacement)
+    return _given_target.use(Target(compile_shader, core_count or _gpu_core_count(torch.backends.mps.get_core_count)))
 
 
-def available() -> tuple[bool, str]:
-    """Whether there is something to compile and run kernels with, and if not, why."""
-    if _replacements or torch.backends.mps.is_available():
-        return True, ""
+def available() -> Support:
+    """Whether there is something to compile and run kernels with."""
+    if _given_target.current is not None or torch.backends.mps.is_available():
+        return Support(True)
     if not torch.backends.mps.is_built():
-        return False, "this build of PyTorch has no MPS (it needs an Apple GPU), and no other Metal compiler is in use"
-    return False, "PyTorch finds no MPS device, and no other Metal compiler is in use"
+        return Support(
+            False, "this build of PyTorch has no MPS (it needs an Apple GPU), and no other Metal compiler is in use"
+        )
+    return Support(False, "PyTorch finds no MPS device, and no other Metal compiler is in use")
 
 
-def core_count() -> int:
-    """Cores of the GPU that calls are planned for."""
-    given = _replacements[-1].core_count if _replacements else None
-    return given or _asked_core_count(torch.backends.mps.get_core_count)
+def current_target() -> Target:
+    """The compiler in use here, and the GPU cores that kernels are laid out for."""
+    return _given_target.current or Target(torch.mps.compile_shader, _gpu_core_count(torch.backends.mps.get_core_count))
 
 
-@cache
-def _asked_core_count(ask: Callable[[], int]) -> int:
+@lru_cache(maxsize=1)
+def _gpu_core_count(get_core_count: Callable[[], int]) -> int:
     try:
-        return ask()
+        return get_core_count()
     except (AttributeError, RuntimeError):  # a PyTorch without MPS lacks even the function behind it
         return UNKNOWN_CORE_COUNT
 
 
-def kernel(name: str, dtype: torch.dtype, definitions: tuple[tuple[str, int], ...], structs: tuple[type, ...]) -> Any:
-    """The compiled kernel ``name`` for one element type and one set of definitions."""
-    compiler = _replacements[-1].compile if _replacements else torch.mps.compile_shader
-    return _compiled(compiler, name, dtype, definitions, structs)
+@lru_cache(maxsize=MAX_KERNELS)
+def compiled(compile_shader: Compiler, name: str, source: str) -> Any:
+    """The kernel ``name`` of ``source``."""
+    return getattr(compile_shader(source), name)
 
 
-@cache
-def _compiled(
-    compiler: Compiler, name: str, dtype: torch.dtype, definitions: tuple[tuple[str, int], ...], structs: tuple[type, ...]
-) -> Any:
-    return getattr(compiler(source_of(name, dtype, dict(definitions), structs)), name)
-
-
-def source_of(name: str, dtype: torch.dtype, definitions: Mapping[str, int], structs: tuple[type, ...]) -> str:
-    """The whole source of one kernel: definitions, structures shared with the host, then its files."""
-    lines = ["#include <metal_stdlib>", "#include <metal_simdgroup_matrix>", "using namespace metal;", ""]
-    lines += [
+def source_of(name: str, dtype: torch.dtype, definitions: Mapping[str, int]) -> str:
+    """The whole source of one kernel for one element type."""
+    lines = [
+        _file("prologue"),
         f"#define T {ELEMENT_TYPES[dtype]}",
-        f"#define T_IS_FLOAT {int(dtype == torch.float32)}",
+        f"#define T_BYTES {dtype.itemsize}",
         f"#define T_IS_BFLOAT {int(dtype == torch.bfloat16)}",
-        f"#define WORDS {definitions['CHUNK'] * dtype.itemsize // 4}",
+        *(f"#define {key} {value}" for key, value in definitions.items()),
+        *map(struct_source, STRUCTS),
+        *map(_file, SOURCES[name]),
     ]
-    lines += [f"#define {key} {value}" for key, value in definitions.items()]
-    lines += [_struct(fields) for fields in structs]
-    return "\n".join(lines) + "\n" + "\n".join(_file(part) for part in SOURCES[name])
+    return "\n".join(lines)
 
 
-def _struct(fields: type) -> str:
-    """A NamedTuple of ints or floats as the structure its list of values fills: long and float."""
-    words = {int: "long", float: "float"}
-    members = " ".join(f"{words[kind]} {field};" for field, kind in get_type_hints(fields).items())
-    return f"struct {fields.__name__} {{ {members} }};"
+@lru_cache(maxsize=len(SOURCES))
+def buffers_of(name: str) -> tuple[str, ...]:
+    """The names of a kernel's buffers, in the order of their indices."""
+    buffers = re.findall(r"(\w+) \[\[buffer\((\d+)\)\]\]", _file(name))
+    assert [int(index) for _, index in buffers] == list(range(len(buffers)))
+    return tuple(buffer for buffer, _ in buffers)
 
 
-@cache
+@lru_cache(maxsize=32)
 def _file(name: str) -> str:
     return (Path(__file__).parent / "kernels" / f"{name}.metal").read_text()

@@ -1,377 +1,314 @@
-"""Calls to dispatches: which kernels run, over which grid, with which arguments."""
+"""Problems to dispatches: which kernels run, over which grid, with which arguments.
+
+All that follows from a problem's signature is worked out once and kept as a :class:`Plan`. A call then allocates its results
+and hands tensors to kernels.
+"""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...call import AttentionCall, CacheWrite
-from .compiler import core_count, kernel
-from .plan import (
+from ...geometry import decode_rows, fold_scores, max_visible_keys, queries_rotate_by_position, strides
+from ...problem import Append, AttentionProblem, CacheWrite, KVCache
+from ..protocol import Support
+from .compiler import Target, buffers_of, compiled, current_target, source_of
+from .params import Params, packed
+from .tiling import (
     DECODE_MAX_QUERIES,
     HEAD_DIMS,
+    LANES,
+    LOAD_BYTES,
     MAX_SPLITS,
     MIN_LANE_DIMS,
     TILE_KEYS,
-    plan_decode,
-    plan_prefill,
-    plan_splits,
+    DecodeTiling,
+    PrefillTiling,
+    choose_num_splits,
+    decode_tiling,
+    prefill_tiling,
 )
 
-UNBOUNDED = 2**30
-"""A window this wide hides nothing. Positions stay inside 32 bits."""
-
-LOG2_E = 1.4426950408889634
-
-
-class Sizes(NamedTuple):
-    """The integers of a dispatch, as the structure of the same name in the shader. Strides count elements."""
-
-    queries: int  # of each sequence; of all together where they are ragged
-    batch: int
-    heads: int
-    capacity: int  # keys of a sequence whose length is not given
-    new_keys: int  # of each sequence, behind those its length counts
-    appends: int  # whether decode writes them to the cache
-    splits: int
-    table_width: int
-    window_left: int
-    window_right: int
-    has_query_offsets: int
-    has_key_offsets: int
-    has_queries_used: int
-    has_keys_used: int
-    has_cache_rows: int
-    has_left_padding: int
-    has_slopes: int
-    has_sinks: int
-    slope_batch_stride: int
-    rotary_half: int  # 0 = no rotary embedding
-    rotary_interleaved: int
-    rotary_by_query: int
-    rotary_positions: int
-    q_batch_stride: int
-    q_token_stride: int
-    q_head_stride: int
-    k_row_stride: int
-    k_page_stride: int
-    k_token_stride: int
-    k_head_stride: int
-    v_row_stride: int
-    v_page_stride: int
-    v_token_stride: int
-    v_head_stride: int
-    k_new_batch_stride: int
-    k_new_token_stride: int
-    k_new_head_stride: int
-    v_new_batch_stride: int
-    v_new_token_stride: int
-    v_new_head_stride: int
-
-
-class Numbers(NamedTuple):
-    """The floats of a dispatch, as the structure of the same name in the shader."""
-
-    scale: float  # from q . k to a score in base 2, or to the argument of softcap's tanh
-    softcap: float  # in base 2; 0 = none
-
-
-STRUCTS = (Sizes, Numbers)
 COMBINE_SIMDGROUPS = 4
-_NO_SIZES = Sizes(*(0 for _ in Sizes._fields))
+
+_FLAGS = [field for field in Params._fields if field.startswith("has_")]
+_NO_PARAMS = Params(*(0 for _ in Params._fields))
+_Q, _K, _V = ([field.name for field in AttentionProblem.TENSOR_FIELDS].index(name) for name in "qkv")
+
+Grid = tuple[int, int, int]
 
 
-def supports(call: AttentionCall) -> tuple[bool, str]:
-    """Whether the kernels can run a call, and if not, why."""
-    head_dim = call.q.shape[-1]
+class Dispatch(NamedTuple):
+    """One kernel over one grid."""
+
+    kernel: Any
+    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    """Its arguments, from the problem's tensors, the results and the plan's constants, in one tuple."""
+    threads: Grid
+    group_size: Grid
+
+
+class Result(NamedTuple):
+    """A tensor that kernels write."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Plan(NamedTuple):
+    """All of a problem but its tensors."""
+
+    dispatches: tuple[Dispatch, ...]
+    results: tuple[Result, ...]  # out, lse, and what the splits leave for combine
+    constants: tuple[Any, ...]  # the other arguments of the kernels: structs, and a stand-in for each absent tensor
+
+
+def supports(problem: AttentionProblem) -> Support:
+    """Whether the kernels can run a problem."""
+    cache, head_dim = problem.cache, problem.queries.q.shape[-1]
     if head_dim not in HEAD_DIMS:
-        return False, f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
-    page_size = call.k.shape[1] if call.block_table is not None else TILE_KEYS
-    if max(call.k.stride(-3), call.v.stride(-3)) * page_size >= 2**31:
-        return False, "a page spans more than 2^31 elements"
-    return True, ""
+        return Support(False, f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}")
+    if max(cache.k.stride(-3), cache.v.stride(-3)) * _page_size(cache) >= 2**31:
+        return Support(False, "a page spans more than 2^31 elements")
+    return Support(True)
 
 
-def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Append (if asked), then attend. Returns ``(out, lse)`` of the shapes the call gives."""
-    out = call.q.new_empty(call.out_shape)
-    lse = torch.empty(call.lse_shape, dtype=torch.float32, device=call.q.device)
-    few_queries = call.max_seqlen_q <= DECODE_MAX_QUERIES
-    if few_queries and out.numel():
-        _decode(call, out, lse)
-        return out, lse
-    if call.k_new is not None:
-        kv_write(call.write)
-    if out.numel():
-        _prefill(call, out, lse)
-    return out, lse
+def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Append (if asked), then attend: ``(out, lse)``. Nothing waits for the GPU."""
+    target = current_target()
+    tensors: tuple[Any, ...] = problem.tensors
+    q = tensors[_Q]
+    # A signature holds no storage offsets, and wide loads need them to be multiples of a chunk.
+    offset = (q.storage_offset() | tensors[_K].storage_offset() | tensors[_V].storage_offset()) % LOAD_BYTES
+    plan = problem.plan(("metal", target, offset), lambda signature: _plan_attention(signature, target, offset))
+    device = q.device
+    results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.results]
+    _run(plan, (*tensors, *results))
+    return results[0], results[1]
 
 
 def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot: one dispatch."""
-    batch, new_tokens, kv_heads, head_dim = write.k.shape
-    if not batch * new_tokens * kv_heads:
+    target = current_target()
+    _run(write.plan(("metal", target), lambda signature: _plan_write(signature, target)), write.tensors)
+
+
+def _run(plan: Plan, tensors: tuple[Any, ...]) -> None:
+    tensors += plan.constants
+    for kernel, pick, threads, group_size in plan.dispatches:
+        kernel(*pick(tensors), threads=threads, group_size=group_size)
+
+
+class _Planner:
+    """Collects the dispatches of a plan. Kernels name their buffers as a problem its fields; that is how they are bound."""
+
+    def __init__(self, signature: AttentionProblem | CacheWrite, target: Target) -> None:
+        self.target = target
+        self.device, self.dtype = signature.cache.k.device, signature.cache.k.dtype
+        self.names = [
+            field.name if tensor is not None and tensor.numel() else None  # what is empty cannot be bound
+            for field, tensor in zip(signature.TENSOR_FIELDS, signature.tensors)
+        ]
+        self.results: dict[str, Result] = {}
+        self.constants: dict[str, Any] = {}
+        self.dispatches: list[tuple[str, Any, Grid, Grid]] = []
+
+    def dispatch(self, name: str, definitions: Mapping[str, int], threads: Grid, group_size: Grid) -> None:
+        kernel = compiled(self.target.compile_shader, name, source_of(name, self.dtype, definitions))
+        self.dispatches.append((name, kernel, threads, group_size))
+
+    def plan(self) -> Plan:
+        for name, *_ in self.dispatches:
+            for buffer in buffers_of(name):
+                if buffer not in self.names and buffer not in self.results:
+                    self.constants.setdefault(buffer, _stand_in(self.device, buffer))
+        index = {name: i for i, name in enumerate((*self.names, *self.results, *self.constants))}
+        dispatches = tuple(
+            Dispatch(kernel, itemgetter(*(index[buffer] for buffer in buffers_of(name))), threads, group_size)
+            for name, kernel, threads, group_size in self.dispatches
+        )
+        return Plan(dispatches, tuple(self.results.values()), tuple(self.constants.values()))
+
+
+@lru_cache(maxsize=256)
+def _stand_in(device: torch.device, buffer: str) -> Tensor:
+    """What is bound for an absent tensor: never read, but Metal wants a buffer; one each, so that no two overlap."""
+    return torch.zeros(4, device=device)
+
+
+def _plan_write(write: CacheWrite, target: Target) -> Plan:
+    planner = _Planner(write, target)
+    planner.constants["params"] = packed(_write_params(write))
+    _add_write(planner, write.cache, write.append)
+    return planner.plan()
+
+
+def _plan_attention(problem: AttentionProblem, target: Target, offset: int) -> Plan:
+    planner = _Planner(problem, target)
+    planner.results["out"] = Result(problem.out_shape, planner.dtype)
+    planner.results["lse"] = Result(problem.lse_shape, torch.float32)
+    planner.constants["score_params"] = packed(fold_scores(problem.scores))
+    append, has_rows = problem.append, math.prod(problem.out_shape) > 0
+    if has_rows and problem.queries.max_seqlen_q <= DECODE_MAX_QUERIES:
+        _add_decode(planner, problem, offset)
+    else:
+        planner.constants["params"] = packed(_params(problem))
+        if append is not None:
+            _add_write(planner, problem.cache, append)
+        if has_rows:
+            _add_prefill(planner, problem, offset)
+    return planner.plan()
+
+
+def _add_write(planner: _Planner, cache: KVCache, append: Append) -> None:
+    batch_size, num_new_tokens, kv_heads, _ = append.k_new.shape
+    if not append.k_new.numel():
         return
-    paged = write.block_table is not None
-    sizes = _NO_SIZES._replace(
-        table_width=write.block_table.shape[1] if write.block_table is not None else 0,
-        has_cache_rows=int(write.cache_batch_idx is not None),
-        **_cache_strides(write.k_cache, write.v_cache, paged),
-        **_new_strides(write.k, write.v),
-        **_rotary_sizes(write.rotary_cos, write.rotary_interleaved),
-    )
-    definitions = (
-        ("HEAD_DIM", head_dim),
-        ("V_HEAD_DIM", write.v.shape[-1]),
-        ("PAGED", int(paged)),
-        ("PAGE_SIZE", write.k_cache.shape[1] if paged else TILE_KEYS),
-        ("CHUNK", MIN_LANE_DIMS),
-        ("ALIGNED", 1),
-    )
     heads_together = next(n for n in (8, 4, 2, 1) if kv_heads % n == 0)
-    kernel("kv_write", write.k.dtype, definitions, STRUCTS)(
-        write.k,
-        write.v,
-        write.k_cache,
-        write.v_cache,
-        write.seq_lens,
-        *_given(write.k.device, torch.int32, write.cache_batch_idx, write.block_table),
-        *_given(write.k.device, write.k.dtype, write.rotary_cos, write.rotary_sin),
-        list(sizes),
-        threads=(32 * kv_heads, new_tokens, batch),
-        group_size=(32 * heads_together, 1, 1),
+    planner.dispatch(
+        "kv_write",
+        _cache_definitions(cache) | {"CHUNK": MIN_LANE_DIMS, "ALIGNED": 1},
+        (LANES * kv_heads, num_new_tokens, batch_size),
+        (LANES * heads_together, 1, 1),
     )
 
 
-def _decode(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
-    """Few queries a sequence: one dispatch, append included, or two where the keys are split."""
-    dtype, device = call.q.dtype, call.q.device
-    heads, kv_heads, head_dim, v_head_dim = call.q.shape[-2], call.k.shape[-2], call.q.shape[-1], call.v.shape[-1]
-    group, batch, page_size = heads // kv_heads, call.batch_size, _page_size(call)
-    max_keys, max_queries = _most_keys_seen(call), max(1, call.max_seqlen_q)  # 1: rows behind all sequences
-    plan = plan_decode(batch * kv_heads, group, max_queries, max_keys, head_dim, v_head_dim, dtype.itemsize, page_size)
-    row_tiles = -(-group * max_queries // plan.rows)
-    if row_tiles > 1 and call.k_new is not None:  # several threadgroups read the new keys: they must be there before
-        kv_write(call.write)
-    threadgroups = batch * kv_heads * row_tiles
-    planned = plan_splits(threadgroups, plan.simdgroups, plan.rows, max_keys, core_count())
-    splits = min(call.num_splits or planned, MAX_SPLITS)
-    sizes = _sizes(call)._replace(splits=splits, appends=int(row_tiles == 1 and call.k_new is not None))
-    partial_out = partial_sums = None
-    if splits > 1:
-        rows = out.numel() // v_head_dim
-        partial_out = torch.empty(rows * splits * v_head_dim, dtype=torch.float32, device=device)
-        partial_sums = torch.empty(rows * splits * 2, dtype=torch.float32, device=device)
-
-    definitions = (
-        *_shape_definitions(call, plan.chunk),
-        ("ROWS", plan.rows),
-        ("SIMDGROUPS", plan.simdgroups),
-        ("K_LANES", plan.k_lanes),
-        ("K_CHUNKS", plan.k_chunks),
-        ("V_LANES", plan.v_lanes),
-        ("V_CHUNKS", plan.v_chunks),
-        ("K_STEPS", plan.k_steps),
-        ("V_STEPS", plan.v_steps),
-        ("KEY_BLOCK", plan.key_block),
-        ("MERGE_ROWS", plan.merge_rows),
-        ("K_RUN", plan.k_run),
-        ("V_RUN", plan.v_run),
+def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int) -> None:
+    """Few queries a sequence: ``decode``, which appends; ``kv_write`` before it where several threadgroups read the keys
+    of one sequence and head, ``combine`` after it where they are split."""
+    q, cache, append = problem.queries.q, problem.cache, problem.append
+    kv_heads, head_dim, v_head_dim = cache.k.shape[-2], q.shape[-1], cache.v.shape[-1]
+    sequences, rows = problem.batch_size * kv_heads, max(problem.group, decode_rows(problem))  # q may be all padding
+    max_keys = max_visible_keys(problem)
+    tiling = decode_tiling(sequences, rows, max_keys, head_dim, v_head_dim, q.element_size(), _page_size(cache))
+    row_tiles = -(-rows // tiling.rows)
+    planned = choose_num_splits(sequences * row_tiles, tiling.simdgroups, tiling.rows, max_keys, planner.target.core_count)
+    num_splits = min(problem.num_splits or planned, MAX_SPLITS)
+    appends = append is not None and row_tiles == 1
+    planner.constants["params"] = packed(_params(problem)._replace(num_splits=num_splits, appends=int(appends)))
+    if append is not None and not appends:
+        _add_write(planner, cache, append)
+    threads = LANES * tiling.simdgroups
+    planner.dispatch(
+        "decode",
+        _definitions(problem, tiling, offset),
+        (threads * kv_heads, num_splits * row_tiles, _grid_batch(problem)),
+        (threads, 1, 1),
     )
-    threads = 32 * plan.simdgroups
-    kernel("decode", dtype, definitions, STRUCTS)(
-        call.q,
-        *_given(device, dtype, call.k, call.v),
-        out,
-        lse,
-        *_given(device, dtype, call.k_new, call.v_new),
-        *_given(device, torch.int32, *_lengths(call), call.block_table),
-        *_given(device, dtype, call.rotary_cos, call.rotary_sin),
-        *_given(device, torch.float32, call.alibi_slopes, call.sinks, partial_out, partial_sums),
-        list(sizes),
-        list(_numbers(call)),
-        threads=(threads * kv_heads, splits * row_tiles, batch + sizes.has_query_offsets),
-        group_size=(threads, 1, 1),
-    )
-    if partial_out is not None and partial_sums is not None:
-        _combine(partial_out, partial_sums, call.sinks, out, lse, sizes)
+    if num_splits > 1:
+        out_rows = math.prod(problem.out_shape[:-1])
+        planner.results["out_partial"] = Result((out_rows, num_splits, v_head_dim), torch.float32)
+        planner.results["softmax_partial"] = Result((out_rows, num_splits, 2), torch.float32)
+        threads = LANES * COMBINE_SIMDGROUPS
+        planner.dispatch(
+            "combine",
+            {"V_HEAD_DIM": v_head_dim, "SIMDGROUPS": COMBINE_SIMDGROUPS},
+            (threads * q.shape[-2], out_rows // q.shape[-2], 1),
+            (threads, 1, 1),
+        )
 
 
-def _combine(
-    partial_out: Tensor, partial_sums: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, sizes: Sizes
-) -> None:
-    """Merge the parts of split keys."""
-    v_head_dim, heads = out.shape[-1], out.shape[-2]
-    definitions = (
-        ("V_HEAD_DIM", v_head_dim),
-        ("SIMDGROUPS", COMBINE_SIMDGROUPS),
-        ("PAGED", 0),
-        ("CHUNK", MIN_LANE_DIMS),
-        ("ALIGNED", 1),
-    )
-    threads = 32 * COMBINE_SIMDGROUPS
-    kernel("combine", out.dtype, definitions, STRUCTS)(
-        partial_out,
-        partial_sums,
-        *_given(out.device, torch.float32, sinks),
-        out,
-        lse,
-        list(sizes),
-        threads=(threads * heads, out.numel() // (v_head_dim * heads), 1),
-        group_size=(threads, 1, 1),
+def _add_prefill(planner: _Planner, problem: AttentionProblem, offset: int) -> None:
+    """Many queries a sequence, over keys that are in the cache already."""
+    q, cache = problem.queries.q, problem.cache
+    tiling = prefill_tiling(q.shape[-1], cache.v.shape[-1], q.element_size())
+    threads = LANES * tiling.simdgroups
+    planner.dispatch(
+        "prefill",
+        _definitions(problem, tiling, offset),
+        (threads * -(-decode_rows(problem) // (8 * tiling.simdgroups)), cache.k.shape[-2], _grid_batch(problem)),
+        (threads, 1, 1),
     )
 
 
-def _prefill(call: AttentionCall, out: Tensor, lse: Tensor) -> None:
-    """Many queries a sequence, over keys that are in the cache already: one dispatch."""
-    dtype, device = call.q.dtype, call.q.device
-    plan = plan_prefill(call.q.shape[-1], call.v.shape[-1], dtype.itemsize)
-    sizes = _sizes(call)
-    definitions = (
-        *_shape_definitions(call, plan.chunk),
-        ("KEY_TILE", plan.key_tile),
-        ("SIMDGROUPS", plan.simdgroups),
-    )
-    kv_heads = call.k.shape[-2]
-    rows = call.max_seqlen_q * (call.q.shape[-2] // kv_heads)
-    threads = 32 * plan.simdgroups
-    kernel("prefill", dtype, definitions, STRUCTS)(
-        call.q,
-        *_given(device, dtype, call.k, call.v),
-        out,
-        lse,
-        *_given(device, torch.int32, *_lengths(call), call.block_table),
-        *_given(device, dtype, call.rotary_cos, call.rotary_sin),
-        *_given(device, torch.float32, call.alibi_slopes, call.sinks),
-        list(sizes),
-        list(_numbers(call)),
-        threads=(threads * -(-rows // (8 * plan.simdgroups)), kv_heads, call.batch_size + sizes.has_query_offsets),
-        group_size=(threads, 1, 1),
+def _grid_batch(problem: AttentionProblem) -> int:
+    """One layer of threadgroups a sequence, and one for what lies behind the sequences of packed queries."""
+    return problem.batch_size + (problem.queries.cu_seqlens_q is not None)
+
+
+def _params(problem: AttentionProblem) -> Params:
+    """The integers of a problem, for all its kernels."""
+    q, slopes = problem.queries.q, problem.scores.alibi_slopes
+    return _write_params(problem)._replace(
+        batch_size=problem.batch_size,
+        num_tokens_q=q.shape[-3],
+        num_heads=q.shape[-2],
+        capacity=problem.capacity,
+        num_splits=1,
+        alibi_batch_stride=0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
+        rotary_by_position=int(queries_rotate_by_position(problem)),
+        **_strides("q", q),
     )
 
 
-def _sizes(call: AttentionCall) -> Sizes:
-    """The integers of a call, for decode and prefill alike."""
-    q, ragged = call.q, call.cu_seqlens_q is not None
-    slopes = call.alibi_slopes
-    return _NO_SIZES._replace(
-        queries=q.shape[0] if ragged else q.shape[1],
-        batch=call.batch_size,
-        heads=q.shape[-2],
-        capacity=call.capacity,
-        new_keys=0 if call.k_new is None else call.k_new.shape[1],
-        table_width=0 if call.block_table is None else call.block_table.shape[1],
-        window_left=_window(call.window_left),
-        window_right=_window(call.window_right),
-        has_query_offsets=int(ragged),
-        has_key_offsets=int(call.cu_seqlens_k is not None),
-        has_queries_used=int(call.seqused_q is not None),
-        has_keys_used=int(call.seqused_k is not None),
-        has_cache_rows=int(call.cache_batch_idx is not None),
-        has_left_padding=int(call.cache_leftpad is not None),
-        has_slopes=int(slopes is not None),
-        has_sinks=int(call.sinks is not None),
-        slope_batch_stride=slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0,
-        rotary_by_query=int(call.window_left >= 0 or call.window_right >= 0),
-        q_batch_stride=0 if ragged else q.stride(0),
-        q_token_stride=q.stride(-3),
-        q_head_stride=q.stride(-2),
-        **_cache_strides(call.k, call.v, call.block_table is not None),
-        **(_new_strides(call.k_new, call.v_new) if call.k_new is not None and call.v_new is not None else {}),
-        **_rotary_sizes(call.rotary_cos, call.rotary_interleaved),
+def _write_params(problem: AttentionProblem | CacheWrite) -> Params:
+    """Those of its cache and its append."""
+    fields, append = problem.named_fields(), problem.append
+    return _NO_PARAMS._replace(
+        **{flag: int(fields.get(flag.removeprefix("has_")) is not None) for flag in _FLAGS},
+        **_cache_params(problem.cache),
+        **({} if append is None else _append_params(append)),
     )
 
 
-def _numbers(call: AttentionCall) -> Numbers:
-    if call.softcap > 0:
-        return Numbers(call.scale / call.softcap, call.softcap * LOG2_E)
-    return Numbers(call.scale * LOG2_E, 0.0)
+def _cache_params(cache: KVCache) -> dict[str, int]:
+    """Unpaged keys are pages of ``TILE_KEYS`` tokens that follow each other."""
+    params = {"max_pages": 0 if cache.block_table is None else cache.block_table.shape[1]}
+    for name, tensor in (("k", cache.k), ("v", cache.v)):
+        outer, token, head = strides(tensor)
+        if cache.block_table is not None:
+            batch, page = 0, outer
+        else:
+            batch, page = token if tensor.dim() == 3 else outer, TILE_KEYS * token  # packed sequences begin at any token
+        params |= zip(
+            (f"{name}_batch_stride", f"{name}_page_stride", f"{name}_token_stride", f"{name}_head_stride"),
+            (batch, page, token, head),
+        )
+    return params
 
 
-def _window(width: int) -> int:
-    return UNBOUNDED if width < 0 else min(width, UNBOUNDED)
-
-
-def _cache_strides(k: Tensor, v: Tensor, paged: bool) -> dict[str, int]:
-    """Strides of keys where they lie. Unpaged ones are pages of ``TILE_KEYS`` tokens that follow each other."""
-    strides: dict[str, int] = {}
-    for name, rows in (("k", k), ("v", v)):
-        token_stride = rows.stride(-3)
-        strides |= {
-            f"{name}_row_stride": 0 if paged else rows.stride(0),
-            f"{name}_page_stride": rows.stride(0) if paged else TILE_KEYS * token_stride,
-            f"{name}_token_stride": token_stride,
-            f"{name}_head_stride": rows.stride(-2),
-        }
-    return strides
-
-
-def _new_strides(k_new: Tensor, v_new: Tensor) -> dict[str, int]:
+def _append_params(append: Append) -> dict[str, int]:
+    cos = append.rotary_cos
     return {
-        f"{name}_{axis}_stride": stride
-        for name, tensor in (("k_new", k_new), ("v_new", v_new))
-        for axis, stride in zip(("batch", "token", "head"), tensor.stride())
+        "num_new_tokens": append.k_new.shape[1],
+        "rotary_half": 0 if cos is None else cos.shape[1],
+        "rotary_positions": 0 if cos is None else cos.shape[0],
+        "rotary_interleaved": int(append.rotary_interleaved),
+        **_strides("k_new", append.k_new),
+        **_strides("v_new", append.v_new),
     }
 
 
-def _rotary_sizes(cosines: Tensor | None, interleaved: bool) -> dict[str, int]:
-    if cosines is None:
-        return {}
+def _strides(name: str, tensor: Tensor) -> dict[str, int]:
+    return {f"{name}_{axis}_stride": stride for axis, stride in zip(("batch", "token", "head"), strides(tensor))}
+
+
+def _definitions(problem: AttentionProblem, tiling: DecodeTiling | PrefillTiling, offset: int) -> dict[str, int]:
+    """What decode and prefill are specialised for: the shape, and each number of the tiling under its name in capitals."""
+    tensors = (problem.queries.q, problem.cache.k, problem.cache.v)
+    aligned = all(number % tiling.chunk == 0 for tensor in tensors for number in (offset, *tensor.stride()[:-1]))
     return {
-        "rotary_half": cosines.shape[1],
-        "rotary_positions": cosines.shape[0],
-        "rotary_interleaved": int(interleaved),
+        **_cache_definitions(problem.cache),
+        "GROUP": problem.group,
+        "ALIGNED": int(aligned),
+        **{name.upper(): value for name, value in tiling._asdict().items()},
     }
 
 
-def _shape_definitions(call: AttentionCall, chunk: int) -> tuple[tuple[str, int], ...]:
-    heads, kv_heads = call.q.shape[-2], call.k.shape[-2]
-    aligned = all(
-        number % chunk == 0 for rows in (call.q, call.k, call.v) for number in (rows.storage_offset(), *rows.stride()[:-1])
-    )
-    return (
-        ("HEAD_DIM", call.q.shape[-1]),
-        ("V_HEAD_DIM", call.v.shape[-1]),
-        ("GROUP", heads // kv_heads),
-        ("PAGED", int(call.block_table is not None)),
-        ("PAGE_SIZE", _page_size(call)),
-        ("CHUNK", chunk),
-        ("ALIGNED", int(aligned)),
-    )
+def _cache_definitions(cache: KVCache) -> dict[str, int]:
+    return {
+        "HEAD_DIM": cache.k.shape[-1],
+        "V_HEAD_DIM": cache.v.shape[-1],
+        "PAGED": int(cache.block_table is not None),
+        "PAGE_SIZE": _page_size(cache),
+    }
 
 
-def _page_size(call: AttentionCall) -> int:
-    return TILE_KEYS if call.block_table is None else call.k.shape[1]
-
-
-def _most_keys_seen(call: AttentionCall) -> int:
-    """Most keys that the queries of one sequence see, as far as the host knows."""
-    keys = min(call.max_seqlen_k, call.capacity)
-    if call.window_left >= 0 and call.window_right >= 0:
-        keys = min(keys, call.window_left + call.window_right + call.max_seqlen_q)
-    return keys
-
-
-def _lengths(call: AttentionCall) -> tuple[Tensor | None, ...]:
-    """Offsets and lengths, in the order of the kernels' arguments."""
-    return (
-        call.cu_seqlens_q,
-        call.cu_seqlens_k,
-        call.seqused_q,
-        call.seqused_k,
-        call.cache_batch_idx,
-        call.cache_leftpad,
-    )
-
-
-def _given(device: torch.device, dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor]:
-    """The tensors, with a stand-in for each that is absent or empty: a kernel never reads it, but it must be bound."""
-    return [_stand_in(device, dtype) if tensor is None or not tensor.numel() else tensor for tensor in tensors]
-
-
-@cache
-def _stand_in(device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(4, dtype=dtype, device=device)
+def _page_size(cache: KVCache) -> int:
+    return TILE_KEYS if cache.block_table is None else cache.k.shape[1]

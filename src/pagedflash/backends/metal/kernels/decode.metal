@@ -1,7 +1,7 @@
-// decode: few queries a sequence against many keys. Split-KV online softmax over pages; all query heads that share a KV
-// head, and all queries, are the ROWS of one threadgroup, so every element of the cache is loaded once.
+// decode: few queries a sequence against many keys. Split-KV online softmax over pages, with packed GQA: all queries and
+// all query heads that share a KV head are the ROWS of one threadgroup, so every element of the cache is loaded once.
 //
-// A threadgroup has one sequence, one KV head, one range of keys (split). Its simdgroups take tiles of 32 keys in turn.
+// A threadgroup has one sequence, one KV head, one split of the keys. Its simdgroups take tiles of 32 keys in turn.
 // Within a tile lane l owns key l: it looks up its page and ends up with its score and weight. The elements of K are
 // spread differently, so that each load reads whole lines: K_LANES lanes side by side hold one key, CHUNK elements each,
 // and step s of K_LANES steps covers one key in each group of K_LANES lanes (here K_LANES = 16, as for D = 128, CHUNK = 8):
@@ -14,17 +14,16 @@
 //
 // Each lane multiplies its part of a key with its part of the query; a transposed sum over the K_LANES lanes then leaves
 // in lane l the score of key l (K_LANES - 1 shuffles for 32 scores). V is read in the same shape with V_LANES; there a
-// key's weight comes from the lane that owns it (one shuffle a step), and each lane adds up its CHUNK columns of the output.
+// key's weight comes from the lane that owns it (one shuffle a step), and each lane accumulates CHUNK columns of the output.
 //
 // Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP (query heads a KV head), ROWS, SIMDGROUPS, PAGE_SIZE, PAGED;
 // K_LANES and K_CHUNKS (chunks a lane holds of one key), V_LANES and V_CHUNKS; K_STEPS, V_STEPS (steps loaded at once),
-// KEY_BLOCK (steps multiplied at once), MERGE_ROWS (rows merged at once); K_RUN, V_RUN (steps in one page for sure).
+// KEY_BLOCK (steps multiplied at once), REDUCE_ROWS (rows reduced at once); K_RUN, V_RUN (steps in one page for sure).
 
-#define THREADS (SIMDGROUPS * 32)
 #define K_DIMS (K_CHUNKS * CHUNK)                  // elements of a key that a lane holds
 #define V_DIMS (V_CHUNKS * CHUNK)
 #define QUERY_FLOATS (K_LANES * K_DIMS)            // a query, padded to what the lanes hold
-#define MERGE_FLOATS (SIMDGROUPS * MERGE_ROWS * V_HEAD_DIM)
+#define REDUCE_FLOATS (SIMDGROUPS * REDUCE_ROWS * V_HEAD_DIM)
 #define QUADS_OF(floats) (((floats) + 3) / 4)
 #define MAX_OF(a, b) ((a) > (b) ? (a) : (b))
 #define SLICE (CHUNK < 4 ? CHUNK : 4)              // elements of a query that a lane reads at once
@@ -51,17 +50,17 @@ struct TransposedSum<1, SPACING> {
     static float of(thread const float* values, uint lane) { return values[0]; }
 };
 
-// One tile of 32 keys, and which of them may be read.
+// One tile of 32 keys, and which keys may be read.
 struct Tile {
     int first_key;
     int page;  // of the key this lane owns
-    Visible wanted;
+    KVRange range;
 };
 
-// Steps `first_step` to `first_step + STEPS` of a tile of K or V, as this lane holds them. With CHECKED, 0 for keys that
-// are not wanted.
+// Steps `first_step` to `first_step + STEPS` of a tile of K or V, as this lane holds them. With CHECKED, 0 for keys
+// outside the range.
 template <bool CHECKED, int STEPS, int LANES, int CHUNKS, int RUN, int DIMS>
-inline void load_some(
+inline void load_steps_of(
     thread Packed* chunks, int first_step, device const T* pages, Tile tile, long page_stride, int token_stride, int lane
 ) {
     const int group_lane = lane & ~(LANES - 1);  // the first lane of this lane's group, which owns the key of step 0
@@ -81,29 +80,28 @@ inline void load_some(
         for (int c = 0; c < CHUNKS; c++) {
             const int offset = c * LANES * CHUNK;
             const bool inside = offset + LANES * CHUNK <= DIMS || column + offset < DIMS;
-            const bool wanted = !CHECKED || (key >= tile.wanted.first && key <= tile.wanted.last);
-            chunks[i * CHUNKS + c] = inside && wanted ? load_chunk(row + offset) : Packed(0);
+            chunks[i * CHUNKS + c] = inside && (!CHECKED || contains(tile.range, key)) ? load_chunk(row + offset) : Packed(0);
         }
     }
 }
 
-// The same. Most tiles are wanted whole, and then nothing stands between their loads.
+// The same. Most tiles lie inside the range, and then nothing stands between their loads.
 template <int STEPS, int LANES, int CHUNKS, int RUN, int DIMS>
 inline void load_steps(
     thread Packed* chunks, int step, device const T* pages, Tile tile, long page_stride, int token_stride, int lane
 ) {
-    if (tile.first_key >= tile.wanted.first && tile.first_key + 31 <= tile.wanted.last) {
-        load_some<false, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
+    if (tile.first_key >= tile.range.begin && tile.first_key + 32 <= tile.range.end) {
+        load_steps_of<false, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
     } else {
-        load_some<true, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
+        load_steps_of<true, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
     }
 }
 
-// One lane of each PAGE_RUN keys of a tile looks up their page; the others ask it when they need it.
+// One lane of each PAGE_RUN keys of a tile looks up their page; the others take it from that lane.
 #define PAGE_RUN MAX_OF(K_RUN, V_RUN)
 
-inline int looked_up(device const int* table, int tile, int lane, int begin, int end) {
-    return lane % PAGE_RUN == 0 ? page_of(table, clamp(tile * 32 + lane, begin, end - 1)) : 0;
+inline int looked_up_page(device const int* pages_of_sequence, int tile_index, int lane, int begin, int end) {
+    return lane % PAGE_RUN == 0 ? page_of(pages_of_sequence, clamp(tile_index * 32 + lane, begin, end - 1)) : 0;
 }
 
 inline int shared_page(int page, int lane) {
@@ -117,20 +115,6 @@ inline int slice_index(int d) {
     return (slice * K_LANES + chunk % K_LANES) * SLICE;
 }
 
-// A row of this threadgroup without any key: what combine needs to skip it, or the final 0.
-inline void write_empty_row(
-    device T* out, device float* lse, device float* partial_sums, constant Sizes& sizes, int row, int head, int split, int thread_index
-) {
-    const long out_row = long(row) * sizes.heads + head;
-    if (sizes.splits > 1) {
-        device float* sums = partial_sums + (out_row * sizes.splits + split) * 2;
-        if (thread_index < 2) sums[thread_index] = thread_index == 0 ? LOWEST : 0.0f;
-        return;
-    }
-    for (int d = thread_index; d < V_HEAD_DIM; d += THREADS) out[out_row * V_HEAD_DIM + d] = T(0.0f);
-    if (thread_index == 0) lse[lse_index(sizes, row, head)] = INFINITY;
-}
-
 [[max_total_threads_per_threadgroup(THREADS)]]
 kernel void decode(
     device const T* q [[buffer(0)]],
@@ -140,26 +124,26 @@ kernel void decode(
     device float* lse [[buffer(4)]],
     device const T* k_new [[buffer(5)]],
     device const T* v_new [[buffer(6)]],
-    device const int* query_offsets [[buffer(7)]],
-    device const int* key_offsets [[buffer(8)]],
-    device const int* queries_used [[buffer(9)]],
-    device const int* keys_used [[buffer(10)]],
-    device const int* cache_rows [[buffer(11)]],
-    device const int* left_padding [[buffer(12)]],
-    device const int* tables [[buffer(13)]],
-    device const T* cosines [[buffer(14)]],
-    device const T* sines [[buffer(15)]],
-    device const float* slopes [[buffer(16)]],
+    device const int* cu_seqlens_q [[buffer(7)]],
+    device const int* cu_seqlens_k [[buffer(8)]],
+    device const int* seqused_q [[buffer(9)]],
+    device const int* seqused_k [[buffer(10)]],
+    device const int* cache_batch_idx [[buffer(11)]],
+    device const int* cache_leftpad [[buffer(12)]],
+    device const int* block_table [[buffer(13)]],
+    device const T* rotary_cos [[buffer(14)]],
+    device const T* rotary_sin [[buffer(15)]],
+    device const float* alibi_slopes [[buffer(16)]],
     device const float* sinks [[buffer(17)]],
-    device float* partial_out [[buffer(18)]],
-    device float* partial_sums [[buffer(19)]],
-    constant Sizes& sizes [[buffer(20)]],
-    constant Numbers& numbers [[buffer(21)]],
+    device float* out_partial [[buffer(18)]],
+    device float* softmax_partial [[buffer(19)]],
+    constant Params& params [[buffer(20)]],
+    constant ScoreParams& score_params [[buffer(21)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]]
 ) {
-    threadgroup float4 scratch_quads[QUADS_OF(MAX_OF(ROWS * QUERY_FLOATS, MERGE_FLOATS))];
+    threadgroup float4 scratch_quads[QUADS_OF(MAX_OF(ROWS * QUERY_FLOATS, REDUCE_FLOATS))];
     threadgroup float row_slope[ROWS];
     threadgroup float row_maximum[SIMDGROUPS * ROWS];
     threadgroup float row_sum[SIMDGROUPS * ROWS];
@@ -168,74 +152,72 @@ kernel void decode(
     const int lane = int(lane_index);
     const int simdgroup = simd_shuffle(int(simdgroup_index), ushort(0));  // so that compilers see it is one for all lanes
     const int thread_index = simdgroup * 32 + lane;
-    const int splits = int(sizes.splits);
+    const int num_splits = int(params.num_splits);
     const int kv_head = int(group.x);
-    const int split = int(group.y) % splits;
-    const int first_of_rows = int(group.y) / splits * ROWS;  // row r is query r / GROUP, head r % GROUP of this KV head
+    const int split = int(group.y) % num_splits;
+    const int first_row = int(group.y) / num_splits * ROWS;  // row r is query r / GROUP, head r % GROUP of this KV head
     const int b = int(group.z);
     const int first_head = kv_head * GROUP;
 
-    // ---- Rows of q behind all sequences: the last threadgroups clear them -----------------------------------------------
-    if (b == int(sizes.batch)) {
-        if (first_of_rows > 0) return;
-        for (int row = query_offsets[b]; row < int(sizes.queries); row++) {
-            for (int g = 0; g < GROUP; g++) {
-                write_empty_row(out, lse, partial_sums, sizes, row, first_head + g, split, thread_index);
+    // ---- Padding rows of packed q, behind all sequences: the last threadgroups clear them
+    if (b == int(params.batch_size)) {
+        if (first_row > 0) return;
+        for (int row = cu_seqlens_q[b]; row < int(params.num_tokens_q); row++) {
+            for (int head = first_head; head < first_head + GROUP; head++) {
+                if (num_splits == 1) {
+                    write_empty_row(out, lse, params, row, head, thread_index);
+                } else if (thread_index < 2) {  // combine clears the row
+                    const long partial = (long(row) * params.num_heads + head) * num_splits + split;
+                    softmax_partial[partial * 2 + thread_index] = thread_index == 0 ? LOWEST : 0.0f;
+                }
             }
         }
         return;
     }
     const Sequence s = sequence_at(
-        b, sizes, query_offsets, key_offsets, queries_used, keys_used, cache_rows, left_padding
+        b, params, score_params, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_batch_idx, cache_leftpad
     );
-    if (first_of_rows >= s.rows * GROUP) return;
+    if (first_row >= s.rows * GROUP) return;
 
-    // ---- Which keys: those any row sees, plus the new ones, which must be written; of them the tiles of this split ------
-    const int first_query = first_of_rows / GROUP;
-    const int last_query = min((first_of_rows + ROWS - 1) / GROUP, s.queries - 1);
-    Visible wanted;
-    wanted.first = visible_from(s, first_query).first;
-    wanted.last = visible_from(s, last_query).last;
-    if (s.queries <= first_query) wanted.last = wanted.first - 1;
-    const int append_begin = sizes.appends ? s.append_begin : s.key_end;
-    const int begin = min(wanted.first, append_begin);
-    const int end = append_begin < s.key_end ? s.key_end : wanted.last + 1;
+    // ---- Which keys: those any row sees, plus the new ones, which must be written; of them the tiles of this split
+    const KVRange range = kv_range(s, first_row / GROUP, (first_row + ROWS - 1) / GROUP);
+    const int append_begin = params.appends ? s.append_begin : s.seqlen_k;
+    const int begin = min(range.begin, append_begin);
+    const int end = append_begin < s.seqlen_k ? s.seqlen_k : range.end;
     const int first_tile = begin / 32;
     const int tiles = end > begin ? (end + 31) / 32 - first_tile : 0;
-    const int tiles_per_split = (tiles + splits - 1) / splits;
+    const int tiles_per_split = (tiles + num_splits - 1) / num_splits;
     const int tiles_begin = first_tile + split * tiles_per_split;
     const int tiles_end = min(tiles_begin + tiles_per_split, first_tile + tiles);
 
-    device T* k_pages = k + s.keys_row * sizes.k_row_stride + kv_head * sizes.k_head_stride;
-    device T* v_pages = v + s.keys_row * sizes.v_row_stride + kv_head * sizes.v_head_stride;
-    device const int* table = tables + long(b) * sizes.table_width;
-    const long k_page_stride = sizes.k_page_stride, v_page_stride = sizes.v_page_stride;
-    const int k_token_stride = int(sizes.k_token_stride), v_token_stride = int(sizes.v_token_stride);
-    const float softcap = numbers.softcap;
+    device T* k_pages = k + s.cache_row * params.k_batch_stride + kv_head * params.k_head_stride;
+    device T* v_pages = v + s.cache_row * params.v_batch_stride + kv_head * params.v_head_stride;
+    device const int* pages_of_sequence = block_table + long(b) * params.max_pages;
+    const long k_page_stride = params.k_page_stride, v_page_stride = params.v_page_stride;
+    const int k_token_stride = int(params.k_token_stride), v_token_stride = int(params.v_token_stride);
 
-    const int first_of_tiles = tiles_begin + simdgroup;  // its pages are on their way while the queries are
-    int page = first_of_tiles < tiles_end ? looked_up(table, first_of_tiles, lane, begin, end) : 0;
+    const int my_first_tile = tiles_begin + simdgroup;  // its pages are looked up while the queries are loaded
+    int page = my_first_tile < tiles_end ? looked_up_page(pages_of_sequence, my_first_tile, lane, begin, end) : 0;
 
-    // ---- The queries, turned and scaled, into threadgroup memory --------------------------------------------------------
-    device const T* queries = q + first_head * sizes.q_head_stride
-        + (sizes.has_query_offsets ? s.first_row * sizes.q_token_stride : b * sizes.q_batch_stride);
+    // ---- The queries, rotated, into threadgroup memory
+    device const T* queries = q + first_head * params.q_head_stride
+        + (params.has_cu_seqlens_q ? s.first_row * params.q_token_stride : b * params.q_batch_stride);
     for (int i = thread_index; i < ROWS * QUERY_FLOATS; i += THREADS) {
         const int r = i / QUERY_FLOATS, d = i % QUERY_FLOATS;
-        const int query = (first_of_rows + r) / GROUP, head = (first_of_rows + r) % GROUP;
+        const int query = (first_row + r) / GROUP, head = (first_row + r) % GROUP;
         float x = 0.0f;
-        if (query < s.queries && d < HEAD_DIM) {
-            device const T* row = queries + query * sizes.q_token_stride + head * sizes.q_head_stride;
+        if (query < s.seqlen_q && d < HEAD_DIM) {
+            device const T* row = queries + query * params.q_token_stride + head * params.q_head_stride;
             x = float(
-                sizes.rotary_half
-                    ? rotated(row, d, rotary_position(s, sizes, query), cosines, sines, sizes)
+                params.rotary_half
+                    ? rotated(row, d, rotary_position(s, params, query), rotary_cos, rotary_sin, params)
                     : row[d]
             );
         }
-        scratch[r * QUERY_FLOATS + slice_index(d) + d % SLICE] = x * numbers.scale;
+        scratch[r * QUERY_FLOATS + slice_index(d) + d % SLICE] = x;
     }
     for (int r = thread_index; r < ROWS; r += THREADS) {
-        const int head = first_head + (first_of_rows + r) % GROUP;
-        row_slope[r] = sizes.has_slopes ? slopes[b * sizes.slope_batch_stride + head] * LOG2_E : 0.0f;
+        row_slope[r] = alibi_slope(alibi_slopes, params, b, first_head + (first_row + r) % GROUP);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -249,36 +231,36 @@ kernel void decode(
         for (int d = 0; d < V_DIMS; d++) output[r][d] = 0.0f;
     }
 
-    // ---- The tiles ------------------------------------------------------------------------------------------------------
-    for (int t = first_of_tiles; t < tiles_end; t += SIMDGROUPS) {
+    // ---- The tiles
+    for (int t = my_first_tile; t < tiles_end; t += SIMDGROUPS) {
         Tile tile;
         tile.first_key = t * 32;
         tile.page = shared_page(page, lane);
-        tile.wanted = wanted;
+        tile.range = range;
         const int key = tile.first_key + lane;
-        if (t + SIMDGROUPS < tiles_end) {  // on its way while this tile is worked on
-            page = looked_up(table, t + SIMDGROUPS, lane, begin, end);
+        if (t + SIMDGROUPS < tiles_end) {  // looked up while this tile is worked on
+            page = looked_up_page(pages_of_sequence, t + SIMDGROUPS, lane, begin, end);
         }
 
         // New keys of this tile go to the cache first; then they are keys like all others.
-        if (tile.first_key + 32 > append_begin && append_begin < s.key_end) {
-            for (int slot = max(append_begin, tile.first_key); slot < min(s.key_end, tile.first_key + 32); slot++) {
+        if (tile.first_key + 32 > append_begin && append_begin < s.seqlen_k) {
+            for (int slot = max(append_begin, tile.first_key); slot < min(s.seqlen_k, tile.first_key + 32); slot++) {
                 const int token = slot - s.append_begin;
                 const int slot_page = simd_shuffle(tile.page, ushort(slot - tile.first_key));
                 append_token(
-                    slot_at(k_pages, slot_page, slot, sizes.k_page_stride, sizes.k_token_stride),
-                    slot_at(v_pages, slot_page, slot, sizes.v_page_stride, sizes.v_token_stride),
-                    k_new + b * sizes.k_new_batch_stride + token * sizes.k_new_token_stride
-                        + kv_head * sizes.k_new_head_stride,
-                    v_new + b * sizes.v_new_batch_stride + token * sizes.v_new_token_stride
-                        + kv_head * sizes.v_new_head_stride,
-                    slot, cosines, sines, sizes, lane
+                    slot_at(k_pages, slot_page, slot, params.k_page_stride, params.k_token_stride),
+                    slot_at(v_pages, slot_page, slot, params.v_page_stride, params.v_token_stride),
+                    k_new + b * params.k_new_batch_stride + token * params.k_new_token_stride
+                        + kv_head * params.k_new_head_stride,
+                    v_new + b * params.v_new_batch_stride + token * params.v_new_token_stride
+                        + kv_head * params.v_new_head_stride,
+                    slot, rotary_cos, rotary_sin, params, lane
                 );
             }
             simdgroup_barrier(mem_flags::mem_device);
         }
 
-        // Scores: products of a few keys at a time with all rows, summed over lanes.
+        // Q K^T: products of a few keys at a time with all rows, summed over lanes.
         float partial[ROWS][K_LANES / KEY_BLOCK];
         UNROLL
         for (int step = 0; step < K_LANES; step += K_STEPS) {
@@ -315,7 +297,7 @@ kernel void decode(
             }
         }
 
-        // The first values travel while the softmax is worked out.
+        // The first values are loaded while the softmax is computed.
         Packed values[V_STEPS * V_CHUNKS];
         load_steps<V_STEPS, V_LANES, V_CHUNKS, V_RUN, V_HEAD_DIM>(
             values, 0, v_pages, tile, v_page_stride, v_token_stride, lane
@@ -325,24 +307,22 @@ kernel void decode(
         float weight[ROWS];
         UNROLL
         for (int r = 0; r < ROWS; r++) {
-            const float dot = TransposedSum<K_LANES / KEY_BLOCK, KEY_BLOCK>::of(partial[r], lane_index);
-            const int query = (first_of_rows + r) / GROUP;
-            const Visible visible = visible_from(s, query);
-            const bool seen = query < s.queries && key >= visible.first && key <= visible.last;
-            const float score = score_of(dot, softcap, row_slope[r], position_of(s, query) - key);
-            const float new_maximum = max(maximum[r], simd_max(seen ? score : LOWEST));
-            const float shrink = fast::exp2(maximum[r] - new_maximum);
-            weight[r] = seen ? fast::exp2(score - new_maximum) : 0.0f;
+            const float qk = TransposedSum<K_LANES / KEY_BLOCK, KEY_BLOCK>::of(partial[r], lane_index);
+            const ScoreRow row = score_row(s, (first_row + r) / GROUP, row_slope[r]);
+            const float score = masked_score(qk, key, row, score_params);
+            const float new_maximum = max(maximum[r], simd_max(score));
+            const float alpha = fast::exp2(maximum[r] - new_maximum);
+            weight[r] = weight_of(score, new_maximum);
             maximum[r] = new_maximum;
-            sum[r] = sum[r] * shrink + weight[r];
+            sum[r] = sum[r] * alpha + weight[r];
             UNROLL
-            for (int d = 0; d < V_DIMS; d++) output[r][d] *= shrink;
+            for (int d = 0; d < V_DIMS; d++) output[r][d] *= alpha;
         }
 
-        // Output: weights times values.
+        // P V: weights times values.
         UNROLL
         for (int step = 0; step < V_LANES; step += V_STEPS) {
-            if (tile.first_key + step > wanted.last) break;
+            if (tile.first_key + step >= range.end) break;
             if (step > 0) {
                 load_steps<V_STEPS, V_LANES, V_CHUNKS, V_RUN, V_HEAD_DIM>(
                     values, step, v_pages, tile, v_page_stride, v_token_stride, lane
@@ -364,7 +344,7 @@ kernel void decode(
         }
     }
 
-    // ---- Merge: the lane groups of a simdgroup, then the simdgroups -----------------------------------------------------
+    // ---- Reduce: the lane groups of a simdgroup, then the simdgroups
     UNROLL
     for (int r = 0; r < ROWS; r++) {
         UNROLL
@@ -380,22 +360,22 @@ kernel void decode(
     }
 
     UNROLL
-    for (int block = 0; block < ROWS; block += MERGE_ROWS) {
+    for (int block = 0; block < ROWS; block += REDUCE_ROWS) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         UNROLL
-        for (int i = 0; i < MERGE_ROWS; i++) {
+        for (int i = 0; i < REDUCE_ROWS; i++) {
             const int r = block + i;
             if (r < ROWS && lane < V_LANES) {
                 float top = LOWEST;
                 for (int other = 0; other < SIMDGROUPS; other++) top = max(top, row_maximum[other * ROWS + r]);
-                const float shrink = exp2(maximum[r] - top);
+                const float alpha = exp2(maximum[r] - top);
                 UNROLL
                 for (int c = 0; c < V_CHUNKS; c++) {
                     const int column = (c * V_LANES + lane) * CHUNK;
                     if (column < V_HEAD_DIM) {
                         UNROLL
                         for (int e = 0; e < CHUNK; e++) {
-                            scratch[(simdgroup * MERGE_ROWS + i) * V_HEAD_DIM + column + e] = output[r][c * CHUNK + e] * shrink;
+                            scratch[(simdgroup * REDUCE_ROWS + i) * V_HEAD_DIM + column + e] = output[r][c * CHUNK + e] * alpha;
                         }
                     }
                 }
@@ -403,28 +383,28 @@ kernel void decode(
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
-        // ---- Write: the output, or this split's part of it ----------------------------------------------------------------
-        for (int i = thread_index; i < MERGE_ROWS * V_HEAD_DIM; i += THREADS) {
+        // ---- Write: the output, or the partial output of this split
+        for (int i = thread_index; i < REDUCE_ROWS * V_HEAD_DIM; i += THREADS) {
             const int r = block + i / V_HEAD_DIM, d = i % V_HEAD_DIM;
-            const int query = (first_of_rows + r) / GROUP, head = first_head + (first_of_rows + r) % GROUP;
+            const int query = (first_row + r) / GROUP, head = first_head + (first_row + r) % GROUP;
             if (r >= ROWS || query >= s.rows) break;
 
             float top = LOWEST, total = 0.0f, x = 0.0f;
             for (int other = 0; other < SIMDGROUPS; other++) top = max(top, row_maximum[other * ROWS + r]);
             for (int other = 0; other < SIMDGROUPS; other++) {
                 total += row_sum[other * ROWS + r] * exp2(row_maximum[other * ROWS + r] - top);
-                x += scratch[other * MERGE_ROWS * V_HEAD_DIM + i];
+                x += scratch[other * REDUCE_ROWS * V_HEAD_DIM + i];
             }
             const int row = s.first_row + query;
-            const long out_row = long(row) * sizes.heads + head;
-            if (splits > 1) {
-                const long part = out_row * splits + split;
-                if (d < 2) partial_sums[part * 2 + d] = d == 0 ? top : total;
-                if (total > 0.0f) partial_out[part * V_HEAD_DIM + d] = x;
+            const long out_row = long(row) * params.num_heads + head;
+            if (num_splits > 1) {
+                const long partial = out_row * num_splits + split;
+                if (d < 2) softmax_partial[partial * 2 + d] = d == 0 ? top : total;
+                if (total > 0.0f) out_partial[partial * V_HEAD_DIM + d] = x;
             } else {
-                const Normaliser n = normaliser_of(top, total, sizes.has_sinks, sizes.has_sinks ? sinks[head] : 0.0f);
+                const Normaliser n = normaliser_of(top, total, params.has_sinks, params.has_sinks ? sinks[head] : 0.0f);
                 out[out_row * V_HEAD_DIM + d] = T(x * n.factor);
-                if (d == 0) lse[lse_index(sizes, row, head)] = n.lse;
+                if (d == 0) lse[lse_index(params, row, head)] = n.lse;
             }
         }
     }

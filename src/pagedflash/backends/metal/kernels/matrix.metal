@@ -22,7 +22,7 @@ inline float row_max(float x) {
     return max(x, simd_shuffle_xor(x, ushort(8)));
 }
 
-inline float row_total(float x) {
+inline float row_sum(float x) {
     x += simd_shuffle_xor(x, ushort(1));
     return x + simd_shuffle_xor(x, ushort(8));
 }

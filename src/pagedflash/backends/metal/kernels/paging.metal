@@ -2,9 +2,9 @@
 //
 // Unpaged keys are read the same way, as pages that follow each other: page 0, 1, 2, ... without a table.
 
-inline int page_of(device const int* table, int key) {
+inline int page_of(device const int* pages_of_sequence, int key) {
 #if PAGED
-    return table[key / PAGE_SIZE];
+    return pages_of_sequence[key / PAGE_SIZE];
 #else
     return key / PAGE_SIZE;
 #endif

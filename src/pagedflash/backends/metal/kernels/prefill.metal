@@ -1,8 +1,8 @@
 // prefill: many queries. Tiles of QUERY_TILE rows against tiles of KEY_TILE keys, on 8x8 matrices, with an online softmax.
 //
-// As in decode, the rows of a KV head are its queries times the query heads that share it: row r is query r / GROUP,
-// head r % GROUP. A threadgroup has four simdgroups of 8 rows each; each keeps its rows of Q and of the output in
-// registers. Keys and values pass through threadgroup memory, read straight from their pages, 16 bytes a lane:
+// As in decode, GQA is packed: the rows of a KV head are its queries times the query heads that share it, row r is query
+// r / GROUP, head r % GROUP. A threadgroup has four simdgroups of 8 rows each; each keeps its rows of Q and of the output
+// in registers. Keys and values pass through threadgroup memory, read straight from their pages, 16 bytes a lane:
 //
 //                    K tile: KEY_TILE x HEAD_DIM            V tile: KEY_TILE x V_HEAD_DIM
 //   simdgroup 0      S(8 x KEY_TILE) = Q K^T  -> softmax -> O(8 x V_HEAD_DIM) += P V         rows  0 ..  7
@@ -13,18 +13,17 @@
 //
 // Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP, PAGE_SIZE, PAGED, KEY_TILE, SIMDGROUPS.
 
-#define THREADS (SIMDGROUPS * 32)
 #define QUERY_TILE (SIMDGROUPS * 8)
 #define K_CHUNKS (HEAD_DIM / CHUNK)    // chunks of one key
 #define V_CHUNKS (V_HEAD_DIM / CHUNK)
 #define K_ROW ((K_CHUNKS + 1) * CHUNK) // elements of a row in threadgroup memory: 16 bytes more keep banks apart
 #define V_ROW ((V_CHUNKS + 1) * CHUNK)
 
-// Rows of K or V for one tile of keys, from their pages into threadgroup memory; 0 where no key is wanted.
+// Rows of K or V for one tile of keys, from their pages into threadgroup memory; 0 for keys outside the range.
 // Lane l of each simdgroup knows the page of key l of the tile.
 template <int CHUNKS>
 inline void load_tile(
-    threadgroup Packed* tile, device const T* pages, int page, int first_key, Visible wanted,
+    threadgroup Packed* tile, device const T* pages, int page, int first_key, KVRange range,
     long page_stride, int token_stride, int thread_index
 ) {
     for (int i = thread_index; i < (KEY_TILE * CHUNKS + THREADS - 1) / THREADS * THREADS; i += THREADS) {
@@ -32,19 +31,11 @@ inline void load_tile(
         const int key = first_key + row;
         const int row_page = simd_shuffle(page, ushort(min(row, KEY_TILE - 1)));
         if (row < KEY_TILE) {
-            const bool present = key >= wanted.first && key <= wanted.last;
-            tile[row * (CHUNKS + 1) + chunk] = present
+            tile[row * (CHUNKS + 1) + chunk] = contains(range, key)
                 ? load_chunk(token_at(pages, row_page, key, page_stride, token_stride) + chunk * CHUNK)
                 : Packed(0);
         }
     }
-}
-
-// A query beyond those in use: no key, nothing to add.
-inline void write_empty_row(device T* out, device float* lse, constant Sizes& sizes, int row, int head, int thread_index) {
-    const long out_row = long(row) * sizes.heads + head;
-    for (int d = thread_index; d < V_HEAD_DIM; d += THREADS) out[out_row * V_HEAD_DIM + d] = T(0.0f);
-    if (thread_index == 0) lse[lse_index(sizes, row, head)] = INFINITY;
 }
 
 [[max_total_threads_per_threadgroup(THREADS)]]
@@ -54,19 +45,19 @@ kernel void prefill(
     device const T* v [[buffer(2)]],
     device T* out [[buffer(3)]],
     device float* lse [[buffer(4)]],
-    device const int* query_offsets [[buffer(5)]],
-    device const int* key_offsets [[buffer(6)]],
-    device const int* queries_used [[buffer(7)]],
-    device const int* keys_used [[buffer(8)]],
-    device const int* cache_rows [[buffer(9)]],
-    device const int* left_padding [[buffer(10)]],
-    device const int* tables [[buffer(11)]],
-    device const T* cosines [[buffer(12)]],
-    device const T* sines [[buffer(13)]],
-    device const float* slopes [[buffer(14)]],
+    device const int* cu_seqlens_q [[buffer(5)]],
+    device const int* cu_seqlens_k [[buffer(6)]],
+    device const int* seqused_q [[buffer(7)]],
+    device const int* seqused_k [[buffer(8)]],
+    device const int* cache_batch_idx [[buffer(9)]],
+    device const int* cache_leftpad [[buffer(10)]],
+    device const int* block_table [[buffer(11)]],
+    device const T* rotary_cos [[buffer(12)]],
+    device const T* rotary_sin [[buffer(13)]],
+    device const float* alibi_slopes [[buffer(14)]],
     device const float* sinks [[buffer(15)]],
-    constant Sizes& sizes [[buffer(16)]],
-    constant Numbers& numbers [[buffer(17)]],
+    constant Params& params [[buffer(16)]],
+    constant ScoreParams& score_params [[buffer(17)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]]
@@ -79,41 +70,40 @@ kernel void prefill(
     const int lane = int(lane_index);
     const int simdgroup = int(simdgroup_index);
     const int thread_index = simdgroup * 32 + lane;
-    const int first_of_rows = int(group.x) * QUERY_TILE;
+    const int first_row = int(group.x) * QUERY_TILE;
     const int kv_head = int(group.y);
     const int b = int(group.z);
     const int first_head = kv_head * GROUP;
 
-    // ---- Rows of q behind all sequences: the last threadgroups clear them -----------------------------------------------
-    if (b == int(sizes.batch)) {
-        if (first_of_rows > 0) return;
-        for (int row = query_offsets[b]; row < int(sizes.queries); row++) {
-            for (int g = 0; g < GROUP; g++) write_empty_row(out, lse, sizes, row, first_head + g, thread_index);
+    // ---- Padding rows of packed q, behind all sequences: the last threadgroups clear them
+    if (b == int(params.batch_size)) {
+        if (first_row > 0) return;
+        for (int row = cu_seqlens_q[b]; row < int(params.num_tokens_q); row++) {
+            for (int g = 0; g < GROUP; g++) write_empty_row(out, lse, params, row, first_head + g, thread_index);
         }
         return;
     }
     const Sequence s = sequence_at(
-        b, sizes, query_offsets, key_offsets, queries_used, keys_used, cache_rows, left_padding
+        b, params, score_params, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_batch_idx, cache_leftpad
     );
-    if (first_of_rows >= s.rows * GROUP) return;
+    if (first_row >= s.rows * GROUP) return;
 
-    // ---- Q, a few rows at a time through the tile of K, and of it this lane's two elements of each 8x8 matrix -----------
+    // ---- Q, a few rows at a time through the tile of K, and of it this lane's two elements of each 8x8 matrix
     const int matrix_row = fragment_row(lane), matrix_column = fragment_column(lane);
-    const int r = first_of_rows + simdgroup * 8 + matrix_row;
+    const int r = first_row + simdgroup * 8 + matrix_row;
     const int query = r / GROUP, head = first_head + r % GROUP;
-    const bool in_use = query < s.queries;
-    const int rotary_at = rotary_position(s, sizes, query);
+    const int rotary_at = rotary_position(s, params, query);
 
-    device const T* q_rows = q + first_head * sizes.q_head_stride
-        + (sizes.has_query_offsets ? s.first_row * sizes.q_token_stride : b * sizes.q_batch_stride);
+    device const T* q_rows = q + first_head * params.q_head_stride
+        + (params.has_cu_seqlens_q ? s.first_row * params.q_token_stride : b * params.q_batch_stride);
     Pair queries[HEAD_DIM / 8];
     for (int first = 0; first < QUERY_TILE; first += KEY_TILE) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         for (int i = thread_index; i < KEY_TILE * K_CHUNKS; i += THREADS) {
             const int row = i / K_CHUNKS, chunk = i % K_CHUNKS;
-            const int row_query = (first_of_rows + first + row) / GROUP, row_head = (first_of_rows + first + row) % GROUP;
-            k_tile[row * (K_CHUNKS + 1) + chunk] = row_query < s.queries
-                ? load_chunk(q_rows + row_query * sizes.q_token_stride + row_head * sizes.q_head_stride + chunk * CHUNK)
+            const int row_query = (first_row + first + row) / GROUP, row_head = (first_row + first + row) % GROUP;
+            k_tile[row * (K_CHUNKS + 1) + chunk] = row_query < s.seqlen_q
+                ? load_chunk(q_rows + row_query * params.q_token_stride + row_head * params.q_head_stride + chunk * CHUNK)
                 : Packed(0);
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -122,42 +112,35 @@ kernel void prefill(
             UNROLL
             for (int i = 0; i < HEAD_DIM / 8; i++) {
                 const int d = i * 8 + matrix_column;
-                queries[i] = sizes.rotary_half && in_use
-                    ? Pair(rotated(q_row, d, rotary_at, cosines, sines, sizes),
-                           rotated(q_row, d + 1, rotary_at, cosines, sines, sizes))
+                queries[i] = params.rotary_half && query < s.seqlen_q
+                    ? Pair(rotated(q_row, d, rotary_at, rotary_cos, rotary_sin, params),
+                           rotated(q_row, d + 1, rotary_at, rotary_cos, rotary_sin, params))
                     : *reinterpret_cast<threadgroup const Pair*>(q_row + d);
             }
         }
     }
-    const float scale = numbers.scale, softcap = numbers.softcap;
-    const float slope = sizes.has_slopes && in_use ? slopes[b * sizes.slope_batch_stride + head] * LOG2_E : 0.0f;
 
-    // ---- Which keys: those any row of the tile sees ---------------------------------------------------------------------
-    const Visible visible = visible_from(s, query);
-    const int first_query = first_of_rows / GROUP;
-    const int last_query = min((first_of_rows + QUERY_TILE - 1) / GROUP, s.queries - 1);
-    Visible wanted;
-    wanted.first = visible_from(s, first_query).first;
-    wanted.last = visible_from(s, last_query).last;
-    if (last_query < first_query) wanted.last = wanted.first - 1;
+    // ---- Which keys: those any row of the tile sees
+    const ScoreRow score_row_of_lane = score_row(s, query, alibi_slope(alibi_slopes, params, b, head));
+    const KVRange range = kv_range(s, first_row / GROUP, (first_row + QUERY_TILE - 1) / GROUP);
 
-    device const T* k_pages = k + s.keys_row * sizes.k_row_stride + kv_head * sizes.k_head_stride;
-    device const T* v_pages = v + s.keys_row * sizes.v_row_stride + kv_head * sizes.v_head_stride;
-    device const int* table = tables + long(b) * sizes.table_width;
-    const long k_page_stride = sizes.k_page_stride, v_page_stride = sizes.v_page_stride;
-    const int k_token_stride = int(sizes.k_token_stride), v_token_stride = int(sizes.v_token_stride);
+    device const T* k_pages = k + s.cache_row * params.k_batch_stride + kv_head * params.k_head_stride;
+    device const T* v_pages = v + s.cache_row * params.v_batch_stride + kv_head * params.v_head_stride;
+    device const int* pages_of_sequence = block_table + long(b) * params.max_pages;
+    const long k_page_stride = params.k_page_stride, v_page_stride = params.v_page_stride;
+    const int k_token_stride = int(params.k_token_stride), v_token_stride = int(params.v_token_stride);
 
     float maximum = LOWEST, sum = 0.0f;  // of this lane's row; the sum over this lane's columns only
     float2 output[V_HEAD_DIM / 8];
     UNROLL
     for (int i = 0; i < V_HEAD_DIM / 8; i++) output[i] = float2(0.0f);
 
-    // ---- The tiles of keys ----------------------------------------------------------------------------------------------
-    for (int first_key = wanted.first / KEY_TILE * KEY_TILE; first_key <= wanted.last; first_key += KEY_TILE) {
-        const int page = page_of(table, clamp(first_key + min(lane, KEY_TILE - 1), wanted.first, wanted.last));
+    // ---- The tiles of keys
+    for (int first_key = range.begin / KEY_TILE * KEY_TILE; first_key < range.end; first_key += KEY_TILE) {
+        const int page = page_of(pages_of_sequence, clamp(first_key + min(lane, KEY_TILE - 1), range.begin, range.end - 1));
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        load_tile<K_CHUNKS>(k_tile, k_pages, page, first_key, wanted, k_page_stride, k_token_stride, thread_index);
-        load_tile<V_CHUNKS>(v_tile, v_pages, page, first_key, wanted, v_page_stride, v_token_stride, thread_index);
+        load_tile<K_CHUNKS>(k_tile, k_pages, page, first_key, range, k_page_stride, k_token_stride, thread_index);
+        load_tile<V_CHUNKS>(v_tile, v_pages, page, first_key, range, v_page_stride, v_token_stride, thread_index);
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
         // S = Q K^T: the matrix of keys is read transposed.
@@ -180,29 +163,27 @@ kernel void prefill(
             UNROLL
             for (int e = 0; e < 2; e++) {
                 const int key = first_key + j * 8 + matrix_column + e;
-                const bool seen = in_use && key >= visible.first && key <= visible.last;
-                const float score = score_of(scores[j][e] * scale, softcap, slope, position_of(s, query) - key);
-                scores[j][e] = seen ? score : 2.0f * LOWEST;
+                scores[j][e] = masked_score(scores[j][e], key, score_row_of_lane, score_params);
                 tile_maximum = max(tile_maximum, scores[j][e]);
             }
         }
         const float new_maximum = max(maximum, row_max(tile_maximum));
-        const float shrink = fast::exp2(maximum - new_maximum);
+        const float alpha = fast::exp2(maximum - new_maximum);
         maximum = new_maximum;
-        sum *= shrink;
+        sum *= alpha;
         UNROLL
         for (int j = 0; j < KEY_TILE / 8; j++) {
             UNROLL
             for (int e = 0; e < 2; e++) {
-                scores[j][e] = scores[j][e] > LOWEST ? fast::exp2(scores[j][e] - maximum) : 0.0f;
+                scores[j][e] = weight_of(scores[j][e], maximum);
                 sum += scores[j][e];
             }
         }
 
-        // O = O shrink + P V
+        // O = O alpha + P V
         UNROLL
         for (int i = 0; i < V_HEAD_DIM / 8; i++) {
-            output[i] *= shrink;
+            output[i] *= alpha;
             UNROLL
             for (int j = 0; j < KEY_TILE / 8; j++) {
                 threadgroup const T* values = v_rows + (j * 8 + matrix_row) * V_ROW + i * 8 + matrix_column;
@@ -211,16 +192,16 @@ kernel void prefill(
         }
     }
 
-    // ---- Write ----------------------------------------------------------------------------------------------------------
-    const float total = row_total(sum);
+    // ---- Write
+    const float total = row_sum(sum);
     if (query >= s.rows) return;
-    const Normaliser n = normaliser_of(maximum, total, sizes.has_sinks, sizes.has_sinks ? sinks[head] : 0.0f);
+    const Normaliser n = normaliser_of(maximum, total, params.has_sinks, params.has_sinks ? sinks[head] : 0.0f);
     const int row = s.first_row + query;
-    device T* out_row = out + (long(row) * sizes.heads + head) * V_HEAD_DIM;
+    device T* out_row = out + (long(row) * params.num_heads + head) * V_HEAD_DIM;
     UNROLL
     for (int i = 0; i < V_HEAD_DIM / 8; i++) {
         out_row[i * 8 + matrix_column] = T(output[i].x * n.factor);
         out_row[i * 8 + matrix_column + 1] = T(output[i].y * n.factor);
     }
-    if (matrix_column == 0) lse[lse_index(sizes, row, head)] = n.lse;
+    if (matrix_column == 0) lse[lse_index(params, row, head)] = n.lse;
 }

@@ -1,75 +1,91 @@
-// Where one sequence's queries and keys begin and end. Lengths live on the device: the grid is laid out for the longest
-// sequence there may be, and each threadgroup finds out here what its own sequence needs.
+// One sequence: where its queries and keys lie, and which keys a query may see.
+//
+// Lengths live on the device. The grid covers the longest sequence there may be; each threadgroup reads here what its own
+// sequence has.
+
+#define UNBOUNDED ((1 << 30) - 1)  // a window this wide hides nothing; positions stay inside 32 bits
 
 struct Sequence {
     int first_row;     // row of q and out that holds its first query
-    int rows;          // rows of out that belong to it
-    int queries;       // how many of them are queries; the others get 0
-    int key_begin;     // first slot in use: left padding lies before it
-    int key_end;       // one past the last slot in use, new keys included
-    int append_begin;  // slot of the first new key
-    int window_left;   // how far a query sees to the left and to the right of its own position
+    int rows;          // its rows in out
+    int seqlen_q;      // how many of them are queries; the others get 0
+    int leftpad;       // slots before its first key
+    int seqlen_k;      // one past the slot of its last key, appended keys included
+    int append_begin;  // slot of its first appended key
+    int window_left;
     int window_right;
-    long keys_row;     // row of an unpaged cache, or of ragged keys, that holds slot 0
+    long cache_row;    // row of a dense cache, or of packed keys, that holds slot 0
 };
+
+inline int window_width(long width) {
+    return width < 0 || width > UNBOUNDED ? UNBOUNDED : int(width);
+}
 
 inline Sequence sequence_at(
     int b,
-    constant Sizes& sizes,
-    device const int* query_offsets,
-    device const int* key_offsets,
-    device const int* queries_used,
-    device const int* keys_used,
-    device const int* cache_rows,
-    device const int* left_padding
+    constant Params& params,
+    constant ScoreParams& score_params,
+    device const int* cu_seqlens_q,
+    device const int* cu_seqlens_k,
+    device const int* seqused_q,
+    device const int* seqused_k,
+    device const int* cache_batch_idx,
+    device const int* cache_leftpad
 ) {
     Sequence s;
-    s.first_row = sizes.has_query_offsets ? query_offsets[b] : b * int(sizes.queries);
-    s.rows = sizes.has_query_offsets ? query_offsets[b + 1] - s.first_row : int(sizes.queries);
-    s.queries = sizes.has_queries_used ? queries_used[b] : s.rows;
-    s.key_begin = sizes.has_left_padding ? left_padding[b] : 0;
+    s.first_row = params.has_cu_seqlens_q ? cu_seqlens_q[b] : b * int(params.num_tokens_q);
+    s.rows = params.has_cu_seqlens_q ? cu_seqlens_q[b + 1] - s.first_row : int(params.num_tokens_q);
+    s.seqlen_q = params.has_seqused_q ? seqused_q[b] : s.rows;
+    s.leftpad = params.has_cache_leftpad ? cache_leftpad[b] : 0;
+    s.window_left = window_width(score_params.window_left);
+    s.window_right = window_width(score_params.window_right);
 
-    int keys = int(sizes.capacity);
-    if (sizes.has_keys_used) {
-        keys = keys_used[b];
-    } else if (sizes.has_key_offsets) {
-        keys = key_offsets[b + 1] - key_offsets[b];
+    int seqlen_k = int(params.capacity);
+    if (params.has_seqused_k) {
+        seqlen_k = seqused_k[b];
+    } else if (params.has_cu_seqlens_k) {
+        seqlen_k = cu_seqlens_k[b + 1] - cu_seqlens_k[b];
     }
-    const bool skipped = keys < 0;
-    s.append_begin = skipped ? 0 : keys;
-    s.key_end = skipped ? 0 : keys + int(sizes.new_keys);
-    s.window_left = int(sizes.window_left);
-    s.window_right = int(sizes.window_right);
+    const bool skipped = seqlen_k < 0;
+    s.append_begin = skipped ? 0 : seqlen_k;
+    s.seqlen_k = skipped ? 0 : seqlen_k + int(params.num_new_tokens);
 
 #if PAGED
-    s.keys_row = 0;
+    s.cache_row = 0;
 #else
-    s.keys_row = sizes.has_key_offsets ? key_offsets[b] : sizes.has_cache_rows ? cache_rows[b] : b;
+    s.cache_row = params.has_cu_seqlens_k ? cu_seqlens_k[b] : params.has_cache_batch_idx ? cache_batch_idx[b] : b;
 #endif
     return s;
 }
 
-// The keys that a query sees: from `first` to `last`, none if last < first.
-struct Visible {
-    int first;
-    int last;
+// Keys from `begin` to `end`, which is not one of them; none if end <= begin.
+struct KVRange {
+    int begin;
+    int end;
 };
+
+inline bool contains(KVRange range, int key) {
+    return key >= range.begin && key < range.end;
+}
 
 // Key position of query i: the last query sits on the last key.
 inline int position_of(Sequence s, int query) {
-    return query + s.key_end - s.queries;
+    return query + s.seqlen_k - s.seqlen_q;
 }
 
-inline Visible visible_from(Sequence s, int query) {
+// The keys that query i sees.
+inline KVRange kv_range(Sequence s, int query) {
     const int position = position_of(s, query);
-    Visible visible;
-    visible.first = max(s.key_begin, position - s.window_left);
-    visible.last = min(s.key_end - 1, position + s.window_right);
-    return visible;
+    KVRange range;
+    range.begin = max(s.leftpad, position - s.window_left);
+    range.end = min(s.seqlen_k, position + s.window_right + 1);
+    return range;
 }
 
-// Place of a row's LSE: (B, Hq, Sq), or (Hq, total_q) for ragged queries, whose `queries` is total_q.
-inline long lse_index(constant Sizes& sizes, int row, int head) {
-    const int batch = row / int(sizes.queries);
-    return (long(batch) * sizes.heads + head) * sizes.queries + (row - batch * int(sizes.queries));
+// The keys that any of the queries from `first` to `last` sees: of those that there are.
+inline KVRange kv_range(Sequence s, int first, int last) {
+    KVRange range;
+    range.begin = kv_range(s, first).begin;
+    range.end = first < s.seqlen_q ? kv_range(s, min(last, s.seqlen_q - 1)).end : range.begin;
+    return range;
 }

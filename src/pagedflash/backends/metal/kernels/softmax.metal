@@ -1,14 +1,17 @@
-// The softmax, in base 2: scores come multiplied by log2(e).
+// The online softmax: from scores to weights, and from their maximum and sum to the output and its LSE.
+//
+// Defined by the launcher: V_HEAD_DIM, SIMDGROUPS.
 
-constant constexpr float LOWEST = -1e30f;  // below every score; finite, since fast math knows no infinity
+#define THREADS (SIMDGROUPS * 32)
 
-// From q . k, scaled, to a score in base 2: softcap (0 = none), then ALiBi.
-inline float score_of(float dot, float softcap, float slope, int distance) {
-    const float score = softcap > 0.0f ? softcap * precise::tanh(clamp(dot, -15.0f, 15.0f)) : dot;
-    return score - slope * float(abs(distance));
+constant constexpr float LOWEST = -1e30f;         // below every score; finite, since fast math knows no infinity
+constant constexpr float MASKED = 2.0f * LOWEST;  // the score of a key that its query does not see
+
+inline float weight_of(float score, float maximum) {
+    return score > LOWEST ? fast::exp2(score - maximum) : 0.0f;
 }
 
-// Maximum and sum of a row's weights, all its keys seen, to what its output is divided by and its LSE.
+// What a row's accumulator is multiplied by, and its LSE, from the maximum and sum over all its keys.
 struct Normaliser {
     float factor;
     float lse;
@@ -29,4 +32,17 @@ inline Normaliser normaliser_of(float maximum, float sum, bool has_sink, float s
     n.factor = has_sink ? exp2(maximum - top) / sum : 1.0f / sum;
     n.lse = (top + log2(sum)) * LN_2;
     return n;
+}
+
+// Index of a row's LSE: (B, Hq, Sq), or (Hq, total_q) where queries are packed and num_tokens_q is total_q.
+inline long lse_index(constant Params& params, int row, int head) {
+    const int b = row / int(params.num_tokens_q);
+    return (long(b) * params.num_heads + head) * params.num_tokens_q + (row - b * int(params.num_tokens_q));
+}
+
+// The output of a row that is no query, written by all threads of a threadgroup.
+inline void write_empty_row(device T* out, device float* lse, constant Params& params, int row, int head, int thread_index) {
+    const long out_row = long(row) * params.num_heads + head;
+    for (int d = thread_index; d < V_HEAD_DIM; d += THREADS) out[out_row * V_HEAD_DIM + d] = T(0.0f);
+    if (thread_index == 0) lse[lse_index(params, row, head)] = INFINITY;
 }

@@ -1,12 +1,9 @@
-// The element type T of a specialisation, and how CHUNK consecutive elements of it travel in one load.
+// How elements of the cache are loaded and stored. All kernels go through here; q, k_new and v_new have the same type.
 //
-// Defined by the launcher: T, T_IS_BFLOAT, T_IS_FLOAT, CHUNK (elements a load), WORDS (32-bit words a load: 1, 2 or 4),
-// ALIGNED (whether every row starts at a multiple of CHUNK elements).
+// Defined by the launcher: T, T_BYTES, T_IS_BFLOAT, CHUNK (elements a load), ALIGNED (whether every row starts at a multiple
+// of CHUNK elements).
 
-#define UNROLL _Pragma("clang loop unroll(full)")
-
-constant constexpr float LOG2_E = 1.44269504088896340736f;
-constant constexpr float LN_2 = 0.69314718055994530942f;
+#define WORDS (CHUNK * T_BYTES / 4)  // of 32 bits a load: 1, 2 or 4
 
 #if WORDS == 4
 typedef uint4 Packed;
@@ -28,7 +25,7 @@ inline uint word_of(uint packed, int i) { return packed; }
 
 #if !ALIGNED
 inline uint assembled_word(device const T* row, int i) {
-#if T_IS_FLOAT
+#if T_BYTES == 4
     return as_type<uint>(row[i]);
 #else
     return uint(as_type<ushort>(row[2 * i])) | (uint(as_type<ushort>(row[2 * i + 1])) << 16);
@@ -54,7 +51,7 @@ inline void unpack(Packed packed, thread float* x) {
     UNROLL
     for (int i = 0; i < WORDS; i++) {
         const uint word = word_of(packed, i);
-#if T_IS_FLOAT
+#if T_BYTES == 4
         x[i] = as_type<float>(word);
 #elif T_IS_BFLOAT
         x[2 * i] = as_type<float>(word << 16);
@@ -65,4 +62,9 @@ inline void unpack(Packed packed, thread float* x) {
         x[2 * i + 1] = float(pair.y);
 #endif
     }
+}
+
+// Element d of a slot of the cache.
+inline void store_element(device T* slot, int d, T x) {
+    slot[d] = x;
 }

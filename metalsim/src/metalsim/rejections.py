@@ -1,4 +1,4 @@
-"""What Apple's compiler refuses and clang for a CPU accepts.
+"""What Apple's compiler rejects and clang for a CPU accepts.
 
 Three looks at the source: at its words, at the messages of a parse with real address spaces, and at that parse's
 syntax tree.
@@ -21,14 +21,14 @@ FORBIDDEN_WORDS = frozenset(
 _STRUCTURE_COPIES = ("no matching constructor for initialization of", "no viable overloaded '='")
 
 
-def refuse(preprocessed: str) -> None:
-    """Raise for what Apple's compiler would refuse.
+def reject(preprocessed: str) -> None:
+    """Raise for what Apple's compiler would reject.
 
     Args:
         preprocessed: Metal source after its macros.
 
     Raises:
-        CompileError: with one line for each refusal.
+        CompileError: with one line for each rejection.
     """
     tokens = Tokens(preprocessed)
     found = [*_forbidden_words(tokens), *_missing_spaces(tokens)]
@@ -48,7 +48,7 @@ def refuse(preprocessed: str) -> None:
         source,
     )
     found += _mixed_spaces(done.stderr)
-    found += _SyntaxTree(done.stdout).refusals()
+    found += _SyntaxTree(done.stdout).rejections()
     if found:
         raise CompileError("\n".join(dict.fromkeys(found)))
 
@@ -163,8 +163,8 @@ class _SyntaxTree:
         self.same: dict[str, str] = {}  # a redeclaration's first declaration
         self._read(dump)
 
-    def refusals(self) -> list[str]:
-        """One line for each refusal."""
+    def rejections(self) -> list[str]:
+        """One line for each rejection."""
         return self.found + self._recursion()
 
     def _read(self, dump: str) -> None:

@@ -1,4 +1,4 @@
-"""What Apple's compiler refuses is refused; its legal twin compiles."""
+"""What Apple's compiler rejects is rejected; its legal twin compiles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import metalsim
 HEADER = "#include <metal_stdlib>\nusing namespace metal;\n"
 KERNEL = "kernel void f(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {{ {} }}"
 
-# name: (refused, legal, what the message says)
+# name: (rejected, legal, what the message says)
 SOURCES = {
     "pointer without a space": (
         "float first(float* p) { return p[0]; }",
@@ -192,10 +192,10 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_refused(name: str) -> None:
-    refused, _, says = SOURCES[name]
+def test_rejected(name: str) -> None:
+    rejected, _, says = SOURCES[name]
     with pytest.raises(metalsim.CompileError, match=f"(?s){says}"):
-        metalsim.compile_shader(HEADER + refused)
+        metalsim.compile_shader(HEADER + rejected)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -249,7 +249,7 @@ def test_legal_uses_of_spaces() -> None:
     )
 
 
-def test_every_refusal_is_named_with_its_line() -> None:
+def test_every_rejection_is_named_with_its_line() -> None:
     with pytest.raises(metalsim.CompileError) as caught:
         metalsim.compile_shader(HEADER + "void f(float* p) {}\n\nvoid g(half& r) {}\n")
     assert str(caught.value).splitlines() == [

@@ -1,4 +1,4 @@
-"""How a call is laid out on the GPU: rows, lanes, tiles, splits. From shapes, dtypes and the core count alone.
+"""How work is tiled on the GPU: rows, lanes, tiles, splits. From shapes, dtypes and the core count alone.
 
 The numbers chosen here go to the shader as definitions, so host and kernel cannot disagree.
 """
@@ -6,7 +6,6 @@ The numbers chosen here go to the shader as definitions, so host and kernel cann
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 192, 256)
@@ -19,27 +18,27 @@ LINE_BYTES = 128  # of memory, fetched together
 DECODE_MAX_QUERIES = 8  # longer sequences of queries fill the tiles of prefill
 LANE_DIMS = 8  # elements of a key in one lane, where there are few rows; 32 lanes hold the largest head dim
 MIN_LANE_DIMS = 2
-MAX_ROWS = 16  # of a threadgroup; more go to a threadgroup of their own, which reads the keys again
-OUTPUT_REGISTERS = 32  # that a lane spends on the output if narrower loads allow it; each halving doubles the shuffles
+MAX_ROWS = 16  # of a threadgroup; the rest go to a threadgroup of their own, which reads the keys again
+OUTPUT_REGISTERS = 32  # of a lane for the output accumulator if narrower loads allow it; each halving doubles the shuffles
 MAX_OUTPUT_REGISTERS = 64
 KEY_REGISTERS = 32  # for keys unpacked and multiplied at once
-LOAD_REGISTERS = 32  # for loads under way; twice that where there are few rows
+LOAD_REGISTERS = 32  # for loads in flight; twice that where there are few rows
 FEW_ROWS = 2
-MANY_ROWS = 4  # more than this, and a threadgroup has eight simdgroups, not four: its queries are then worth more keys
-MERGE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups merge some rows at a time
+MANY_ROWS = 4  # with more, a threadgroup has eight simdgroups, not four, so that its queries serve more keys
+REDUCE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups reduce some rows at a time
 
 SIMDGROUPS_PER_CORE = 13  # a core has registers for
 MIN_SIMDGROUPS = 512  # to have in flight even on small GPUs
-PART_TILES = 1.5  # what comes before and after the tiles of a part takes as long as so many of them
-KEYS_PER_ROW = 48  # of a part, at least: what it loads and leaves besides keys stays near 3 % of them
+SPLIT_OVERHEAD_TILES = 1.5  # what comes before and after the tiles of a split takes as long as so many of them
+KEYS_PER_ROW = 48  # of a split, at least: the queries it loads and the partial output it stores stay near 3 % of its keys
 MAX_SPLITS = 128
 
 PREFILL_SIMDGROUPS = 4
 THREADGROUP_BYTES = 32 * 1024
 
 
-class DecodePlan(NamedTuple):
-    """Layout of decode. Names in capitals in decode.metal."""
+class DecodeTiling(NamedTuple):
+    """Of decode. Names in capitals in decode.metal."""
 
     rows: int  # rows (queries x query heads of a KV head) of a threadgroup
     chunk: int  # elements of one load
@@ -50,25 +49,22 @@ class DecodePlan(NamedTuple):
     k_steps: int  # steps whose loads are issued together
     v_steps: int
     key_block: int  # steps multiplied together
-    merge_rows: int  # rows that the simdgroups merge together
+    reduce_rows: int  # rows that the simdgroups reduce together
     simdgroups: int  # of a threadgroup
     k_run: int  # steps for which the page stays the same
     v_run: int
 
 
-@cache
-def plan_decode(
+def decode_tiling(
     sequences: int,
-    group: int,
-    max_queries: int,
+    total_rows: int,
     max_keys: int,
     head_dim: int,
     v_head_dim: int,
     element_bytes: int,
     page_size: int,
-) -> DecodePlan:
-    """Lay out decode for ``sequences`` (those of each KV head counted), each with ``group * max_queries`` rows."""
-    total_rows = group * max_queries
+) -> DecodeTiling:
+    """For ``sequences`` (those of each KV head counted) of ``total_rows`` packed-GQA rows each."""
     most_rows = min(MAX_ROWS, MAX_OUTPUT_REGISTERS // _lane_dims(head_dim, total_rows, element_bytes))
     row_tiles = -(-total_rows // most_rows)
     rows = -(-total_rows // row_tiles)
@@ -84,7 +80,7 @@ def plan_decode(
     most_in_flight = sequences * row_tiles * _most_splits(4, rows, max_keys) * 4
     simdgroups = 8 if rows > MANY_ROWS or most_in_flight <= MIN_SIMDGROUPS else 4
     simdgroups = min(simdgroups, _power_of_two(max(1, -(-max_keys // TILE_KEYS))))
-    return DecodePlan(
+    return DecodeTiling(
         rows=rows,
         chunk=chunk,
         k_lanes=k_lanes,
@@ -94,51 +90,50 @@ def plan_decode(
         k_steps=k_steps,
         v_steps=v_steps,
         key_block=min(k_steps, _power_of_two(KEY_REGISTERS // (k_chunks * chunk))),
-        merge_rows=min(rows, max(1, MERGE_BYTES // (4 * v_head_dim * simdgroups))),
+        reduce_rows=min(rows, max(1, REDUCE_BYTES // (4 * v_head_dim * simdgroups))),
         simdgroups=simdgroups,
         k_run=math.gcd(page_size, k_lanes),
         v_run=math.gcd(page_size, v_lanes),
     )
 
 
-@cache
-def plan_splits(threadgroups: int, simdgroups: int, rows: int, max_keys: int, cores: int) -> int:
-    """How many parts to split the keys into: the number that takes the least time.
+def choose_num_splits(threadgroups: int, simdgroups: int, rows: int, max_keys: int, cores: int) -> int:
+    """The number of splits of the keys that takes the least time.
 
-    ``threadgroups`` is their number without splits. The GPU runs one load of them after another, as many at once as its
-    cores have registers for; each load takes as long as the tiles of one simdgroup.
+    ``threadgroups`` is their number without splits. The GPU runs them in waves, as many at once as its cores have registers
+    for; each wave takes as long as the tiles of one simdgroup.
     """
-    load = max(MIN_SIMDGROUPS // simdgroups, SIMDGROUPS_PER_CORE // simdgroups * cores)
-    if threadgroups >= load:
+    wave = max(MIN_SIMDGROUPS // simdgroups, SIMDGROUPS_PER_CORE // simdgroups * cores)
+    if threadgroups >= wave:
         return 1
 
     def time(splits: int) -> float:
-        return -(-threadgroups * splits // load) * (-(-max_keys // (TILE_KEYS * simdgroups * splits)) + PART_TILES)
+        return -(-threadgroups * splits // wave) * (-(-max_keys // (TILE_KEYS * simdgroups * splits)) + SPLIT_OVERHEAD_TILES)
 
     return min(range(1, 1 + _most_splits(simdgroups, rows, max_keys)), key=time)
 
 
 def _most_splits(simdgroups: int, rows: int, max_keys: int) -> int:
-    """Splits that are of use: a part loads its queries and leaves an output in float32 for every row."""
+    """Splits that are of use: each loads the queries and stores a float32 output for every row."""
     round_of_tiles = TILE_KEYS * simdgroups
     return max(1, min(max_keys // (round_of_tiles * -(-KEYS_PER_ROW * rows // round_of_tiles)), MAX_SPLITS))
 
 
-class PrefillPlan(NamedTuple):
-    """Layout of prefill. Names in capitals in prefill.metal."""
+class PrefillTiling(NamedTuple):
+    """Of prefill. Names in capitals in prefill.metal."""
 
     chunk: int
     key_tile: int
     simdgroups: int
 
 
-def plan_prefill(head_dim: int, v_head_dim: int, element_bytes: int) -> PrefillPlan:
-    """Lay out prefill: the largest tile of keys that fits threadgroup memory, 16 from head dim 128 on."""
+def prefill_tiling(head_dim: int, v_head_dim: int, element_bytes: int) -> PrefillTiling:
+    """The largest tile of keys that fits threadgroup memory, 16 from head dim 128 on."""
     key_tile = 32 if head_dim < 128 else 16
     row_bytes = (head_dim + v_head_dim) * element_bytes + 2 * LOAD_BYTES
     while key_tile * row_bytes > THREADGROUP_BYTES:
         key_tile //= 2
-    return PrefillPlan(LOAD_BYTES // element_bytes, key_tile, PREFILL_SIMDGROUPS)
+    return PrefillTiling(LOAD_BYTES // element_bytes, key_tile, PREFILL_SIMDGROUPS)
 
 
 def _lane_dims(head_dim: int, rows: int, element_bytes: int) -> int:

@@ -1,0 +1,8 @@
+#include <metal_stdlib>
+#include <metal_simdgroup_matrix>
+using namespace metal;
+
+#define UNROLL _Pragma("clang loop unroll(full)")
+
+constant constexpr float LOG2_E = 1.44269504088896340736f;
+constant constexpr float LN_2 = 0.69314718055994530942f;

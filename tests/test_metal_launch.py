@@ -1,0 +1,168 @@
+"""How problems become dispatches: plans, structs shared with the shader, which compiler is in use."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+import metalsim
+import pytest
+import torch
+from metal_harness import kernels_on, paged_decode
+
+import pagedflash
+from pagedflash import flash_attn_func, flash_attn_with_kvcache
+from pagedflash.backends import metal
+from pagedflash.backends.metal import compiler, launch, params, tiling
+from pagedflash.backends.metal.compiler import current_target
+from pagedflash.problem import AttentionProblem
+from pagedflash.testing import LAYOUTS, assert_matches_reference, copy_of, random_problem
+
+
+@pytest.fixture(autouse=True)
+def simulated(device: str) -> None:
+    if device != "cpu":
+        pytest.skip("these run on the simulator")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Plans
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_problems_alike_share_a_plan(rng: random.Random, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """The second problem of a signature, with other values at other addresses, takes the plan of the first."""
+    problem = random_problem(rng, layout=layout, dtype=torch.float32)
+    other = copy_of(problem)
+    other.queries.q.neg_()
+    with kernels_on("cpu"):
+        metal.attention(problem)
+        monkeypatch.setattr(launch, "_plan_attention", None)
+        assert_matches_reference(other, metal.attention)
+
+
+@pytest.mark.parametrize("first_offset, second_offset", ((0, 1), (1, 0)))
+def test_tensors_alike_at_other_offsets_have_another_plan(first_offset: int, second_offset: int) -> None:
+    """Wide loads want rows that begin at a multiple of a chunk. A signature does not know where a view begins."""
+    storage = torch.randn(1 + 2 * 40 * 2 * 64).half()
+    with kernels_on("cpu"), pagedflash.use_backend("metal"), metalsim.simulate(check=True):
+        for offset in (first_offset, second_offset):
+            kv = storage[offset:][: 2 * 40 * 2 * 64].view(2, 40, 2, 64)
+            out = flash_attn_func(kv[:, :1], kv, kv)
+            with pagedflash.use_backend("reference"):
+                torch.testing.assert_close(out, flash_attn_func(kv[:, :1], kv, kv), rtol=2e-3, atol=2e-3)
+
+
+def test_a_plan_belongs_to_one_compiler_and_core_count() -> None:
+    problem = paged_decode(4, 16, 16, 64, 1024, torch.float16)
+    grids = []
+    for core_count in (8, 80, 8):
+        with kernels_on("cpu", core_count) as launches, pagedflash.use_backend("metal"):
+            decode(problem)
+        grids.append(launches[0].threads)
+    assert grids[0] == grids[2] != grids[1]
+
+
+def test_what_is_cached_is_bounded() -> None:
+    caches = [
+        value
+        for module in (compiler, launch, params, tiling)
+        for value in vars(module).values()
+        if hasattr(value, "cache_parameters")
+    ]
+    assert caches and all(cached.cache_parameters()["maxsize"] is not None for cached in caches)
+
+
+def test_every_buffer_of_a_kernel_is_a_field_or_a_result() -> None:
+    """A misspelt one would be bound to a stand-in."""
+    fields = {field.name for field in AttentionProblem.TENSOR_FIELDS}
+    others = {"out", "lse", "out_partial", "softmax_partial", "params", "score_params"}
+    for name in compiler.SOURCES:
+        assert set(compiler.buffers_of(name)) <= fields | others
+
+
+def test_keys_shared_by_all_sequences_of_a_batch() -> None:
+    """An expanded cache: its sequences lie at the same place, with a stride of 0."""
+    q, kv = torch.randn(3, 2, 4, 64), torch.randn(1, 50, 2, 64).expand(3, -1, -1, -1)
+    with pagedflash.use_backend("reference"):
+        want = flash_attn_func(q, kv, kv)
+    with kernels_on("cpu"), pagedflash.use_backend("metal"):
+        torch.testing.assert_close(flash_attn_func(q, kv, kv), want)
+
+
+def decode(problem: Any) -> torch.Tensor:
+    return flash_attn_with_kvcache(*problem[:3], cache_seqlens=problem.cache_seqlens, block_table=problem.block_table)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Structs shared with the shader
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Mixed(NamedTuple):
+    scale: float
+    window: int
+    softcap: float
+    bias: float
+    slope: float
+
+
+def test_a_struct_arrives_as_it_was_packed() -> None:
+    """Whatever the order of ints and floats: a score option more is a field more."""
+    source = f"""
+    #include <metal_stdlib>
+    using namespace metal;
+    {params.struct_source(Mixed)}
+    kernel void unpack(constant Mixed& mixed [[buffer(0)]], device float* floats [[buffer(1)]],
+                       device long* longs [[buffer(2)]], uint i [[thread_position_in_grid]]) {{
+        floats[0] = mixed.scale; floats[1] = mixed.softcap; floats[2] = mixed.bias; floats[3] = mixed.slope;
+        longs[0] = mixed.window;
+    }}
+    """
+    floats, longs = torch.empty(4), torch.empty(1, dtype=torch.int64)
+    with metalsim.simulate(check=True):
+        metalsim.compile_shader(source).unpack(
+            params.packed(Mixed(0.5, -(2**40), 3.0, -1.25, 7.0)), floats, longs, threads=1, group_size=1
+        )
+    assert floats.tolist() == [0.5, 3.0, -1.25, 7.0] and longs.tolist() == [-(2**40)]
+
+
+@pytest.mark.parametrize("window", (0, 5, 2**31, 2**62))
+def test_windows_of_any_width(window: int) -> None:
+    q, kv = torch.randn(1, 3, 2, 32), torch.randn(1, 30, 2, 32)
+    with pagedflash.use_backend("reference"):
+        want = flash_attn_func(q, kv, kv, window_size=(min(window, 1000), 0))
+    with kernels_on("cpu"), pagedflash.use_backend("metal"):
+        torch.testing.assert_close(flash_attn_func(q, kv, kv, window_size=(window, 0)), want)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The compiler in use
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def compile_a(source: str) -> Any:
+    raise AssertionError
+
+
+def compile_b(source: str) -> Any:
+    raise AssertionError
+
+
+def test_the_innermost_compiler_is_in_use_and_the_outer_one_afterwards() -> None:
+    outside = current_target()
+    with metal.use_compiler(compile_a, 10):
+        with metal.use_compiler(compile_b, 20):
+            with metal.use_compiler(compile_a, 10):
+                assert current_target() == (compile_a, 10)
+            assert current_target() == (compile_b, 20)
+        assert current_target() == (compile_a, 10)
+    assert current_target() == outside
+
+
+def test_core_count_comes_from_torch_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "get_core_count", lambda: 38)
+    assert current_target().core_count == 38
+    with metal.use_compiler(compile_a, core_count=10):
+        assert current_target().core_count == 10
