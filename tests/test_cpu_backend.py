@@ -12,18 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, assert_matches_reference, clone_call, random_call
-from pagedflash.call import AttentionCall, CacheWrite, check_values, check_write_values
 
 import pagedflash
-from pagedflash import reference
 from pagedflash.backends import cpu as backend
+from pagedflash.backends import reference
 from pagedflash.backends.cpu import launch
+from pagedflash.problem import AttentionProblem, CacheWrite, KVCache, Queries, Scores
+from pagedflash.testing import DTYPES, LAYOUTS, assert_matches_reference, copy_of, random_problem
+from pagedflash.validate_values import check_values, check_write_values
 
 # Where nobody has built the library these tests have nothing to run on; CI sets this variable, and then they must run.
 REQUIRED = os.environ.get("PAGEDFLASH_REQUIRE_NATIVE") == "1"
-if not REQUIRED and not backend.available()[0]:
-    pytest.skip(backend.available()[1], allow_module_level=True)
+if not REQUIRED and not backend.available().ok:
+    pytest.skip(backend.available().reason, allow_module_level=True)
 
 ISAS = list(launch.library().isas)
 
@@ -51,7 +52,7 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_options(isa: str, rng: random.Random, rounds, layout: str, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     for _ in range(rounds(8)):
-        assert_matches_reference(random_call(rng, dtype=dtype, layout=layout), backend.attention)
+        assert_matches_reference(random_problem(rng, dtype=dtype, layout=layout), backend.attention)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,8 +60,8 @@ def test_long_sequences_are_split_and_merged(isa: str, rng: random.Random, round
     """Thousands of keys: several tasks a sequence, for decode (few rows) and prefill (many)."""
     for _ in range(rounds(2)):
         for layout in ("paged", "paged varlen"):
-            call = random_call(rng, dtype=dtype, layout=layout, max_keys=3000, head_dims=(64, 72), groups=(1, 3, 4))
-            assert_matches_reference(call, backend.attention)
+            problem = random_problem(rng, dtype=dtype, layout=layout, max_keys=3000, head_dims=(64, 72), groups=(1, 3, 4))
+            assert_matches_reference(problem, backend.attention)
 
 
 @pytest.mark.parametrize("queries", (1, 2, 4, 5, 6, 16, 17))
@@ -152,30 +153,31 @@ def test_offsets_of_more_than_32_bits(isa: str) -> None:
 
 def test_kv_write(isa: str, rng: random.Random, rounds) -> None:  # type: ignore[no-untyped-def]
     for _ in range(rounds(40)):
-        call = random_call(rng, layout=rng.choice(("paged", "cache")))
-        if call.k_new is None:
+        problem = random_problem(rng, layout=rng.choice(("paged", "cache")))
+        if problem.append is None:
             continue
-        want = clone_call(call)
+        want = copy_of(problem)
         reference.kv_write(want.write)
-        backend.kv_write(call.write)
-        step = 0.0 if call.rotary_cos is None else torch.finfo(call.k.dtype).eps
-        torch.testing.assert_close(call.k, want.k, rtol=2 * step, atol=step, equal_nan=True)
+        backend.kv_write(problem.write)
+        step = 0.0 if problem.append.rotary_cos is None else torch.finfo(problem.cache.k.dtype).eps
+        torch.testing.assert_close(problem.cache.k, want.cache.k, rtol=2 * step, atol=step, equal_nan=True)
         # Interleaved in one allocation, a view of V passes over rotated keys too.
-        v_step = step if call.v.untyped_storage()._cdata == call.k.untyped_storage()._cdata else 0.0
-        torch.testing.assert_close(call.v, want.v, rtol=2 * v_step, atol=v_step, equal_nan=True)
+        shared = problem.cache.v.untyped_storage()._cdata == problem.cache.k.untyped_storage()._cdata
+        step = step if shared else 0.0
+        torch.testing.assert_close(problem.cache.v, want.cache.v, rtol=2 * step, atol=step, equal_nan=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The check of values
+# Validation of values
 # --------------------------------------------------------------------------------------------------------------------
 
 NUMBERS = (-(2**31), -7, -2, -1, 0, 1, 2, 3, 15, 16, 17, 10**6, 2**31 - 1)
 
 
-def _damage(rng: random.Random, call: AttentionCall) -> AttentionCall:
+def _damage(rng: random.Random, problem: AttentionProblem) -> AttentionProblem:
     """Overwrite one number of one tensor of lengths or indices."""
-    damaged = clone_call(call)
-    fields = [value for value in damaged if isinstance(value, torch.Tensor) and value.dtype == torch.int32 and value.numel()]
+    damaged = copy_of(problem)
+    fields = [tensor for tensor in damaged.tensors if tensor is not None and tensor.dtype == torch.int32 and tensor.numel()]
     if fields:
         tensor = rng.choice(fields).view(-1)
         position = rng.randrange(tensor.numel())
@@ -183,29 +185,29 @@ def _damage(rng: random.Random, call: AttentionCall) -> AttentionCall:
     return damaged
 
 
-def _refused(run, description: AttentionCall | CacheWrite) -> bool:  # type: ignore[no-untyped-def]
+def _is_rejected(run, problem: AttentionProblem | CacheWrite) -> bool:  # type: ignore[no-untyped-def]
     try:
-        run(description)
+        run(problem)
     except ValueError:
         return True
     return False
 
 
-def test_the_native_check_refuses_what_the_python_check_refuses(rng: random.Random, rounds) -> None:  # type: ignore[no-untyped-def]
+def test_the_native_validation_rejects_what_the_python_check_rejects(rng: random.Random, rounds) -> None:  # type: ignore[no-untyped-def]
     """Neither more nor less, and before anything is written."""
-    refusals = 0
+    rejections = 0
     for _ in range(rounds(150)):
-        call = _damage(rng, random_call(rng))
-        before = clone_call(call)
-        refused = _refused(backend.attention, call)  # RuntimeError if the native check is stricter
-        assert refused == _refused(check_values, call)
-        refusals += refused
-        if refused:
-            for name in ("k", "v"):
-                torch.testing.assert_close(getattr(call, name), getattr(before, name), rtol=0, atol=0, equal_nan=True)
-        if call.k_new is not None and call.cache_batch_idx is None:  # kv_paged_write has no cache_batch_idx
-            assert _refused(backend.kv_write, call.write) == _refused(check_write_values, call.write)
-    assert refusals > 10, "the damage found nothing to refuse"
+        problem = _damage(rng, random_problem(rng))
+        before = copy_of(problem)
+        rejected = _is_rejected(backend.attention, problem)  # RuntimeError if the native validation is stricter
+        assert rejected == _is_rejected(check_values, problem)
+        rejections += rejected
+        if rejected:
+            for cache, was in zip(problem.cache[:2], before.cache[:2]):
+                torch.testing.assert_close(cache, was, rtol=0, atol=0, equal_nan=True)
+        if problem.append is not None and problem.cache.cache_batch_idx is None:  # kv_paged_write has no cache_batch_idx
+            assert _is_rejected(backend.kv_write, problem.write) == _is_rejected(check_write_values, problem.write)
+    assert rejections > 10, "the damage found nothing to reject"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -215,27 +217,27 @@ def test_the_native_check_refuses_what_the_python_check_refuses(rng: random.Rand
 
 def test_the_same_bits_whatever_the_number_of_threads(rng: random.Random, threads: None) -> None:
     for layout in LAYOUTS:
-        call = random_call(rng, layout=layout, max_keys=1500)
+        problem = random_problem(rng, layout=layout, max_keys=1500)
         answers = []
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            answers.append(backend.attention(clone_call(call)))
+            answers.append(backend.attention(copy_of(problem)))
         for out, lse in answers[1:]:
             assert torch.equal(out, answers[0][0]) and torch.equal(lse, answers[0][1])
 
 
 def test_python_threads_may_call_at_once(rng: random.Random) -> None:
-    calls = [random_call(rng, max_keys=600) for _ in range(4)]
-    want = [backend.attention(clone_call(call)) for call in calls]
+    problems = [random_problem(rng, max_keys=600) for _ in range(4)]
+    want = [backend.attention(copy_of(problem)) for problem in problems]
     wrong: list[int] = []
 
     def work(i: int) -> None:
         for _ in range(30):
-            out, lse = backend.attention(clone_call(calls[i]))
+            out, lse = backend.attention(copy_of(problems[i]))
             if not (torch.equal(out, want[i][0]) and torch.equal(lse, want[i][1])):
                 wrong.append(i)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -304,9 +306,9 @@ def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_only_cpu_tensors_are_supported() -> None:
     q = torch.empty(1, 1, 1, 64, device="meta")
-    call = AttentionCall(q, q, q, *[None] * 13, 1, 1, 1.0, -1, -1, 0.0, False, 0)
-    supported, reason = backend.supports(call)
-    assert not supported and "meta" in reason
+    problem = AttentionProblem.of(Queries(q, max_seqlen_q=1), KVCache(q, q, max_seqlen_k=1), None, Scores())
+    support = backend.supports(problem)
+    assert not support.ok and "meta" in support.reason
 
 
 class _Subclass(torch.Tensor):
