@@ -17,7 +17,7 @@ import pagedflash
 from pagedflash.backends import cpu as backend
 from pagedflash.backends import reference
 from pagedflash.backends.cpu import launch
-from pagedflash.problem import AttentionProblem, CacheWrite, KVCache, Queries, Scores
+from pagedflash.problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
 from pagedflash.testing import DTYPES, LAYOUTS, assert_matches_reference, copy_of, random_problem
 from pagedflash.validate_values import check_values, check_write_values
 
@@ -97,6 +97,35 @@ def test_large_scores_do_not_overflow(isa: str) -> None:
     out, lse = pagedflash.flash_attn_func(q, k, v, softmax_scale=1.0, return_softmax_lse=True)
     assert (out == 37.0).all()
     assert lse.item() == pytest.approx(64 * 900.0)
+
+
+@pytest.mark.parametrize("queries", (1, 40))
+@pytest.mark.parametrize("num_splits", (1, 3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lse_of_scores_of_zero_is_exact(isa: str, dtype: torch.dtype, queries: int, num_splits: int) -> None:
+    """2^0 is 1 and log2(1) is 0, not nearly: a row that sees one key of score 0 has an LSE of 0, and its value as output."""
+    q, v = torch.zeros(1, queries, 2, 64, dtype=dtype), torch.randn(1, 200, 2, 64).to(dtype)
+    out, lse = pagedflash.flash_attn_with_kvcache(
+        q, torch.randn_like(v), v, causal=True, window_size=(0, 0), num_splits=num_splits, return_softmax_lse=True
+    )
+    assert torch.equal(lse, torch.zeros(1, 2, queries))
+    assert torch.equal(out, v[:, -queries:])
+
+
+def test_no_head_dim_is_too_large_for_the_kernels(isa: str) -> None:
+    """What a backend takes is said by its capabilities alone: no array in a kernel has a size of its own."""
+    torch.manual_seed(0)
+    for queries, dtype in ((1, torch.float32), (1, torch.bfloat16), (40, torch.float16)):
+        q, k, v, new = (torch.randn(1, n, 2, 1024).to(dtype) for n in (queries, 900, 900, 1))
+        cos, sin = torch.rand(2, 900, 460).to(dtype)
+        problem = AttentionProblem.of(
+            Queries(q, max_seqlen_q=queries),
+            KVCache(k, v, seqused_k=torch.tensor([880], dtype=torch.int32), max_seqlen_k=900),
+            Append(new, -new, cos, sin, rotary_interleaved=queries == 1),
+            Scores(scale=1 / 32),
+            num_splits=2,
+        )
+        assert_matches_reference(problem, backend.attention)
 
 
 def test_nan_in_a_visible_key_is_not_swallowed(isa: str) -> None:
@@ -210,6 +239,71 @@ def test_the_native_validation_rejects_what_the_python_check_rejects(rng: random
     assert rejections > 10, "the damage found nothing to reject"
 
 
+@pytest.mark.parametrize("queries", (1, 3, 60))
+@pytest.mark.parametrize("append", (0, 1, 90))
+def test_table_entries_left_of_a_window_are_not_read(isa: str, queries: int, append: int) -> None:
+    """Engines give pages back that no query sees any more: their entries may be -1 or anything."""
+    torch.manual_seed(0)
+    left, length, page_size = 30, 200, 16
+    q, k_new, v_new = torch.randn(1, queries, 4, 64), *torch.randn(2, 1, append, 2, 64)
+    pages = torch.randn(2, 20, page_size, 2, 64)
+    table = torch.randperm(20, dtype=torch.int32)[None]
+    reads = min(length, length + append - queries - left) // page_size
+
+    def run(table: torch.Tensor, new: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        k, v = pages.clone()
+        return pagedflash.flash_attn_with_kvcache(
+            q, k, v, *new, cache_seqlens=length, block_table=table, causal=True, window_size=(left, 0)
+        )
+
+    new = (k_new, v_new) if append else ()
+    want = run(table, new)
+    for garbage in (-1, 2**30):
+        freed = table.clone()
+        freed[:, :reads] = garbage
+        assert torch.equal(run(freed, new), want)
+    freed[:, reads] = -1
+    with pytest.raises(ValueError, match=rf"block_table is -1 at \[0, {reads}\]"):
+        run(freed, new)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process")
+@pytest.mark.parametrize("step", ("validation", "plan"))
+def test_running_out_of_memory_is_said_before_anything_is_written(step: str) -> None:
+    """The validation needs memory for the slots of many new tokens, the plan for the tasks of many sequences."""
+    script = f"""
+import resource, torch
+from pagedflash.backends.cpu import launch
+from pagedflash.problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
+
+n = 1 << 20
+cache = torch.zeros(1, 1, 1, 8).expand(n, 1, 1, 8)
+if "{step}" == "validation":  # one sequence, a page a token
+    new, table, lengths = torch.ones(1, 1, 1, 8).expand(1, n, 1, 8), torch.arange(n)[None].int(), torch.zeros(1).int()
+    run = launch.kv_write
+    problem = CacheWrite.of(KVCache(cache, cache, table, seqused_k=lengths), Append(new, new))
+else:  # a sequence a page, whose slots take less memory than their tasks
+    new, table, lengths = torch.ones(1, 1, 1, 8).expand(n, 1, 1, 8), torch.arange(n)[:, None].int(), torch.zeros(n).int()
+    run = launch.attention
+    q = torch.ones(1, 1, 1, 8).expand(n, 1, 1, 8)
+    kv = KVCache(cache, cache, table, seqused_k=lengths, max_seqlen_k=1)
+    problem = AttentionProblem.of(Queries(q, max_seqlen_q=1), kv, Append(new, new), Scores())
+run(problem)  # everything is loaded and planned
+cache.zero_()
+pages = int(open("/proc/self/statm").read().split()[0])
+spare = (136 << 20) if "{step}" == "plan" else 8 << 20  # the output, of 36 MiB, still fits
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare,) * 2)
+try:
+    run(problem)
+except MemoryError as error:
+    assert "pagedflash: out of memory" in str(error), error
+else:
+    raise AssertionError("there was enough memory")
+assert not cache.any()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Threads
 # --------------------------------------------------------------------------------------------------------------------
@@ -291,6 +385,29 @@ def test_a_library_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     path = tmp_path / "libpagedflash_cpu.so"
     path.write_bytes(b"not a library")
     with pytest.raises(launch.Unavailable, match="cannot be loaded"):
+        launch.Library(path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("rotary_cos", "rotary_sin"),
+        ("k_stride:Strides", "v_stride:Strides"),
+        ("kv_heads:int64_t", "head_dim:int64_t"),
+        ("scale:double", "softcap:double"),
+    ],
+)
+def test_a_library_with_two_fields_swapped_is_not_loaded(tmp_path: Path, fields: tuple[str, str]) -> None:
+    """Of the same size, so that nothing else would tell."""
+    one, two = (f" {field}".encode() for field in fields)
+    data = launch.library().path.read_bytes()
+    start = data.index(b"Strides batch:int64_t")  # the list of fields in the library
+    end = data.index(b"\0", start)
+    fields_of = data[start:end].replace(one, b" ?").replace(two, one).replace(b" ?", two)
+    assert fields_of != data[start:end]
+    path = tmp_path / "libpagedflash_cpu.so"
+    path.write_bytes(data[:start] + fields_of + data[end:])
+    with pytest.raises(launch.Unavailable, match=rf"has {fields[1]} in \w+ where {fields[0]} is expected: reinstall"):
         launch.Library(path)
 
 

@@ -46,6 +46,7 @@ class Library:
             raise Unavailable(
                 f"its native library ({path.name}) was not built: install pagedflash from a wheel, or with pip"
             )
+        self.path = path
         parallel_for, num_threads = _thread_pool()
         try:
             native = ctypes.CDLL(str(path))

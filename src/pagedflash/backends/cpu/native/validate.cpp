@@ -40,6 +40,7 @@ bool packed_keys_are_valid(const CacheWrite& write) {
 // Every entry that tokens `first` to `end` of a sequence lie in is a page.
 bool table_row_is_valid(const CacheWrite& write, int64_t batch, int64_t first, int64_t end) {
   const int32_t* row = write.block_table + batch * write.table_width;
+  if (first >= end) return true;
   for (int64_t column = first / write.page_size; column * write.page_size < end; column++)
     if (row[column] < 0 || row[column] >= write.num_pages) return false;
   return true;
@@ -52,7 +53,7 @@ bool sequence_is_valid(const AttentionProblem& problem, int64_t b) {
   if (!write.packed() && sequence.seqlen_k > write.capacity()) return false;
   if (sequence.leftpad < 0 || sequence.leftpad > sequence.seqlen_k) return false;
   if (!write.paged()) return true;
-  // Keys from the first that is read or written on. All from there to the last are.
+  // All keys from the first that is read or written on are; those in front of a window may have lost their pages.
   int64_t first = sequence.seqused_k;
   if (sequence.seqlen_q) first = min(first, sequence.kv_range(problem, 0).begin);
   return table_row_is_valid(write, b, first, sequence.seqlen_k);
