@@ -12,18 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, assert_matches_reference, clone_call, random_call
-from pagedflash.call import AttentionCall, CacheWrite, check_values, check_write_values
 
 import pagedflash
-from pagedflash import reference
 from pagedflash.backends import cpu as backend
+from pagedflash.backends import reference
 from pagedflash.backends.cpu import launch
+from pagedflash.problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
+from pagedflash.testing import DTYPES, LAYOUTS, assert_matches_reference, copy_of, random_problem
+from pagedflash.validate_values import check_values, check_write_values
 
 # Where nobody has built the library these tests have nothing to run on; CI sets this variable, and then they must run.
 REQUIRED = os.environ.get("PAGEDFLASH_REQUIRE_NATIVE") == "1"
-if not REQUIRED and not backend.available()[0]:
-    pytest.skip(backend.available()[1], allow_module_level=True)
+if not REQUIRED and not backend.available().ok:
+    pytest.skip(backend.available().reason, allow_module_level=True)
 
 ISAS = list(launch.library().isas)
 
@@ -51,7 +52,7 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_options(isa: str, rng: random.Random, rounds, layout: str, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     for _ in range(rounds(8)):
-        assert_matches_reference(random_call(rng, dtype=dtype, layout=layout), backend.attention)
+        assert_matches_reference(random_problem(rng, dtype=dtype, layout=layout), backend.attention)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,8 +60,8 @@ def test_long_sequences_are_split_and_merged(isa: str, rng: random.Random, round
     """Thousands of keys: several tasks a sequence, for decode (few rows) and prefill (many)."""
     for _ in range(rounds(2)):
         for layout in ("paged", "paged varlen"):
-            call = random_call(rng, dtype=dtype, layout=layout, max_keys=3000, head_dims=(64, 72), groups=(1, 3, 4))
-            assert_matches_reference(call, backend.attention)
+            problem = random_problem(rng, dtype=dtype, layout=layout, max_keys=3000, head_dims=(64, 72), groups=(1, 3, 4))
+            assert_matches_reference(problem, backend.attention)
 
 
 @pytest.mark.parametrize("queries", (1, 2, 4, 5, 6, 16, 17))
@@ -96,6 +97,35 @@ def test_large_scores_do_not_overflow(isa: str) -> None:
     out, lse = pagedflash.flash_attn_func(q, k, v, softmax_scale=1.0, return_softmax_lse=True)
     assert (out == 37.0).all()
     assert lse.item() == pytest.approx(64 * 900.0)
+
+
+@pytest.mark.parametrize("queries", (1, 40))
+@pytest.mark.parametrize("num_splits", (1, 3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lse_of_scores_of_zero_is_exact(isa: str, dtype: torch.dtype, queries: int, num_splits: int) -> None:
+    """2^0 is 1 and log2(1) is 0, not nearly: a row that sees one key of score 0 has an LSE of 0, and its value as output."""
+    q, v = torch.zeros(1, queries, 2, 64, dtype=dtype), torch.randn(1, 200, 2, 64).to(dtype)
+    out, lse = pagedflash.flash_attn_with_kvcache(
+        q, torch.randn_like(v), v, causal=True, window_size=(0, 0), num_splits=num_splits, return_softmax_lse=True
+    )
+    assert torch.equal(lse, torch.zeros(1, 2, queries))
+    assert torch.equal(out, v[:, -queries:])
+
+
+def test_no_head_dim_is_too_large_for_the_kernels(isa: str) -> None:
+    """What a backend takes is said by its capabilities alone: no array in a kernel has a size of its own."""
+    torch.manual_seed(0)
+    for queries, dtype in ((1, torch.float32), (1, torch.bfloat16), (40, torch.float16)):
+        q, k, v, new = (torch.randn(1, n, 2, 1024).to(dtype) for n in (queries, 900, 900, 1))
+        cos, sin = torch.rand(2, 900, 460).to(dtype)
+        problem = AttentionProblem.of(
+            Queries(q, max_seqlen_q=queries),
+            KVCache(k, v, seqused_k=torch.tensor([880], dtype=torch.int32), max_seqlen_k=900),
+            Append(new, -new, cos, sin, rotary_interleaved=queries == 1),
+            Scores(scale=1 / 32),
+            num_splits=2,
+        )
+        assert_matches_reference(problem, backend.attention)
 
 
 def test_nan_in_a_visible_key_is_not_swallowed(isa: str) -> None:
@@ -152,30 +182,31 @@ def test_offsets_of_more_than_32_bits(isa: str) -> None:
 
 def test_kv_write(isa: str, rng: random.Random, rounds) -> None:  # type: ignore[no-untyped-def]
     for _ in range(rounds(40)):
-        call = random_call(rng, layout=rng.choice(("paged", "cache")))
-        if call.k_new is None:
+        problem = random_problem(rng, layout=rng.choice(("paged", "cache")))
+        if problem.append is None:
             continue
-        want = clone_call(call)
+        want = copy_of(problem)
         reference.kv_write(want.write)
-        backend.kv_write(call.write)
-        step = 0.0 if call.rotary_cos is None else torch.finfo(call.k.dtype).eps
-        torch.testing.assert_close(call.k, want.k, rtol=2 * step, atol=step, equal_nan=True)
+        backend.kv_write(problem.write)
+        step = 0.0 if problem.append.rotary_cos is None else torch.finfo(problem.cache.k.dtype).eps
+        torch.testing.assert_close(problem.cache.k, want.cache.k, rtol=2 * step, atol=step, equal_nan=True)
         # Interleaved in one allocation, a view of V passes over rotated keys too.
-        v_step = step if call.v.untyped_storage()._cdata == call.k.untyped_storage()._cdata else 0.0
-        torch.testing.assert_close(call.v, want.v, rtol=2 * v_step, atol=v_step, equal_nan=True)
+        shared = problem.cache.v.untyped_storage()._cdata == problem.cache.k.untyped_storage()._cdata
+        step = step if shared else 0.0
+        torch.testing.assert_close(problem.cache.v, want.cache.v, rtol=2 * step, atol=step, equal_nan=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The check of values
+# Validation of values
 # --------------------------------------------------------------------------------------------------------------------
 
 NUMBERS = (-(2**31), -7, -2, -1, 0, 1, 2, 3, 15, 16, 17, 10**6, 2**31 - 1)
 
 
-def _damage(rng: random.Random, call: AttentionCall) -> AttentionCall:
+def _damage(rng: random.Random, problem: AttentionProblem) -> AttentionProblem:
     """Overwrite one number of one tensor of lengths or indices."""
-    damaged = clone_call(call)
-    fields = [value for value in damaged if isinstance(value, torch.Tensor) and value.dtype == torch.int32 and value.numel()]
+    damaged = copy_of(problem)
+    fields = [tensor for tensor in damaged.tensors if tensor is not None and tensor.dtype == torch.int32 and tensor.numel()]
     if fields:
         tensor = rng.choice(fields).view(-1)
         position = rng.randrange(tensor.numel())
@@ -183,29 +214,94 @@ def _damage(rng: random.Random, call: AttentionCall) -> AttentionCall:
     return damaged
 
 
-def _refused(run, description: AttentionCall | CacheWrite) -> bool:  # type: ignore[no-untyped-def]
+def _is_rejected(run, problem: AttentionProblem | CacheWrite) -> bool:  # type: ignore[no-untyped-def]
     try:
-        run(description)
+        run(problem)
     except ValueError:
         return True
     return False
 
 
-def test_the_native_check_refuses_what_the_python_check_refuses(rng: random.Random, rounds) -> None:  # type: ignore[no-untyped-def]
+def test_the_native_validation_rejects_what_the_python_check_rejects(rng: random.Random, rounds) -> None:  # type: ignore[no-untyped-def]
     """Neither more nor less, and before anything is written."""
-    refusals = 0
+    rejections = 0
     for _ in range(rounds(150)):
-        call = _damage(rng, random_call(rng))
-        before = clone_call(call)
-        refused = _refused(backend.attention, call)  # RuntimeError if the native check is stricter
-        assert refused == _refused(check_values, call)
-        refusals += refused
-        if refused:
-            for name in ("k", "v"):
-                torch.testing.assert_close(getattr(call, name), getattr(before, name), rtol=0, atol=0, equal_nan=True)
-        if call.k_new is not None and call.cache_batch_idx is None:  # kv_paged_write has no cache_batch_idx
-            assert _refused(backend.kv_write, call.write) == _refused(check_write_values, call.write)
-    assert refusals > 10, "the damage found nothing to refuse"
+        problem = _damage(rng, random_problem(rng))
+        before = copy_of(problem)
+        rejected = _is_rejected(backend.attention, problem)  # RuntimeError if the native validation is stricter
+        assert rejected == _is_rejected(check_values, problem)
+        rejections += rejected
+        if rejected:
+            for cache, was in zip(problem.cache[:2], before.cache[:2]):
+                torch.testing.assert_close(cache, was, rtol=0, atol=0, equal_nan=True)
+        if problem.append is not None and problem.cache.cache_batch_idx is None:  # kv_paged_write has no cache_batch_idx
+            assert _is_rejected(backend.kv_write, problem.write) == _is_rejected(check_write_values, problem.write)
+    assert rejections > 10, "the damage found nothing to reject"
+
+
+@pytest.mark.parametrize("queries", (1, 3, 60))
+@pytest.mark.parametrize("append", (0, 1, 90))
+def test_table_entries_left_of_a_window_are_not_read(isa: str, queries: int, append: int) -> None:
+    """Engines give pages back that no query sees any more: their entries may be -1 or anything."""
+    torch.manual_seed(0)
+    left, length, page_size = 30, 200, 16
+    q, k_new, v_new = torch.randn(1, queries, 4, 64), *torch.randn(2, 1, append, 2, 64)
+    pages = torch.randn(2, 20, page_size, 2, 64)
+    table = torch.randperm(20, dtype=torch.int32)[None]
+    reads = min(length, length + append - queries - left) // page_size
+
+    def run(table: torch.Tensor, new: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        k, v = pages.clone()
+        return pagedflash.flash_attn_with_kvcache(
+            q, k, v, *new, cache_seqlens=length, block_table=table, causal=True, window_size=(left, 0)
+        )
+
+    new = (k_new, v_new) if append else ()
+    want = run(table, new)
+    for garbage in (-1, 2**30):
+        freed = table.clone()
+        freed[:, :reads] = garbage
+        assert torch.equal(run(freed, new), want)
+    freed[:, reads] = -1
+    with pytest.raises(ValueError, match=rf"block_table is -1 at \[0, {reads}\]"):
+        run(freed, new)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process")
+@pytest.mark.parametrize("step", ("validation", "plan"))
+def test_running_out_of_memory_is_said_before_anything_is_written(step: str) -> None:
+    """The validation needs memory for the slots of many new tokens, the plan for the tasks of many sequences."""
+    script = f"""
+import resource, torch
+from pagedflash.backends.cpu import launch
+from pagedflash.problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
+
+n = 1 << 20
+cache = torch.zeros(1, 1, 1, 8).expand(n, 1, 1, 8)
+if "{step}" == "validation":  # one sequence, a page a token
+    new, table, lengths = torch.ones(1, 1, 1, 8).expand(1, n, 1, 8), torch.arange(n)[None].int(), torch.zeros(1).int()
+    run = launch.kv_write
+    problem = CacheWrite.of(KVCache(cache, cache, table, seqused_k=lengths), Append(new, new))
+else:  # a sequence a page, whose slots take less memory than their tasks
+    new, table, lengths = torch.ones(1, 1, 1, 8).expand(n, 1, 1, 8), torch.arange(n)[:, None].int(), torch.zeros(n).int()
+    run = launch.attention
+    q = torch.ones(1, 1, 1, 8).expand(n, 1, 1, 8)
+    kv = KVCache(cache, cache, table, seqused_k=lengths, max_seqlen_k=1)
+    problem = AttentionProblem.of(Queries(q, max_seqlen_q=1), kv, Append(new, new), Scores())
+run(problem)  # everything is loaded and planned
+cache.zero_()
+pages = int(open("/proc/self/statm").read().split()[0])
+spare = (136 << 20) if "{step}" == "plan" else 8 << 20  # the output, of 36 MiB, still fits
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare,) * 2)
+try:
+    run(problem)
+except MemoryError as error:
+    assert "pagedflash: out of memory" in str(error), error
+else:
+    raise AssertionError("there was enough memory")
+assert not cache.any()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -215,27 +311,27 @@ def test_the_native_check_refuses_what_the_python_check_refuses(rng: random.Rand
 
 def test_the_same_bits_whatever_the_number_of_threads(rng: random.Random, threads: None) -> None:
     for layout in LAYOUTS:
-        call = random_call(rng, layout=layout, max_keys=1500)
+        problem = random_problem(rng, layout=layout, max_keys=1500)
         answers = []
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            answers.append(backend.attention(clone_call(call)))
+            answers.append(backend.attention(copy_of(problem)))
         for out, lse in answers[1:]:
             assert torch.equal(out, answers[0][0]) and torch.equal(lse, answers[0][1])
 
 
 def test_python_threads_may_call_at_once(rng: random.Random) -> None:
-    calls = [random_call(rng, max_keys=600) for _ in range(4)]
-    want = [backend.attention(clone_call(call)) for call in calls]
+    problems = [random_problem(rng, max_keys=600) for _ in range(4)]
+    want = [backend.attention(copy_of(problem)) for problem in problems]
     wrong: list[int] = []
 
     def work(i: int) -> None:
         for _ in range(30):
-            out, lse = backend.attention(clone_call(calls[i]))
+            out, lse = backend.attention(copy_of(problems[i]))
             if not (torch.equal(out, want[i][0]) and torch.equal(lse, want[i][1])):
                 wrong.append(i)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -292,6 +388,29 @@ def test_a_library_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
         launch.Library(path)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("rotary_cos", "rotary_sin"),
+        ("k_stride:Strides", "v_stride:Strides"),
+        ("kv_heads:int64_t", "head_dim:int64_t"),
+        ("scale:double", "softcap:double"),
+    ],
+)
+def test_a_library_with_two_fields_swapped_is_not_loaded(tmp_path: Path, fields: tuple[str, str]) -> None:
+    """Of the same size, so that nothing else would tell."""
+    one, two = (f" {field}".encode() for field in fields)
+    data = launch.library().path.read_bytes()
+    start = data.index(b"Strides batch:int64_t")  # the list of fields in the library
+    end = data.index(b"\0", start)
+    fields_of = data[start:end].replace(one, b" ?").replace(two, one).replace(b" ?", two)
+    assert fields_of != data[start:end]
+    path = tmp_path / "libpagedflash_cpu.so"
+    path.write_bytes(data[:start] + fields_of + data[end:])
+    with pytest.raises(launch.Unavailable, match=rf"has {fields[1]} in \w+ where {fields[0]} is expected: reinstall"):
+        launch.Library(path)
+
+
 def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ISAS:
         monkeypatch.setenv(launch.ISA_VARIABLE, name)
@@ -304,9 +423,9 @@ def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_only_cpu_tensors_are_supported() -> None:
     q = torch.empty(1, 1, 1, 64, device="meta")
-    call = AttentionCall(q, q, q, *[None] * 13, 1, 1, 1.0, -1, -1, 0.0, False, 0)
-    supported, reason = backend.supports(call)
-    assert not supported and "meta" in reason
+    problem = AttentionProblem.of(Queries(q, max_seqlen_q=1), KVCache(q, q, max_seqlen_k=1), None, Scores())
+    support = backend.supports(problem)
+    assert not support.ok and "meta" in support.reason
 
 
 class _Subclass(torch.Tensor):

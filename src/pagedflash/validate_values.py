@@ -42,8 +42,8 @@ def check_values(problem: AttentionProblem) -> None:
             reject("cache_leftpad", came, "0 to its length", first=first, keys=length + new_tokens)
     if cache.block_table is not None:
         ends = [length + new_tokens for length in lengths]
-        seen = [max(first, start) for first, start in zip(firsts, _first_in_window(problem, ends))]
-        begins = [min(first, length) if new_tokens else first for first, length in zip(seen, lengths)]
+        reads = _first_reads(problem, firsts, ends)
+        begins = [min(read, length) if new_tokens else read for read, length in zip(reads, lengths)]
         _check_table(cache.block_table, begins, lengths, ends, cache.k)
 
 
@@ -76,11 +76,13 @@ def query_lengths(problem: AttentionProblem) -> list[int]:
     return [q.shape[1]] * q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.diff().tolist()
 
 
-def _first_in_window(problem: AttentionProblem, ends: list[int]) -> list[int]:
-    """First slot that the first query of each sequence of ``ends`` keys sees."""
-    if problem.scores.window_left < 0:
-        return [0] * len(ends)
-    return [max(0, end - queries - problem.scores.window_left) for end, queries in zip(ends, query_lengths(problem))]
+def _first_reads(problem: AttentionProblem, firsts: list[int], ends: list[int]) -> list[int]:
+    """First slot that each sequence of ``ends`` keys reads: the first query's first, or none without queries."""
+    left = problem.scores.window_left
+    return [
+        end if queries == 0 else first if left < 0 else max(first, end - queries - left)
+        for first, end, queries in zip(firsts, ends, query_lengths(problem))
+    ]
 
 
 def _check_offsets(field: str, offsets: Tensor, total: int | None) -> int:
@@ -134,7 +136,7 @@ def _check_table(table: Tensor, begins: list[int], lengths: list[int], ends: lis
     for b, (begin, length, end) in enumerate(zip(begins, lengths, ends)):
         if length < 0:
             continue
-        for column in range(begin // page_size, -(-end // page_size)):
+        for column in range(begin // page_size, -(-end // page_size) if begin < end else 0):
             entry = rows[b][column]
             if not 0 <= entry < num_pages:
                 where = "{entry} at [{b}, {column}]"

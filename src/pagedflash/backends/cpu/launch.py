@@ -1,7 +1,4 @@
-"""The native library: finding it, choosing an instruction set, and packing shapes and addresses for it.
-
-``native/abi.h`` mirrors the layouts written here; the sizes are compared when the library is loaded.
-"""
+"""The native library: finding it, choosing an instruction set, and running problems on it."""
 
 from __future__ import annotations
 
@@ -11,16 +8,16 @@ import sys
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from struct import Struct
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from ...geometry import strides
+from ...geometry import fold_scores, strides
 from ...problem import Append, AttentionProblem, CacheWrite, KVCache
 from ...scoped import Scoped
 from ...validate_values import check_values, check_write_values
+from .abi import AttentionShape, QueryShape, Strides, WriteShape, mismatch, pack_addresses, pack_shape
 
 ISA_VARIABLE = "PAGEDFLASH_CPU_ISA"
 """Names the instruction set to use (``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``generic``) instead of the best one."""
@@ -32,13 +29,7 @@ LIBRARY = Path(__file__).with_name("pagedflash_cpu.dll" if os.name == "nt" else 
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# Every field is 8 bytes wide, in the order of native/abi.h.
-_WRITE = Struct("24q")
-_ATTENTION = Struct("24q 3q 8q 2d")
-_WRITE_ADDRESSES = Struct("9Q")
-_ADDRESSES = Struct("18Q")
-
-_DONE, _BAD_VALUES, _OUT_OF_MEMORY = 0, 1, 2
+_OK, _INVALID_VALUES, _OUT_OF_MEMORY = 0, 1, 2
 
 _CPU = torch.device("cpu")
 
@@ -55,18 +46,23 @@ class Library:
             raise Unavailable(
                 f"its native library ({path.name}) was not built: install pagedflash from a wheel, or with pip"
             )
+        self.path = path
         parallel_for, num_threads = _thread_pool()
         try:
             native = ctypes.CDLL(str(path))
         except OSError as error:
             raise Unavailable(f"its native library cannot be loaded: {error}") from error
+        if not hasattr(native, "pagedflash_abi"):
+            raise Unavailable(f"its native library ({path.name}) is of another version: reinstall pagedflash")
+        native.pagedflash_abi.restype = ctypes.c_char_p
+        if difference := mismatch(native.pagedflash_abi().decode()):
+            raise Unavailable(
+                f"its native library ({path.name}) is of another version, it has {difference}: reinstall pagedflash"
+            )
         native.pagedflash_isa_name.restype = ctypes.c_char_p
         for function in ("isa_name", "isa_present"):
             getattr(native, f"pagedflash_{function}").argtypes = [ctypes.c_int64]
         native.pagedflash_use_pool.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-        for struct, layout in (("write", _WRITE), ("attention", _ATTENTION), ("addresses", _ADDRESSES)):
-            if getattr(native, f"pagedflash_sizeof_{struct}")() != layout.size:
-                raise Unavailable(f"its native library ({path.name}) is of another version: reinstall pagedflash")
         self.run_attention = native.pagedflash_attention
         self.run_write = native.pagedflash_kv_write
         for run in (self.run_attention, self.run_write):
@@ -110,108 +106,97 @@ def _isa(native: Library) -> int:
     return native.isa if forced is None else forced
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What problems of one signature share."""
 
-    packed: bytes  # AttentionShape of native/abi.h
+    shape: bytes  # AttentionShape
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """Append (if asked) and attend. Lengths and tables are checked natively before anything is written."""
+    """Append (if asked) and attend. Lengths and tables are validated natively before anything is written."""
     native = library()
     plan = problem.plan("cpu", make_plan)
-    q: Tensor = problem.tensors[0]  # type: ignore[assignment]
-    out = torch.empty(*plan.out_shape, dtype=q.dtype, device=_CPU)
-    lse = torch.empty(*plan.lse_shape, dtype=torch.float32, device=_CPU)
-    status = native.run_attention(plan.packed, addresses(problem, out, lse), _isa(native))
-    if status != _DONE:
-        if status == _BAD_VALUES:
+    out = torch.empty(plan.out_shape, dtype=plan.dtype, device=_CPU)
+    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=_CPU)
+    status = native.run_attention(plan.shape, pack_addresses(*problem.tensors, out, lse), _isa(native))
+    if status != _OK:
+        if status == _INVALID_VALUES:
             check_values(problem)
         _fail(status)
     return out, lse
 
 
 def kv_write(write: CacheWrite) -> None:
-    """Write new keys and values. Lengths and tables are checked natively before anything is written."""
+    """Write new keys and values. Lengths and tables are validated natively before anything is written."""
     native = library()
-    shape = write.plan("cpu", describe_write)
-    k, v, table, rows, _, lengths, _, k_new, v_new, cos, sin = (
-        0 if tensor is None else tensor.data_ptr() for tensor in write.tensors
-    )
-    at = _WRITE_ADDRESSES.pack(k_new, v_new, k, v, lengths, table, rows, cos, sin)
-    status = native.run_write(shape, at, _isa(native))
-    if status != _DONE:
-        if status == _BAD_VALUES:
+    shape = write.plan("cpu", make_write_plan)
+    status = native.run_write(shape, pack_addresses(*write.tensors), _isa(native))
+    if status != _OK:
+        if status == _INVALID_VALUES:
             check_write_values(write)
         _fail(status)
 
 
-def _fail(status: int) -> None:
+def _fail(status: int) -> NoReturn:
     if status == _OUT_OF_MEMORY:
-        raise MemoryError("pagedflash: out of memory for the scratch space of an attention call")
+        raise MemoryError("pagedflash: out of memory for the scratch space of a call; nothing was written")
     raise RuntimeError(
-        "pagedflash: the native check refused lengths or tables that the Python check accepts; please report it"
+        "pagedflash: the native library rejected lengths or tables that the Python check accepts; please report it"
     )
 
 
-def describe_write(write: CacheWrite) -> bytes:
-    """``WriteShape`` of native/abi.h: all of a write but its addresses."""
-    return _WRITE.pack(*_write_fields(write.cache, write.append, write.batch_size))
-
-
-def make_plan(problem: AttentionProblem) -> _Plan:
-    q, slopes, scores = problem.queries.q, problem.scores.alibi_slopes, problem.scores
-    packed = _ATTENTION.pack(
-        *_write_fields(problem.cache, problem.append, problem.batch_size),
-        *strides(q),
-        slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
-        q.shape[-3],
-        problem.cache.k.shape[0],
-        q.shape[-2],
-        problem.queries.max_seqlen_q,
-        scores.window_left,
-        scores.window_right,
-        problem.num_splits,
-        scores.scale,
-        scores.softcap,
+def make_plan(problem: AttentionProblem) -> Plan:
+    q, slopes = problem.queries.q, problem.scores.alibi_slopes
+    shape = AttentionShape(
+        queries=QueryShape(
+            q_stride=Strides(*strides(q)),
+            q_tokens=q.shape[-3],
+            q_heads=q.shape[-2],
+            max_seqlen_q=problem.queries.max_seqlen_q,
+        ),
+        write=_write_shape(problem.cache, problem.append, problem.batch_size),
+        scores=fold_scores(problem.scores),
+        alibi_batch_stride=slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+        num_splits=problem.num_splits,
     )
-    return _Plan(packed, problem.out_shape, problem.lse_shape)
+    return Plan(pack_shape(shape), problem.out_shape, problem.lse_shape, q.dtype)
 
 
-def _write_fields(cache: KVCache, append: Append | None, batch: int) -> tuple[int, ...]:
-    """``WriteShape`` of native/abi.h."""
+def make_write_plan(write: CacheWrite) -> bytes:
+    return pack_shape(_write_shape(write.cache, write.append, write.batch_size))
+
+
+def _write_shape(cache: KVCache, append: Append | None, batch_size: int) -> WriteShape:
     k, v, table = cache.k, cache.v, cache.block_table
     page_size, kv_heads, head_dim = k.shape[-3:]
-    cos = None if append is None else append.rotary_cos
-    return (
-        *((0,) * 6 if append is None else (*strides(append.k_new), *strides(append.v_new))),
-        *strides(k),
-        *strides(v),
-        *((0, 0) if cos is None else cos.shape),
-        append is None or append.rotary_interleaved,
-        _DTYPES[k.dtype],
-        batch,
-        0 if append is None else append.k_new.shape[1],
-        kv_heads,
-        head_dim,
-        v.shape[-1],
-        k.shape[0] if k.dim() == 4 else 0,
-        page_size,
-        -1 if table is None else table.shape[1],
+    k_new_stride = v_new_stride = Strides(0, 0, 0)
+    num_new_tokens, rotary_rows, rotary_pairs, rotary_interleaved = 0, 0, 0, False
+    if append is not None:
+        k_new_stride, v_new_stride = Strides(*strides(append.k_new)), Strides(*strides(append.v_new))
+        num_new_tokens, rotary_interleaved = append.k_new.shape[1], append.rotary_interleaved
+        if append.rotary_cos is not None:
+            rotary_rows, rotary_pairs = append.rotary_cos.shape
+    return WriteShape(
+        k_stride=Strides(*strides(k)),
+        v_stride=Strides(*strides(v)),
+        k_new_stride=k_new_stride,
+        v_new_stride=v_new_stride,
+        rotary_rows=rotary_rows,
+        rotary_pairs=rotary_pairs,
+        rotary_interleaved=rotary_interleaved,
+        dtype=_DTYPES[k.dtype],
+        batch_size=batch_size,
+        num_new_tokens=num_new_tokens,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=v.shape[-1],
+        num_pages=k.shape[0] if k.dim() == 4 else 0,
+        page_size=page_size,
+        table_width=-1 if table is None else table.shape[1],
     )
-
-
-def addresses(problem: AttentionProblem, out: Tensor, lse: Tensor) -> bytes:
-    """``Addresses`` of native/abi.h, whose first half is ``WriteAddresses``."""
-    (
-        q, cu_q, used_q, k, v, table, rows, leftpad, lengths, cu_k, k_new, v_new, cos, sin, slopes, sinks,
-    ) = [0 if tensor is None else tensor.data_ptr() for tensor in problem.tensors]  # fmt: skip
-    return _ADDRESSES.pack(
-        k_new, v_new, k, v, lengths, table, rows, cos, sin,
-        q, out.data_ptr(), lse.data_ptr(), cu_q, cu_k, used_q, leftpad, slopes, sinks,
-    )  # fmt: skip
 
 
 def _present_isas(native: ctypes.CDLL) -> dict[str, int]:

@@ -1,115 +1,143 @@
-// decode: few query rows per key head against a range of keys. All query rows of a key head meet each key together, so that
-// keys and values are read once; a task takes all key heads of its tokens, so that memory is read in its own order.
+// decode: few packed-GQA rows per KV head against a range of keys. All rows of a KV head meet each key together, so that keys
+// and values are read once; a task takes all KV heads of its tokens, so that memory is read in address order.
 //
-//   queries   heads x rows x head_dim, kept for the whole task
-//   for each tile of tokens, for as many heads as the caches nearby hold queries of
-//     scores        few tokens by few tokens: heads x rows x these tokens
-//     softmax       row by row: scores become weights, in place
-//     values        few tokens by few tokens: sums of heads x rows x v_head_dim += weights x V
-//   one answer, or partial answer, per row
+//   queries        heads x rows x head_dim, kept for the whole task
+//   for each tile of tokens, for as many heads as the near caches hold queries of
+//     scores       a few tokens at a time: heads x rows x tokens of q.k
+//     softmax      row by row: scores become probabilities, in place
+//     output       a few tokens at a time: accumulators of heads x rows x v_head_dim += probabilities x V
+//   one output, or partial output, per row
 //
-// A block of tokens passes head by head, so that loaded queries and sums serve all of them. Meanwhile the next block is
-// asked for, token by token: memory answers fastest in its own order, whatever the order of use.
+// A block of 8 tokens passes head by head, so that loaded queries and accumulators serve all of them. Meanwhile the next block
+// is prefetched, token by token: memory is fastest in address order, whatever the order of use.
 //
 //                head 0   head 1   head 2
-//   token t      1####    3####    5####       the order of use, head by head
+//   token t      1####    3####    5####       order of use: head by head
 //   token t + 1  2####    4####    6####
 //   ...
-//   token t + 8  >>>>>    >>>>>    >>>>>       asked for meanwhile, line after line
+//   token t + 8  >>>>>    >>>>>    >>>>>       prefetched meanwhile: line after line
 //   token t + 9  >>>>>    >>...    .....
 #pragma once
 
-#include "task.h"
+#include "kv_format.h"
+#include "paging.h"
+#include "rows.h"
+#include "scratch.h"
 
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
 constexpr int64_t DECODE_TILE = 64;        // tokens
 constexpr int64_t BLOCK_TOKENS = 8;        // tokens that pass together, all heads of them before the next
-constexpr int64_t QUERY_BYTES = 64 << 10;  // queries (or sums) of the heads that pass together: they should stay near
+constexpr int64_t QUERY_BYTES = 64 << 10;  // queries (or accumulators) of the heads that pass together: should stay cached
 constexpr int ROW_BLOCK = 4;               // rows that share each loaded key
 
-// A single row works so little on each line that the processor's own prefetching keeps up, and asking would only be more
-// work, if the heads of a token take so many bytes: it prefetches within pages of that size.
+// A single row works so little on each line that the hardware prefetcher keeps up, and prefetching would only be more work, if
+// the heads of a token take so many bytes: the hardware prefetches within pages of that size.
 constexpr int64_t LONG_TOKEN_BYTES = 4 << 10;
 
-// As many sums as there are registers for, in independent chains: multiply-adds take longer than they are apart.
-constexpr int least(int a, int b) { return a < b ? a : b; }
-constexpr int tokens_at_once(int rows) { return rows == 3 ? 4 : least(4, ACCUMULATORS / rows); }
+// As many accumulators as there are registers for, in independent chains: a multiply-add takes longer than the next can start.
+constexpr int tokens_at_once(int rows) { return rows == 3 ? 4 : min(4, ACCUMULATORS / rows); }
 constexpr int chunks_at_once(int rows) {
-  return rows == 3 ? ACCUMULATORS / 4 : least(ACCUMULATORS / 2 / rows, 128 / (2 * LANES));
+  return rows == 3 ? ACCUMULATORS / 4 : min(ACCUMULATORS / 2 / rows, 128 / (2 * LANES));
 }
 
-template <class T>
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Calls body(Int<n>()) with n = min(rows, ROW_BLOCK), so that it is a constant in there.
+template <class Body>
+PAGEDFLASH_INLINE void with_row_count(int64_t rows, const Body& body) {
+  static_assert(ROW_BLOCK == 4);
+  switch (rows) {
+    case 1: return body(Int<1>());
+    case 2: return body(Int<2>());
+    case 3: return body(Int<3>());
+    default: return body(Int<4>());
+  }
+}
+
+template <class T, class KV>
 struct DecodeScratch {
-  DecodeScratch(Carver carver, const AttentionCall& call, int64_t heads, int64_t rows) {
-    queries = carver.take<typename Dot<T>::Query>(heads * rows * round_up(call.write.head_dim, CHUNK));
-    values = carver.take<float>(heads * rows * round_up(call.write.v_head_dim, CHUNK));
-    scores = carver.take<float>(heads * rows * DECODE_TILE);
-    states = carver.take<RowState>(heads * rows);
-    described = carver.take<Row>(heads * rows);
-    k = carver.take<const T*>(DECODE_TILE + BLOCK_TOKENS);
-    v = carver.take<const T*>(DECODE_TILE + BLOCK_TOKENS);
-    bytes = carver.taken();
+  using Query = typename KV::Query;
+  using Element = typename KV::Element;
+
+  DecodeScratch(ScratchArena arena, const AttentionProblem& problem, int64_t heads, int64_t rows) {
+    const int64_t query_size = round_up(problem.write.head_dim, CHUNK), out_size = round_up(problem.write.v_head_dim, CHUNK);
+    queries = arena.allocate<Query>(heads * rows * query_size);
+    accumulators = arena.allocate<float>(heads * rows * out_size);
+    scores = arena.allocate<float>(heads * rows * DECODE_TILE);
+    states = arena.allocate<SoftmaxState>(heads * rows);
+    score_rows = arena.allocate<ScoreRow>(heads * rows);
+    k = arena.allocate<const Element*>(DECODE_TILE + BLOCK_TOKENS);
+    v = arena.allocate<const Element*>(DECODE_TILE + BLOCK_TOKENS);
+    query = arena.allocate<T>(query_size);
+    values = arena.allocate<float>(out_size);
+    bytes = arena.used();
   }
 
-  // Queries and sums lie chunk by chunk, the rows of a chunk together: what meets a loaded chunk is found side by side.
-  typename Dot<T>::Query* queries;  // (heads, head_dim / CHUNK rounded up, rows, CHUNK)
-  float* values;                    // (heads, v_head_dim / CHUNK rounded up, rows, CHUNK), weighted sums
-  float* scores;                    // (heads, rows, DECODE_TILE)
-  RowState* states;                 // (heads, rows)
-  Row* described;                   // (heads, rows)
-  const T **k, **v;                 // where the tokens of the tile and the next block lie
+  // Queries and accumulators lie chunk by chunk, the rows of a chunk together: what meets a loaded chunk lies side by side.
+  Query* queries;            // (heads, head_dim / CHUNK rounded up, rows, CHUNK)
+  float* accumulators;       // (heads, v_head_dim / CHUNK rounded up, rows, CHUNK)
+  float* scores;             // (heads, rows, DECODE_TILE)
+  SoftmaxState* states;      // (heads, rows)
+  ScoreRow* score_rows;      // (heads, rows)
+  const Element **k, **v;    // addresses of the tokens of the tile and of the next block
+  T* query;                  // (head_dim rounded up), one row as it is loaded
+  float* values;             // (v_head_dim rounded up), one row as it is written
   int64_t bytes;
 };
 
-inline int64_t decode_scratch_bytes(const AttentionCall& call) {
-  return DecodeScratch<float>(Carver(nullptr), call, call.write.kv_heads, MAX_DECODE_ROWS).bytes;
+inline int64_t decode_scratch_bytes(const AttentionProblem& problem) {
+  return DecodeScratch<float, KVFormat<float>>(ScratchArena(nullptr), problem, problem.write.kv_heads, MAX_DECODE_ROWS).bytes;
 }
 
-template <class T>
+template <class T, class KV>
 class Decode {
  public:
   Decode(const Plan& plan, const Task& task, void* scratch)
-      : plan_(plan), call_(*plan.call), task_(task), sequence_(plan.sequences[task.sequence]), rule_(call_),
-        heads_(task.heads.size()), rows_(task.rows.size()), head_dim_(call_.write.head_dim),
-        v_head_dim_(call_.write.v_head_dim), query_size_(round_up(head_dim_, CHUNK)),
-        value_size_(round_up(v_head_dim_, CHUNK)),
-        asks_ahead_(rows_ > 1 || heads_ * head_dim_ * (int64_t)sizeof(T) < LONG_TOKEN_BYTES),
-        my_(Carver(scratch), call_, heads_, rows_) {}
+      : plan_(plan), problem_(plan.problem), task_(task), sequence_(plan.sequences[task.sequence]), score_(problem_),
+        heads_(task.kv_heads.size()), rows_(task.rows.size()), head_dim_(problem_.write.head_dim),
+        v_head_dim_(problem_.write.v_head_dim), query_size_(round_up(head_dim_, CHUNK)),
+        out_size_(round_up(v_head_dim_, CHUNK)),
+        prefetches_(rows_ > 1 || heads_ * head_dim_ * (int64_t)sizeof(Element) < LONG_TOKEN_BYTES),
+        scratch_(ScratchArena(scratch), problem_, heads_, rows_) {}
 
   void run() {
     load_queries();
-    const int64_t heads_at_once = greater(1, QUERY_BYTES / (rows_ * query_size_ * (int64_t)sizeof(Query)));
+    const int64_t heads_at_once = max<int64_t>(1, QUERY_BYTES / (rows_ * query_size_ * (int64_t)sizeof(Query)));
     for (int64_t first = task_.keys.begin; first < task_.keys.end; first += DECODE_TILE) {
-      const int64_t tokens = lesser(DECODE_TILE, task_.keys.end - first);
-      find_tokens(first);
+      const int64_t tokens = min(DECODE_TILE, task_.keys.end - first);
+      locate_tile(first);
       for (int64_t head = 0; head < heads_; head += heads_at_once) {
-        const Range heads = {head, lesser(heads_, head + heads_at_once)};
-        score_tile(heads, tokens);
-        soften_tile(heads, first, tokens);
-        add_tile(heads, tokens);
+        const Range heads = {head, min(heads_, head + heads_at_once)};
+        with_row_count(rows_, [&](auto rows) { score_tile<decltype(rows)::value>(heads, tokens); });
+        softmax(heads, first, tokens);
+        with_row_count(rows_, [&](auto rows) { accumulate_tile<decltype(rows)::value>(heads, tokens); });
       }
     }
     finish();
   }
 
  private:
-  using Query = typename Dot<T>::Query;
+  using Element = typename KV::Element;
+  using Query = typename KV::Query;
 
   static constexpr int64_t STEP = 2 * CHUNK;
 
-  // Lines of keys or values that will be needed, head after head, token by token: in the order of memory.
-  class Upcoming {
+  // Prefetches tokens line after line: all heads of a token, then the next token.
+  class Prefetcher {
    public:
-    PAGEDFLASH_INLINE Upcoming(const T* const* token, Range heads, int64_t stride, int64_t size)
+    PAGEDFLASH_INLINE Prefetcher(const Element* const* token, Range heads, int64_t stride, int64_t size)
         : token_(token), heads_(heads), stride_(stride), size_(size), head_(heads.begin) {}
-    PAGEDFLASH_INLINE void ask(int64_t lines) {
+    PAGEDFLASH_INLINE void next(int64_t lines) {
       for (int64_t i = 0; i < lines; i++) {
-        fetch(*token_ + head_ * stride_ + at_);
-        at_ += LINE / sizeof(T);
-        if (at_ < size_) continue;
-        at_ = 0;
+        prefetch(*token_ + head_ * stride_ + element_);
+        element_ += CACHE_LINE / sizeof(Element);
+        if (element_ < size_) continue;
+        element_ = 0;
         if (++head_ < heads_.end) continue;
         head_ = heads_.begin;
         token_++;
@@ -117,223 +145,202 @@ class Decode {
     }
 
    private:
-    const T* const* token_;
+    const Element* const* token_;
     const Range heads_;
     const int64_t stride_, size_;
-    int64_t head_, at_ = 0;
+    int64_t head_, element_ = 0;
   };
 
   void load_queries() {
-    T row[MAX_HEAD_DIM + CHUNK];
     for (int64_t i = 0; i < heads_ * rows_; i++) {
-      const int64_t head = i / rows_, kv_head = task_.heads.begin + head;
-      load_query(call_, sequence_, kv_head, i % rows_, row, query_size_);
-      Query* to = my_.queries + head * rows_ * query_size_ + i % rows_ * CHUNK;
-      for (int64_t d = 0; d < query_size_; d += CHUNK) Dot<T>::store_query(to + d * rows_, row + d);
-      my_.described[i] = describe_row(call_, sequence_, kv_head, i % rows_);
-      my_.states[i] = RowState();
+      const int64_t head = i / rows_, row = i % rows_;
+      const QueryAndHead at = unpack_row(problem_, task_.kv_heads.begin + head, row);
+      load_query(problem_, sequence_, at.query, at.head, scratch_.query, query_size_);
+      Query* to = scratch_.queries + head * rows_ * query_size_ + row * CHUNK;
+      for (int64_t d = 0; d < query_size_; d += CHUNK) KV::store_query(to + d * rows_, scratch_.query + d);
+      scratch_.score_rows[i] = score_row(problem_, sequence_, at.query, at.head);
+      scratch_.states[i] = SoftmaxState();
     }
-    memset(my_.values, 0, heads_ * rows_ * value_size_ * sizeof(float));
+    memset(scratch_.accumulators, 0, heads_ * rows_ * out_size_ * sizeof(float));
   }
 
-  // The tile's tokens and the next block's, which the tile before has found; behind the last key it is repeated.
-  void find_tokens(int64_t first) {
-    const int64_t known = first == task_.keys.begin ? 0 : BLOCK_TOKENS, wanted = DECODE_TILE + BLOCK_TOKENS;
-    memcpy(my_.k, my_.k + DECODE_TILE, known * sizeof(T*));
-    memcpy(my_.v, my_.v + DECODE_TILE, known * sizeof(T*));
-    const int64_t found = greater(known, lesser(wanted, task_.keys.end - first));
-    locate(call_, sequence_, first + known, found - known, my_.k + known, my_.v + known);
-    for (int64_t t = found; t < wanted; t++) {
-      my_.k[t] = my_.k[found - 1];
-      my_.v[t] = my_.v[found - 1];
-    }
-  }
-
-  void score_tile(Range heads, int64_t tokens) {
-    switch (lesser(rows_, ROW_BLOCK)) {
-      case 1: return score_tokens<1>(heads, tokens);
-      case 2: return score_tokens<2>(heads, tokens);
-      case 3: return score_tokens<3>(heads, tokens);
-      case 4: return score_tokens<4>(heads, tokens);
+  // The tile's tokens and the next block's, some of which the tile before has located. Behind the last key it is repeated.
+  void locate_tile(int64_t first) {
+    const int64_t count = DECODE_TILE + BLOCK_TOKENS, known = first == task_.keys.begin ? 0 : BLOCK_TOKENS;
+    memcpy(scratch_.k, scratch_.k + DECODE_TILE, known * sizeof(Element*));
+    memcpy(scratch_.v, scratch_.v + DECODE_TILE, known * sizeof(Element*));
+    const int64_t located = max(known, min(count, task_.keys.end - first));
+    locate(problem_, sequence_, first + known, located - known, scratch_.k + known, scratch_.v + known);
+    for (int64_t t = located; t < count; t++) {
+      scratch_.k[t] = scratch_.k[located - 1];
+      scratch_.v[t] = scratch_.v[located - 1];
     }
   }
 
-  // What the loops need lies in local constants, here and in add_tokens: behind every store the compiler would read the
+  // What the loops need lies in local constants, here and in accumulate_tile: behind every store the compiler would read the
   // members again.
   template <int ROWS>
-  void score_tokens(Range heads, int64_t tokens) {
+  void score_tile(Range heads, int64_t tokens) {
     constexpr int TOKENS = tokens_at_once(ROWS);
     const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, query_size = query_size_;
-    const int64_t k_head = call_.write.k_stride.head;
-    const int64_t lines = asks_ahead_ ? TOKENS * STEP * sizeof(T) / LINE : 0;
-    const T* const* k = my_.k;
-    const Range all_heads = {task_.heads.begin + heads.begin, task_.heads.begin + heads.end};
+    const int64_t k_head = problem_.write.k_stride.head;
+    const int64_t lines = prefetches_ ? TOKENS * STEP * sizeof(Element) / CACHE_LINE : 0;
+    const Element* const* k = scratch_.k;
+    const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
     for (int64_t begin = 0; begin < tokens; begin += BLOCK_TOKENS) {
-      Upcoming upcoming(k + begin + BLOCK_TOKENS, all_heads, k_head, head_dim_);
+      Prefetcher prefetcher(k + begin + BLOCK_TOKENS, all_heads, k_head, head_dim_);
       for (int64_t head = heads.begin; head < heads.end; head++) {
-        const int64_t offset = (task_.heads.begin + head) * k_head;
-        const Query* query = my_.queries + head * rows * query_size;
+        const int64_t offset = (task_.kv_heads.begin + head) * k_head;
+        const Query* query = scratch_.queries + head * rows * query_size;
         for (int64_t t = begin; t < begin + BLOCK_TOKENS; t += TOKENS) {
-          const T* key[TOKENS];
-          for (int j = 0; j < TOKENS; j++) {
-            key[j] = k[t + j] + offset;
-          }
-          float* scores = my_.scores + head * rows * DECODE_TILE + t;
-          score_block<ROWS, TOKENS, true>(key, query, rows, scores, upcoming, lines);
+          const Element* key[TOKENS];
+          for (int j = 0; j < TOKENS; j++) key[j] = k[t + j] + offset;
+          float* scores = scratch_.scores + head * rows * DECODE_TILE + t;
+          score_block<ROWS, TOKENS, true>(key, query, rows, scores, prefetcher, lines);
           if (ROWS < ROW_BLOCK) continue;
-          for (int64_t row = ROWS; row < rows; row += ROWS) {
-            const Query* of_rows = query + row * CHUNK;
-            float* to = scores + row * DECODE_TILE;
-            switch (lesser(ROWS, rows - row)) {
-              case 1: score_block<1, TOKENS, false>(key, of_rows, rows, to, upcoming, 0); break;
-              case 2: score_block<2, TOKENS, false>(key, of_rows, rows, to, upcoming, 0); break;
-              case 3: score_block<3, TOKENS, false>(key, of_rows, rows, to, upcoming, 0); break;
-              case 4: score_block<4, TOKENS, false>(key, of_rows, rows, to, upcoming, 0); break;
-            }
-          }
+          for (int64_t row = ROWS; row < rows; row += ROWS)
+            with_row_count(rows - row, [&](auto count) {
+              score_block<decltype(count)::value, TOKENS, false>(key, query + row * CHUNK, rows, scores + row * DECODE_TILE,
+                                                                 prefetcher, 0);
+            });
         }
       }
     }
   }
 
-  // Dot products of ROWS query rows with TOKENS keys. Each pair has a register of sums (or two, one for every other chunk);
-  // totals() then folds LANES of these registers into one. One block of rows (ASKS) asks for upcoming lines on the way.
+  // Dot products of ROWS queries with TOKENS keys. Each pair has a register to accumulate in (or two, one for every other
+  // chunk); reduce_sums() then folds LANES of these registers into one. One block of rows (PREFETCHES) prefetches on the way.
   //
-  //            key t   key t+1            a loaded chunk of a key meets all ROWS rows,
-  //   row 0    sum     sum                a row's chunk comes from the nearest cache
-  //   row 1    sum     sum
-  template <int ROWS, int TOKENS, bool ASKS>
-  PAGEDFLASH_INLINE void score_block(const T* const* key, const Query* query, int64_t rows, float* scores,
-                                     Upcoming& upcoming, int64_t lines) {
-    constexpr int SUMS = (ROWS * TOKENS + LANES - 1) / LANES * LANES;
+  //            key t        key t+1           a loaded chunk of a key meets all ROWS rows,
+  //   row 0    accumulator  accumulator       a row's chunk comes from the first-level cache
+  //   row 1    accumulator  accumulator
+  template <int ROWS, int TOKENS, bool PREFETCHES>
+  PAGEDFLASH_INLINE void score_block(const Element* const* key, const Query* query, int64_t rows, float* scores,
+                                     Prefetcher& prefetcher, int64_t lines) {
+    constexpr int COUNT = (ROWS * TOKENS + LANES - 1) / LANES * LANES;
     constexpr int CHAINS = ROWS * TOKENS * 2 <= ACCUMULATORS ? 2 : 1;
     const int64_t head_dim = head_dim_, whole = head_dim / STEP * STEP;
-    Vec sum[CHAINS][SUMS];
+    Vec accumulator[CHAINS][COUNT];
     for (int chain = 0; chain < CHAINS; chain++)
-      for (int i = 0; i < SUMS; i++) sum[chain][i] = zero();
+      for (int i = 0; i < COUNT; i++) accumulator[chain][i] = zero();
     for (int64_t d = 0; d < whole; d += STEP) {
-      if (ASKS) upcoming.ask(lines);
+      if (PREFETCHES) prefetcher.next(lines);
       for (int c = 0; c < STEP; c += CHUNK)
-        score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key(key[j] + d + c); }, query + (d + c) * rows,
-                                  sum[c / CHUNK % CHAINS]);
+        score_chunk<ROWS, TOKENS>([&](int j) { return KV::load_key(key[j] + d + c); }, query + (d + c) * rows,
+                                  accumulator[c / CHUNK % CHAINS]);
     }
     for (int64_t d = whole; d < head_dim; d += CHUNK)
-      score_chunk<ROWS, TOKENS>([&](int j) { return Dot<T>::load_key_part(key[j] + d, head_dim - d); }, query + d * rows,
-                                sum[0]);
-    float folded[SUMS];
-    for (int i = 0; i < SUMS; i++)
-      if (CHAINS == 2) sum[0][i] = add(sum[0][i], sum[CHAINS - 1][i]);
-    for (int i = 0; i < SUMS; i += LANES) store(folded + i, totals(sum[0] + i));
-    for (int r = 0; r < ROWS; r++) memcpy(scores + r * DECODE_TILE, folded + r * TOKENS, TOKENS * sizeof(float));
+      score_chunk<ROWS, TOKENS>([&](int j) { return KV::load_key_part(key[j] + d, head_dim - d); }, query + d * rows,
+                                accumulator[0]);
+    float dots[COUNT];
+    for (int i = 0; i < COUNT; i++)
+      if (CHAINS == 2) accumulator[0][i] = add(accumulator[0][i], accumulator[CHAINS - 1][i]);
+    for (int i = 0; i < COUNT; i += LANES) store(dots + i, reduce_sums(accumulator[0] + i));
+    for (int r = 0; r < ROWS; r++) memcpy(scores + r * DECODE_TILE, dots + r * TOKENS, TOKENS * sizeof(float));
   }
 
   // One chunk of each key and row. What is loaded first stays in registers while the other side passes.
   template <int ROWS, int TOKENS, class LoadKey>
-  static PAGEDFLASH_INLINE void score_chunk(const LoadKey& load_key, const Query* query, Vec* sum) {
-    using Loaded = typename Dot<T>::Loaded;
+  static PAGEDFLASH_INLINE void score_chunk(const LoadKey& load_key, const Query* query, Vec* accumulator) {
+    using Key = typename KV::Key;
     if constexpr (ROWS >= TOKENS) {
-      Loaded keys[TOKENS];
+      Key keys[TOKENS];
       for (int j = 0; j < TOKENS; j++) keys[j] = load_key(j);
       for (int r = 0; r < ROWS; r++) {
-        const Loaded row = Dot<T>::load_query(query + r * CHUNK);
-        for (int j = 0; j < TOKENS; j++) sum[r * TOKENS + j] = Dot<T>::step(keys[j], row, sum[r * TOKENS + j]);
+        const Key row = KV::load_query(query + r * CHUNK);
+        for (int j = 0; j < TOKENS; j++) {
+          Vec& sum = accumulator[r * TOKENS + j];
+          sum = KV::dot(keys[j], row, sum);
+        }
       }
     } else {
-      Loaded rows[ROWS];
-      for (int r = 0; r < ROWS; r++) rows[r] = Dot<T>::load_query(query + r * CHUNK);
+      Key rows[ROWS];
+      for (int r = 0; r < ROWS; r++) rows[r] = KV::load_query(query + r * CHUNK);
       for (int j = 0; j < TOKENS; j++) {
-        const Loaded key = load_key(j);
-        for (int r = 0; r < ROWS; r++) sum[r * TOKENS + j] = Dot<T>::step(key, rows[r], sum[r * TOKENS + j]);
+        const Key key = load_key(j);
+        for (int r = 0; r < ROWS; r++) {
+          Vec& sum = accumulator[r * TOKENS + j];
+          sum = KV::dot(key, rows[r], sum);
+        }
       }
     }
   }
 
-  void soften_tile(Range heads, int64_t first, int64_t tokens) {
+  void softmax(Range heads, int64_t first, int64_t tokens) {
     for (int64_t i = heads.begin * rows_; i < heads.end * rows_; i++) {
-      const float shrink = softmax_tile(my_.scores + i * DECODE_TILE, first, tokens, rule_, my_.described[i], my_.states[i]);
-      if (shrink == 1.0f) continue;
-      float* values = row_values(i);
-      for (int64_t d = 0; d < value_size_; d += CHUNK, values += rows_ * CHUNK)
-        for (int64_t j = 0; j < CHUNK; j += LANES) store(values + j, mul(splat(shrink), load(values + j)));
+      const float alpha = softmax_tile(scratch_.scores + i * DECODE_TILE, score_, scratch_.score_rows[i], first, tokens,
+                                       scratch_.states[i]);
+      if (alpha == 1.0f) continue;
+      float* chunk = row_accumulators(i);
+      for (int64_t d = 0; d < out_size_; d += CHUNK, chunk += rows_ * CHUNK)
+        for (int64_t j = 0; j < CHUNK; j += LANES) store(chunk + j, mul(splat(alpha), load(chunk + j)));
     }
   }
 
-  // The first chunk of a row's sums; the others are rows_ * CHUNK apart.
-  float* row_values(int64_t i) const { return my_.values + i / rows_ * rows_ * value_size_ + i % rows_ * CHUNK; }
-
-  void add_tile(Range heads, int64_t tokens) {
-    switch (lesser(rows_, ROW_BLOCK)) {
-      case 1: return add_tokens<1>(heads, tokens);
-      case 2: return add_tokens<2>(heads, tokens);
-      case 3: return add_tokens<3>(heads, tokens);
-      case 4: return add_tokens<4>(heads, tokens);
-    }
+  // The first chunk of a row's accumulators; the others are rows_ * CHUNK apart.
+  float* row_accumulators(int64_t i) const {
+    return scratch_.accumulators + i / rows_ * rows_ * out_size_ + i % rows_ * CHUNK;
   }
 
   template <int ROWS>
-  void add_tokens(Range heads, int64_t tokens) {
+  void accumulate_tile(Range heads, int64_t tokens) {
     constexpr int CHUNKS = chunks_at_once(ROWS);
-    const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, value_size = value_size_;
-    const int64_t v_head = call_.write.v_stride.head, v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
-    const T* const* v = my_.v;
-    const Range all_heads = {task_.heads.begin + heads.begin, task_.heads.begin + heads.end};
-    const int64_t lines = asks_ahead_ ? BLOCK_TOKENS * CHUNKS * CHUNK * sizeof(T) / LINE : 0;
+    const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, out_size = out_size_;
+    const int64_t v_head = problem_.write.v_stride.head, v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
+    const Element* const* v = scratch_.v;
+    const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
+    const int64_t lines = prefetches_ ? BLOCK_TOKENS * CHUNKS * CHUNK * sizeof(Element) / CACHE_LINE : 0;
     for (int64_t t = 0; t < tokens; t += BLOCK_TOKENS) {
-      const int64_t count = lesser(BLOCK_TOKENS, tokens - t);
-      Upcoming upcoming(v + t + BLOCK_TOKENS, all_heads, v_head, v_head_dim);
+      const int64_t count = min(BLOCK_TOKENS, tokens - t);
+      Prefetcher prefetcher(v + t + BLOCK_TOKENS, all_heads, v_head, v_head_dim);
       for (int64_t head = heads.begin; head < heads.end; head++) {
-        const int64_t offset = (task_.heads.begin + head) * v_head;
-        const float* weights = my_.scores + head * rows * DECODE_TILE + t;
-        float* sums = my_.values + head * rows * value_size;
-        const T* value[BLOCK_TOKENS];
+        const int64_t offset = (task_.kv_heads.begin + head) * v_head;
+        const float* weights = scratch_.scores + head * rows * DECODE_TILE + t;
+        float* accumulators = scratch_.accumulators + head * rows * out_size;
+        const Element* value[BLOCK_TOKENS];
         for (int j = 0; j < BLOCK_TOKENS; j++) value[j] = v[t + j] + offset;
         int64_t d = 0;
         if (count == BLOCK_TOKENS) {
           for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK) {
-            upcoming.ask(lines);
-            add_chunks<ROWS, CHUNKS, BLOCK_TOKENS>(value, count, d, weights, rows, sums + d * rows);
+            prefetcher.next(lines);
+            accumulate_chunks<ROWS, CHUNKS, BLOCK_TOKENS>(value, count, d, weights, rows, accumulators + d * rows);
           }
           for (; d < whole; d += CHUNK)
-            add_chunks<ROWS, 1, BLOCK_TOKENS>(value, count, d, weights, rows, sums + d * rows);
+            accumulate_chunks<ROWS, 1, BLOCK_TOKENS>(value, count, d, weights, rows, accumulators + d * rows);
         }
         for (; d < v_head_dim; d += CHUNK)
-          add_chunks<ROWS, 1, 0>(value, count, d, weights, rows, sums + d * rows);
+          accumulate_chunks<ROWS, 1, 0>(value, count, d, weights, rows, accumulators + d * rows);
       }
     }
   }
 
-  // CHUNKS chunks from element d on: all rows, while the chunks are near. COUNT tokens in whole chunks; if 0, `count` tokens
+  // CHUNKS chunks from element d on: all rows, while the chunks are cached. COUNT tokens in whole chunks; if 0, `count` tokens
   // in chunks that may reach behind the end of a row.
   template <int ROWS, int CHUNKS, int COUNT>
-  PAGEDFLASH_INLINE void add_chunks(const T* const* value, int64_t count, int64_t d,
-                                    const float* weights, int64_t rows, float* sums) {
-    add_block<ROWS, CHUNKS, COUNT>(value, count, d, weights, rows, sums);
+  PAGEDFLASH_INLINE void accumulate_chunks(const Element* const* value, int64_t count, int64_t d, const float* weights,
+                                           int64_t rows, float* accumulators) {
+    accumulate_block<ROWS, CHUNKS, COUNT>(value, count, d, weights, rows, accumulators);
     if (ROWS < ROW_BLOCK) return;
-    for (int64_t row = ROWS; row < rows; row += ROWS) {
-      const float* of_rows = weights + row * DECODE_TILE;
-      float* to = sums + row * CHUNK;
-      switch (lesser(ROWS, rows - row)) {
-        case 1: add_block<1, CHUNKS, COUNT>(value, count, d, of_rows, rows, to); break;
-        case 2: add_block<2, CHUNKS, COUNT>(value, count, d, of_rows, rows, to); break;
-        case 3: add_block<3, CHUNKS, COUNT>(value, count, d, of_rows, rows, to); break;
-        case 4: add_block<4, CHUNKS, COUNT>(value, count, d, of_rows, rows, to); break;
-      }
-    }
+    for (int64_t row = ROWS; row < rows; row += ROWS)
+      with_row_count(rows - row, [&](auto block) {
+        accumulate_block<decltype(block)::value, CHUNKS, COUNT>(value, count, d, weights + row * DECODE_TILE, rows,
+                                                                accumulators + row * CHUNK);
+      });
   }
 
-  // Sums of ROWS rows and CHUNKS chunks, in registers, += weights x values.
+  // ROWS rows and CHUNKS chunks, in registers: accumulators += probabilities x values.
   template <int ROWS, int CHUNKS, int COUNT>
-  PAGEDFLASH_INLINE void add_block(const T* const* value, int64_t count, int64_t d,
-                                   const float* weights, int64_t rows, float* sums) {
+  PAGEDFLASH_INLINE void accumulate_block(const Element* const* value, int64_t count, int64_t d, const float* weights,
+                                          int64_t rows, float* accumulators) {
     const int64_t v_head_dim = v_head_dim_;
     Vec sum[ROWS][2 * CHUNKS];
     for (int c = 0; c < CHUNKS; c++)
       for (int r = 0; r < ROWS; r++)
-        for (int i = 0; i < 2; i++) sum[r][2 * c + i] = load(sums + (c * rows + r) * CHUNK + i * LANES);
+        for (int i = 0; i < 2; i++) sum[r][2 * c + i] = load(accumulators + (c * rows + r) * CHUNK + i * LANES);
     const auto add_token = [&](int64_t j) {
       for (int c = 0; c < CHUNKS; c++) {
         const int64_t at = d + c * CHUNK;
-        const Chunk chunk = COUNT ? load_chunk(value[j] + at) : load_chunk_of(value[j], at, v_head_dim);
+        const Chunk chunk = COUNT ? KV::load_value(value[j] + at) : KV::load_value_part(value[j] + at, v_head_dim - at);
         for (int r = 0; r < ROWS; r++) {
           const Vec weight = splat(weights[r * DECODE_TILE + j]);
           sum[r][2 * c] = fma(weight, chunk.a, sum[r][2 * c]);
@@ -349,31 +356,30 @@ class Decode {
     }
     for (int c = 0; c < CHUNKS; c++)
       for (int r = 0; r < ROWS; r++)
-        for (int i = 0; i < 2; i++) store(sums + (c * rows + r) * CHUNK + i * LANES, sum[r][2 * c + i]);
+        for (int i = 0; i < 2; i++) store(accumulators + (c * rows + r) * CHUNK + i * LANES, sum[r][2 * c + i]);
   }
 
   void finish() {
     for (int64_t i = 0; i < heads_ * rows_; i++) {
-      const float* chunks = row_values(i);
-      float values[MAX_HEAD_DIM + CHUNK];
-      for (int64_t d = 0; d < value_size_; d += CHUNK, chunks += rows_ * CHUNK) {
+      const float* chunks = row_accumulators(i);
+      for (int64_t d = 0; d < out_size_; d += CHUNK, chunks += rows_ * CHUNK) {
         Chunk chunk = {load(chunks), load(chunks + LANES)};
-        restore_order<T>(chunk);
-        store(values + d, chunk.a);
-        store(values + d + LANES, chunk.b);
+        KV::restore_order(chunk);
+        store(scratch_.values + d, chunk.a);
+        store(scratch_.values + d + LANES, chunk.b);
       }
-      finish_row<T>(plan_, task_, task_.heads.begin + i / rows_, i % rows_, values, my_.states[i]);
+      finish_row<T>(plan_, task_, task_.kv_heads.begin + i / rows_, i % rows_, scratch_.values, scratch_.states[i]);
     }
   }
 
   const Plan& plan_;
-  const AttentionCall& call_;
+  const AttentionProblem& problem_;
   const Task& task_;
   const Sequence& sequence_;
-  const ScoreRule rule_;
-  const int64_t heads_, rows_, head_dim_, v_head_dim_, query_size_, value_size_;
-  const bool asks_ahead_;
-  const DecodeScratch<T> my_;
+  const Score score_;
+  const int64_t heads_, rows_, head_dim_, v_head_dim_, query_size_, out_size_;
+  const bool prefetches_;
+  const DecodeScratch<T, KV> scratch_;
 };
 
 }  // namespace PAGEDFLASH_ISA

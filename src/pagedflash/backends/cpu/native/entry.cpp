@@ -1,14 +1,14 @@
 // The C functions that ../launch.py calls, and torch's thread pool.
 //
-//   pagedflash_attention     screen -> kv_write -> plan -> decode and prefill tasks -> combine
-//   pagedflash_kv_write      screen -> kv_write
+//   pagedflash_attention     validate -> plan -> kv_write -> decode and prefill tasks -> combine
+//   pagedflash_kv_write      validate -> kv_write
 #include <stdlib.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include "kernels.h"
-#include "screen.h"
+#include "validate.h"
 
 #if defined(_WIN32)
 #define PAGEDFLASH_EXPORT extern "C" __declspec(dllexport)
@@ -39,9 +39,9 @@ void parallel(int64_t count, int64_t grain, const Body& body) {
 constexpr int64_t GRAIN_BYTES = 64 << 10;  // less is not worth waking a thread for
 constexpr int64_t ALIGNMENT = 64;
 
-// A large answer lies in memory that nobody has touched: thousands of page faults, or few where the system has huge pages to
-// give. Only advice (as NumPy gives for its arrays); what comes of it changes no result.
-void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+// A large output lies in memory that nobody has touched: thousands of page faults, or few where the system has huge pages to
+// give. Only advice (as NumPy gives for its arrays); it changes no result.
+void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t HUGE_PAGE = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
@@ -52,7 +52,7 @@ void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t 
 
 void kv_write(const Kernels& kernels, const CacheWrite& write) {
   const int64_t token_bytes = write.kv_heads * (write.head_dim + write.v_head_dim) * element_size(write.dtype);
-  parallel(write.batch * write.new_tokens, GRAIN_BYTES / greater(1, token_bytes) + 1,
+  parallel(write.batch_size * write.num_new_tokens, GRAIN_BYTES / max<int64_t>(1, token_bytes) + 1,
            [&](Range tokens) { kernels.kv_write(write, tokens); });
 }
 
@@ -69,37 +69,51 @@ void run_tasks(const Kernels& kernels, const Plan& plan, int64_t workers, char* 
   });
 }
 
-Status attend(const Kernels& kernels, const AttentionCall& call) {
+// Memory may run out while the cache is as it was: it is written last.
+Status attention(const Kernels& kernels, const AttentionProblem& problem) {
+  const CacheWrite& write = problem.write;
   uint32_t threads = 1;
   torch_get_num_threads(&threads);
-  Plan plan;
-  if (!plan.make(call, threads)) return OUT_OF_MEMORY;
-  if (!plan.tasks.size()) return DONE;
+  Plan plan(problem);
+  if (!plan.build(threads)) return OUT_OF_MEMORY;
 
-  const int64_t workers = lesser(threads, plan.tasks.size());
-  const int64_t scratch_bytes = round_up(kernels.scratch_bytes(call), ALIGNMENT);
-  const int64_t partial_floats = plan.partial_rows * (call.write.v_head_dim + 1);
+  const int64_t workers = min<int64_t>(threads, plan.tasks.size());
+  const int64_t scratch_bytes = workers ? round_up(kernels.scratch_bytes(problem), ALIGNMENT) : 0;
+  const int64_t partial_floats = plan.partial_rows * (write.v_head_dim + 1);
   char* memory = static_cast<char*>(malloc(workers * scratch_bytes + partial_floats * sizeof(float) + ALIGNMENT));
   if (!memory) return OUT_OF_MEMORY;
   char* scratch = memory + (ALIGNMENT - reinterpret_cast<uintptr_t>(memory) % ALIGNMENT);
   plan.partial_out = reinterpret_cast<float*>(scratch + workers * scratch_bytes);
-  plan.partial_lse = plan.partial_out + plan.partial_rows * call.write.v_head_dim;
+  plan.partial_lse = plan.partial_out + plan.partial_rows * write.v_head_dim;
 
-  const int64_t sequences = call.cu_seqlens_q ? 1 : call.write.batch;
-  ask_for_huge_pages(call.out, sequences * call.q_tokens * call.q_heads * call.write.v_head_dim * element_size(call.write.dtype));
+  if (write.k_new) kv_write(kernels, write);
+  const int64_t tokens = problem.cu_seqlens_q ? problem.q_tokens : write.batch_size * problem.q_tokens;
+  advise_huge_pages(problem.out, out_offset(problem, tokens, 0) * element_size(write.dtype));
   run_tasks(kernels, plan, workers, scratch, scratch_bytes);
-  if (plan.merged_rows) {
-    const int64_t row_bytes = plan.partial_rows / plan.merged_rows * call.write.v_head_dim * sizeof(float);
-    parallel(plan.merged_rows, GRAIN_BYTES / greater(1, row_bytes) + 1, [&](Range rows) { kernels.combine(plan, rows); });
+  if (plan.reduced_rows) {
+    const int64_t row_bytes = plan.partial_rows / plan.reduced_rows * write.v_head_dim * sizeof(float);
+    parallel(plan.reduced_rows, GRAIN_BYTES / max<int64_t>(1, row_bytes) + 1,
+             [&](Range rows) { kernels.combine(plan, rows); });
   }
   free(memory);
-  return DONE;
+  return OK;
 }
+
+constexpr char ABI[] =
+#define STRUCT(name) #name
+#define FIELD(type, name) " " #name ":" #type
+#define TENSOR(type, name) " " #name
+#define END "\n"
+#include "abi.def"
+    ;
 
 }  // namespace
 }  // namespace pagedflash
 
 using namespace pagedflash;
+
+// Every struct of abi.def, one a line: its name, then its fields.
+PAGEDFLASH_EXPORT const char* pagedflash_abi() { return ABI; }
 
 PAGEDFLASH_EXPORT void pagedflash_use_pool(void* parallel_for, void* get_num_threads) {
   torch_parallel_for = reinterpret_cast<TorchParallelFor>(parallel_for);
@@ -108,21 +122,16 @@ PAGEDFLASH_EXPORT void pagedflash_use_pool(void* parallel_for, void* get_num_thr
 
 PAGEDFLASH_EXPORT const char* pagedflash_isa_name(int64_t isa) { return isa_name(isa); }
 PAGEDFLASH_EXPORT int64_t pagedflash_isa_present(int64_t isa) { return kernels_of(isa) != nullptr; }
-PAGEDFLASH_EXPORT int64_t pagedflash_sizeof_addresses() { return sizeof(Addresses); }
-PAGEDFLASH_EXPORT int64_t pagedflash_sizeof_attention() { return sizeof(AttentionShape); }
-PAGEDFLASH_EXPORT int64_t pagedflash_sizeof_write() { return sizeof(WriteShape); }
 
-PAGEDFLASH_EXPORT int64_t pagedflash_attention(const AttentionShape* shape, const Addresses* at, int64_t isa) {
-  const AttentionCall call = {at->attention, shape->attention, {at->write, shape->write}};
-  if (!values_are_good(call)) return BAD_VALUES;
-  const Kernels& kernels = *kernels_of(isa);
-  if (call.write.k_new) kv_write(kernels, call.write);
-  return attend(kernels, call);
+PAGEDFLASH_EXPORT int64_t pagedflash_attention(const AttentionShape* shape, const AttentionAddresses* at, int64_t isa) {
+  const AttentionProblem problem(*at, *shape);
+  const Status status = validate(problem);
+  return status == OK ? attention(*kernels_of(isa), problem) : status;
 }
 
 PAGEDFLASH_EXPORT int64_t pagedflash_kv_write(const WriteShape* shape, const WriteAddresses* at, int64_t isa) {
   const CacheWrite write = {*at, *shape};
-  if (!values_are_good(write)) return BAD_VALUES;
-  kv_write(*kernels_of(isa), write);
-  return DONE;
+  const Status status = validate(write);
+  if (status == OK) kv_write(*kernels_of(isa), write);
+  return status;
 }

@@ -1,4 +1,4 @@
-// The four kernels of one instruction set, as the rest of the library sees them.
+// The kernels of one instruction set, as the rest of the library sees them.
 #pragma once
 
 #include "plan.h"
@@ -6,13 +6,13 @@
 namespace pagedflash {
 
 struct Kernels {
-  // Writes new tokens `tokens` of batch * new_tokens into the cache.
+  // Writes new tokens `tokens` of batch_size * num_new_tokens into the cache.
   void (*kv_write)(const CacheWrite& write, Range tokens);
-  // Attends one task. `scratch` holds what scratch_bytes(call) says, aligned to 64 bytes.
+  // Attends one task. `scratch` holds what scratch_bytes(problem) says, aligned to 64 bytes.
   void (*decode)(const Plan& plan, const Task& task, void* scratch);
   void (*prefill)(const Plan& plan, const Task& task, void* scratch);
-  int64_t (*scratch_bytes)(const AttentionCall& call);
-  // Merges rows `rows` of plan.merged_rows from the partial answers of their splits.
+  int64_t (*scratch_bytes)(const AttentionProblem& problem);
+  // Reduces the splits of rows `rows` of plan.reduced_rows. Overwrites their partials.
   void (*combine)(const Plan& plan, Range rows);
 };
 

@@ -1,15 +1,15 @@
-// prefill: a block of query rows of one key head against its keys, tile by tile, as two matrix products of packed floats.
+// prefill: a block of packed-GQA rows of one KV head against its keys, tile by tile, as two matrix products of packed floats.
 // Pages are read where they lie: packing is the only copy, and it widens float16 and bfloat16 on the way.
 //
 //   queries   rows x head_dim, widened once
 //   for each tile of keys that some row sees
 //     for each panel of PANEL keys
-//       pack K    transposed:                          head_dim x PANEL
-//       scores    = queries x K                        rows x PANEL of the tile
-//     softmax     scores become weights, in place
-//     pack V      panels of PANEL elements:            tile x PANEL
-//     values      = values * shrink + weights x V      rows x v_head_dim
-//   one answer, or partial answer, per row
+//       pack K    transposed:                            head_dim x PANEL
+//       scores    = queries x K                          rows x PANEL of the tile
+//     softmax     scores become probabilities, in place
+//     pack V      panels of PANEL elements:              tile x PANEL
+//     output      = output * alpha + probabilities x V   rows x v_head_dim
+//   one output, or partial output, per row
 //
 // Rows are multiplied GEMM_ROWS at a time, and only with the keys that one of them sees:
 //
@@ -18,11 +18,14 @@
 //   rows 6 to 11   . # # . . .       not what its tiles cover
 //   rows 12 to 17  . . # # . .
 //
-// Meanwhile what the next product needs is fetched, a few lines before each multiplication: in one burst they would keep
-// the processor waiting, and what is fetched too early is evicted by rows that lie a power of two apart.
+// Meanwhile what the next product needs is prefetched, a few lines before each multiplication: in one burst they would stall
+// the processor, and what is prefetched too early is evicted by rows that lie a power of two apart.
 #pragma once
 
-#include "task.h"
+#include "kv_format.h"
+#include "paging.h"
+#include "rows.h"
+#include "scratch.h"
 
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
@@ -30,13 +33,13 @@ namespace PAGEDFLASH_ISA {
 constexpr int64_t PANEL = GEMM_VECS * LANES;  // columns of a packed panel: keys, or elements of values
 constexpr int64_t PREFILL_TILE = 128;         // keys
 
-// c (GEMM_ROWS x PANEL) = a (GEMM_ROWS x depth) x b (depth x PANEL), or with shrink = c * shrink[row] + a x b.
+// c (GEMM_ROWS x PANEL) = a (GEMM_ROWS x depth) x b (depth x PANEL), or with alpha = c * alpha[row] + a x b.
 PAGEDFLASH_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
-                                      int64_t c_stride, const float* shrink) {
+                                      int64_t c_stride, const float* alpha) {
   Vec sum[GEMM_ROWS][GEMM_VECS];
   for (int r = 0; r < GEMM_ROWS; r++)
     for (int i = 0; i < GEMM_VECS; i++)
-      sum[r][i] = shrink ? mul(splat(shrink[r]), load(c + r * c_stride + i * LANES)) : zero();
+      sum[r][i] = alpha ? mul(splat(alpha[r]), load(c + r * c_stride + i * LANES)) : zero();
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k++) {
     Vec column[GEMM_VECS];
@@ -50,81 +53,88 @@ PAGEDFLASH_INLINE void multiply_block(const float* a, int64_t a_stride, const fl
     for (int i = 0; i < GEMM_VECS; i++) store(c + r * c_stride + i * LANES, sum[r][i]);
 }
 
-template <class T>
+template <class T, class KV>
 struct PrefillScratch {
-  PrefillScratch(Carver carver, const AttentionCall& call) {
+  using Element = typename KV::Element;
+
+  PrefillScratch(ScratchArena arena, const AttentionProblem& problem) {
     constexpr int64_t rows = PREFILL_ROWS + GEMM_ROWS;
-    const int64_t head_dim = call.write.head_dim, v_size = round_up(call.write.v_head_dim, PANEL);
-    queries = carver.take<float>(rows * head_dim);
-    scores = carver.take<float>(rows * PREFILL_TILE);
-    values = carver.take<float>(rows * v_size);
-    shrink = carver.take<float>(rows);
-    states = carver.take<RowState>(rows);
-    described = carver.take<Row>(rows);
-    seen = carver.take<Range>(rows / GEMM_ROWS);
-    k_panel = carver.take<float>(head_dim * PANEL);
-    v_panels = carver.take<float>(v_size * PREFILL_TILE);
+    const int64_t head_dim = problem.write.head_dim, out_size = round_up(problem.write.v_head_dim, PANEL);
+    queries = arena.allocate<float>(rows * head_dim);
+    scores = arena.allocate<float>(rows * PREFILL_TILE);
+    accumulators = arena.allocate<float>(rows * out_size);
+    alpha = arena.allocate<float>(rows);
+    states = arena.allocate<SoftmaxState>(rows);
+    score_rows = arena.allocate<ScoreRow>(rows);
+    seen = arena.allocate<Range>(rows / GEMM_ROWS);
+    k_panel = arena.allocate<float>(head_dim * PANEL);
+    v_panels = arena.allocate<float>(out_size * PREFILL_TILE);
     for (int i = 0; i < 2; i++) {
-      k[i] = carver.take<const T*>(PREFILL_TILE);
-      v[i] = carver.take<const T*>(PREFILL_TILE);
+      k[i] = arena.allocate<const Element*>(PREFILL_TILE);
+      v[i] = arena.allocate<const Element*>(PREFILL_TILE);
     }
-    bytes = carver.taken();
+    query = arena.allocate<T>(head_dim);
+    bytes = arena.used();
   }
 
-  float* queries;   // (rows, head_dim)
-  float* scores;    // (rows, PREFILL_TILE)
-  float* values;    // (rows, v_head_dim padded to PANEL)
-  float* shrink;    // (rows)
-  RowState* states; // (rows)
-  Row* described;   // (rows)
-  Range* seen;      // (rows / GEMM_ROWS), of the tile
-  float* k_panel;   // (head_dim, PANEL)
-  float* v_panels;  // (v_head_dim / PANEL, PREFILL_TILE, PANEL)
-  const T **k[2], **v[2]; // where the tokens of this tile and the next lie
+  float* queries;          // (rows, head_dim)
+  float* scores;           // (rows, PREFILL_TILE)
+  float* accumulators;     // (rows, v_head_dim padded to PANEL)
+  float* alpha;            // (rows)
+  SoftmaxState* states;    // (rows)
+  ScoreRow* score_rows;    // (rows)
+  Range* seen;             // (rows / GEMM_ROWS), of the tile
+  float* k_panel;          // (head_dim, PANEL)
+  float* v_panels;         // (v_head_dim / PANEL, PREFILL_TILE, PANEL)
+  const Element **k[2], **v[2];  // addresses of the tokens of this tile and of the next
+  T* query;                // (head_dim), one row as it is loaded
   int64_t bytes;
 };
 
-inline int64_t prefill_scratch_bytes(const AttentionCall& call) {
-  return PrefillScratch<float>(Carver(nullptr), call).bytes;
+inline int64_t prefill_scratch_bytes(const AttentionProblem& problem) {
+  return PrefillScratch<float, KVFormat<float>>(ScratchArena(nullptr), problem).bytes;
 }
 
-template <class T>
+template <class T, class KV>
 class Prefill {
  public:
   Prefill(const Plan& plan, const Task& task, void* scratch)
-      : plan_(plan), call_(*plan.call), task_(task), sequence_(plan.sequences[task.sequence]), rule_(call_),
-        kv_head_(task.heads.begin), rows_(task.rows.size()), padded_rows_(round_up(rows_, GEMM_ROWS)),
-        head_dim_(call_.write.head_dim), v_head_dim_(call_.write.v_head_dim),
-        value_size_(round_up(v_head_dim_, PANEL)), my_(Carver(scratch), call_) {}
+      : plan_(plan), problem_(plan.problem), task_(task), sequence_(plan.sequences[task.sequence]), score_(problem_),
+        kv_head_(task.kv_heads.begin), rows_(task.rows.size()), padded_rows_(round_up(rows_, GEMM_ROWS)),
+        head_dim_(problem_.write.head_dim), v_head_dim_(problem_.write.v_head_dim),
+        out_size_(round_up(v_head_dim_, PANEL)), scratch_(ScratchArena(scratch), problem_) {}
 
   void run() {
     load_queries();
     int now = 0;
-    find_tile(now, task_.keys.begin);
+    locate_tile(now, task_.keys.begin);
     for (int64_t first = task_.keys.begin; first < task_.keys.end; first += PREFILL_TILE, now ^= 1) {
       const int64_t tokens = tile_size(first);
-      find_tile(now ^ 1, first + PREFILL_TILE);
+      locate_tile(now ^ 1, first + PREFILL_TILE);
       find_seen(first, tokens);
-      score(my_.k[now], my_.v[now], tokens);
-      soften(first);
-      add(my_.v[now], my_.k[now ^ 1], tokens, tile_size(first + PREFILL_TILE));
+      score(scratch_.k[now], scratch_.v[now], tokens);
+      softmax(first);
+      accumulate(scratch_.v[now], scratch_.k[now ^ 1], tokens, tile_size(first + PREFILL_TILE));
     }
     for (int64_t row = 0; row < rows_; row++)
-      finish_row<T>(plan_, task_, kv_head_, task_.rows.begin + row, my_.values + row * value_size_, my_.states[row]);
+      finish_row<T>(plan_, task_, kv_head_, task_.rows.begin + row, scratch_.accumulators + row * out_size_,
+                    scratch_.states[row]);
   }
 
  private:
-  // Keys or values that will be needed soon, to be asked for in so many `steps`.
-  class Upcoming {
-   public:
-    Upcoming(const T* const* tokens, int64_t count, int64_t offset, int64_t size, int64_t steps)
-        : tokens_(tokens), count_(count), offset_(offset), size_(size),
-          share_(divide_up(count * divide_up(size, LINE_SIZE), steps)) {}
+  using Element = typename KV::Element;
 
-    PAGEDFLASH_INLINE void ask() {
-      for (int64_t i = 0; i < share_ && token_ < count_; i++) {
-        fetch(tokens_[token_] + offset_ + element_);
-        element_ += LINE_SIZE;
+  // Prefetches one head of keys or values, in so many `steps`.
+  class Prefetcher {
+   public:
+    Prefetcher(const Element* const* tokens, int64_t count, int64_t offset, int64_t size, int64_t steps)
+        : tokens_(tokens), count_(count), offset_(offset), size_(size),
+          lines_(divide_up(count * divide_up(size, LINE_ELEMENTS), steps)) {}
+
+    PAGEDFLASH_INLINE void step() {
+      for (int64_t i = 0; i < lines_ && token_ < count_; i++) {
+        prefetch(tokens_[token_] + offset_ + element_);
+        element_ += LINE_ELEMENTS;
         if (element_ < size_) continue;
         element_ = 0;
         token_++;
@@ -132,122 +142,122 @@ class Prefill {
     }
 
    private:
-    static constexpr int64_t LINE_SIZE = LINE / sizeof(T);
-    const T* const* tokens_;
-    const int64_t count_, offset_, size_;  // rows, elements to the head, elements of a row
-    const int64_t share_;                  // lines of each step
+    static constexpr int64_t LINE_ELEMENTS = CACHE_LINE / sizeof(Element);
+    const Element* const* tokens_;
+    const int64_t count_, offset_, size_;  // tokens, elements to the head, elements of a token
+    const int64_t lines_;                  // of each step
     int64_t token_ = 0, element_ = 0;
   };
 
-  int64_t tile_size(int64_t first) const { return greater(0, lesser(PREFILL_TILE, task_.keys.end - first)); }
-  void find_tile(int which, int64_t first) {
-    locate(call_, sequence_, first, tile_size(first), my_.k[which], my_.v[which]);
+  int64_t tile_size(int64_t first) const { return max<int64_t>(0, min(PREFILL_TILE, task_.keys.end - first)); }
+  void locate_tile(int which, int64_t first) {
+    locate(problem_, sequence_, first, tile_size(first), scratch_.k[which], scratch_.v[which]);
   }
 
   void load_queries() {
-    T row[MAX_HEAD_DIM];
-    for (int64_t r = 0; r < rows_; r++) {
-      load_query(call_, sequence_, kv_head_, task_.rows.begin + r, row, head_dim_);
-      widen_row(my_.queries + r * head_dim_, row, head_dim_);
-      my_.described[r] = describe_row(call_, sequence_, kv_head_, task_.rows.begin + r);
-      my_.states[r] = RowState();
+    for (int64_t row = 0; row < rows_; row++) {
+      const QueryAndHead at = unpack_row(problem_, kv_head_, task_.rows.begin + row);
+      load_query(problem_, sequence_, at.query, at.head, scratch_.query, head_dim_);
+      widen_row(scratch_.queries + row * head_dim_, scratch_.query, head_dim_);
+      scratch_.score_rows[row] = score_row(problem_, sequence_, at.query, at.head);
+      scratch_.states[row] = SoftmaxState();
     }
     const int64_t padding = padded_rows_ - rows_;  // rows that nobody reads, but that are multiplied
-    memset(my_.queries + rows_ * head_dim_, 0, padding * head_dim_ * sizeof(float));
-    for (int64_t r = rows_; r < padded_rows_; r++) my_.shrink[r] = 0;
-    memset(my_.values, 0, padded_rows_ * value_size_ * sizeof(float));
+    memset(scratch_.queries + rows_ * head_dim_, 0, padding * head_dim_ * sizeof(float));
+    for (int64_t row = rows_; row < padded_rows_; row++) scratch_.alpha[row] = 0;
+    memset(scratch_.accumulators, 0, padded_rows_ * out_size_ * sizeof(float));
   }
 
   // The keys of the tile that the rows of each block see, from a multiple of LANES on.
   void find_seen(int64_t first, int64_t tokens) {
-    for (int64_t row = 0; row < rows_; row += GEMM_ROWS) {
+    for (int64_t block = 0; block < rows_; block += GEMM_ROWS) {
       Range seen = {tokens, 0};
-      for (int64_t r = row; r < lesser(row + GEMM_ROWS, rows_); r++) {
-        const Range visible = my_.described[r].visible;
-        if (!visible.size()) continue;
-        seen.begin = lesser(seen.begin, greater(0, visible.begin - first) / LANES * LANES);
-        seen.end = greater(seen.end, lesser(tokens, visible.end - first));
+      for (int64_t row = block; row < min(block + GEMM_ROWS, rows_); row++) {
+        const Range of_row = scratch_.score_rows[row].kv_range;
+        if (!of_row.size()) continue;
+        seen.begin = min(seen.begin, max<int64_t>(0, of_row.begin - first) / LANES * LANES);
+        seen.end = max(seen.end, min(tokens, of_row.end - first));
       }
-      my_.seen[row / GEMM_ROWS] = seen;
+      scratch_.seen[block / GEMM_ROWS] = seen;
     }
   }
 
-  // Meanwhile the next panel's keys are fetched, and the tile's values.
-  void score(const T* const* k, const T* const* v, int64_t tokens) {
-    const int64_t k_head = kv_head_ * call_.write.k_stride.head, v_head = kv_head_ * call_.write.v_stride.head;
+  // Meanwhile the next panel's keys and the tile's values are prefetched.
+  void score(const Element* const* k, const Element* const* v, int64_t tokens) {
+    const int64_t k_head = kv_head_ * problem_.write.k_stride.head, v_head = kv_head_ * problem_.write.v_stride.head;
     const int64_t blocks = padded_rows_ / GEMM_ROWS;
-    Upcoming values(v, tokens, v_head, v_head_dim_, blocks * divide_up(tokens, PANEL));
+    Prefetcher values(v, tokens, v_head, v_head_dim_, blocks * divide_up(tokens, PANEL));
     for (int64_t t = 0; t < tokens; t += PANEL) {
-      pack_keys(k + t, lesser(PANEL, tokens - t));
-      Upcoming keys(k + t + PANEL, greater(0, lesser(PANEL, tokens - t - PANEL)), k_head, head_dim_, blocks);
+      pack_keys(k + t, min(PANEL, tokens - t));
+      Prefetcher keys(k + t + PANEL, max<int64_t>(0, min(PANEL, tokens - t - PANEL)), k_head, head_dim_, blocks);
       for (int64_t block = 0, row = 0; block < blocks; block++, row += GEMM_ROWS) {
-        keys.ask();
-        values.ask();
-        if (my_.seen[block].begin < t + PANEL && t < my_.seen[block].end)
-          multiply_block(my_.queries + row * head_dim_, head_dim_, my_.k_panel, head_dim_, my_.scores + row * PREFILL_TILE + t,
-                         PREFILL_TILE, nullptr);
+        keys.step();
+        values.step();
+        if (scratch_.seen[block].begin < t + PANEL && t < scratch_.seen[block].end)
+          multiply_block(scratch_.queries + row * head_dim_, head_dim_, scratch_.k_panel, head_dim_,
+                         scratch_.scores + row * PREFILL_TILE + t, PREFILL_TILE, nullptr);
       }
     }
   }
 
   // Keys become columns: LANES keys x LANES elements are transposed in registers. Behind the last key it is repeated.
-  void pack_keys(const T* const* k, int64_t tokens) {
-    const int64_t offset = kv_head_ * call_.write.k_stride.head;
+  void pack_keys(const Element* const* k, int64_t tokens) {
+    const int64_t offset = kv_head_ * problem_.write.k_stride.head;
     for (int64_t t = 0; t < PANEL; t += LANES) {
       for (int64_t d = 0; d < head_dim_; d += LANES) {
         Vec block[LANES];
         for (int i = 0; i < LANES; i++)
-          block[i] = load_part(k[lesser(t + i, tokens - 1)] + offset + d, head_dim_ - d);
+          block[i] = KV::load_floats(k[min(t + i, tokens - 1)] + offset + d, head_dim_ - d);
         transpose(block);
-        for (int i = 0; i < LANES && d + i < head_dim_; i++) store(my_.k_panel + (d + i) * PANEL + t, block[i]);
+        for (int i = 0; i < LANES && d + i < head_dim_; i++) store(scratch_.k_panel + (d + i) * PANEL + t, block[i]);
       }
     }
   }
 
-  void soften(int64_t first) {
+  void softmax(int64_t first) {
     for (int64_t row = 0; row < rows_; row++) {
-      const Range seen = my_.seen[row / GEMM_ROWS];
-      my_.shrink[row] = softmax_tile(my_.scores + row * PREFILL_TILE + seen.begin, first + seen.begin,
-                                     greater(0, seen.size()), rule_, my_.described[row], my_.states[row]);
+      const Range seen = scratch_.seen[row / GEMM_ROWS];
+      scratch_.alpha[row] = softmax_tile(scratch_.scores + row * PREFILL_TILE + seen.begin, score_, scratch_.score_rows[row],
+                                         first + seen.begin, seen.size(), scratch_.states[row]);
     }
   }
 
-  // Meanwhile the first keys of the next tile are fetched. A panel stays in the nearest cache while all rows pass.
-  void add(const T* const* v, const T* const* next_k, int64_t tokens, int64_t next_tokens) {
+  // Meanwhile the first keys of the next tile are prefetched. A panel stays in the first-level cache while all rows pass.
+  void accumulate(const Element* const* v, const Element* const* next_k, int64_t tokens, int64_t next_tokens) {
     pack_values(v, tokens);
     const int64_t blocks = padded_rows_ / GEMM_ROWS;
-    Upcoming keys(next_k, lesser(PANEL, next_tokens), kv_head_ * call_.write.k_stride.head, head_dim_,
-                  blocks * (value_size_ / PANEL));
-    for (int64_t column = 0; column < value_size_; column += PANEL) {
-      const float* panel = my_.v_panels + column * PREFILL_TILE;
+    Prefetcher keys(next_k, min(PANEL, next_tokens), kv_head_ * problem_.write.k_stride.head, head_dim_,
+                    blocks * (out_size_ / PANEL));
+    for (int64_t column = 0; column < out_size_; column += PANEL) {
+      const float* panel = scratch_.v_panels + column * PREFILL_TILE;
       for (int64_t block = 0, row = 0; block < blocks; block++, row += GEMM_ROWS) {
-        keys.ask();
-        const Range seen = my_.seen[block];
+        keys.step();
+        const Range seen = scratch_.seen[block];
         if (seen.size() > 0)
-          multiply_block(my_.scores + row * PREFILL_TILE + seen.begin, PREFILL_TILE, panel + seen.begin * PANEL, seen.size(),
-                         my_.values + row * value_size_ + column, value_size_, my_.shrink + row);
+          multiply_block(scratch_.scores + row * PREFILL_TILE + seen.begin, PREFILL_TILE, panel + seen.begin * PANEL,
+                         seen.size(), scratch_.accumulators + row * out_size_ + column, out_size_, scratch_.alpha + row);
       }
     }
   }
 
-  void pack_values(const T* const* v, int64_t tokens) {
-    const int64_t offset = kv_head_ * call_.write.v_stride.head;
+  void pack_values(const Element* const* v, int64_t tokens) {
+    const int64_t offset = kv_head_ * problem_.write.v_stride.head;
     for (int64_t t = 0; t < tokens; t++) {
-      const T* value = v[t] + offset;
-      for (int64_t d = 0; d < value_size_; d += LANES) {
-        float* panel = my_.v_panels + d / PANEL * PANEL * PREFILL_TILE + d % PANEL;
-        store(panel + t * PANEL, d < v_head_dim_ ? load_part(value + d, v_head_dim_ - d) : zero());
+      const Element* value = v[t] + offset;
+      for (int64_t d = 0; d < out_size_; d += LANES) {
+        float* panel = scratch_.v_panels + d / PANEL * PANEL * PREFILL_TILE + d % PANEL;
+        store(panel + t * PANEL, d < v_head_dim_ ? KV::load_floats(value + d, v_head_dim_ - d) : zero());
       }
     }
   }
 
   const Plan& plan_;
-  const AttentionCall& call_;
+  const AttentionProblem& problem_;
   const Task& task_;
   const Sequence& sequence_;
-  const ScoreRule rule_;
-  const int64_t kv_head_, rows_, padded_rows_, head_dim_, v_head_dim_, value_size_;
-  const PrefillScratch<T> my_;
+  const Score score_;
+  const int64_t kv_head_, rows_, padded_rows_, head_dim_, v_head_dim_, out_size_;
+  const PrefillScratch<T, KV> scratch_;
 };
 
 }  // namespace PAGEDFLASH_ISA

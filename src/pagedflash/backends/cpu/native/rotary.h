@@ -1,36 +1,53 @@
-// Rotary embedding of one row, as rotate() of pagedflash/reference.py.
+// Rotary embedding of one row, as rotate() of pagedflash/backends/reference.py.
 #pragma once
 
-#include "plan.h"
 #include "vec.h"
 
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
-constexpr int64_t MAX_HEAD_DIM = 256;
+constexpr int64_t ROTARY_PAIRS = 64;  // rotated together
 
-// Pair i is elements (2i, 2i + 1) if interleaved, else (i, i + pairs). The elements behind the pairs are kept.
+// n elements, n any number, as floats. `to` has room for a multiple of 8 of them.
 template <class T>
-void rotate_row(T* out, const T* row, const CacheWrite& write, int64_t position) {
-  const int64_t pairs = write.rotary_pairs, rotated = round_up(2 * pairs, 8);
-  float x[MAX_HEAD_DIM + LANES], cos[MAX_HEAD_DIM / 2 + LANES], sin[MAX_HEAD_DIM / 2 + LANES];
-  T padded_cos[MAX_HEAD_DIM / 2 + LANES], padded_sin[MAX_HEAD_DIM / 2 + LANES];  // rows of a table may end anywhere
-  memcpy(padded_cos, static_cast<const T*>(write.rotary_cos) + position * pairs, pairs * sizeof(T));
-  memcpy(padded_sin, static_cast<const T*>(write.rotary_sin) + position * pairs, pairs * sizeof(T));
-  for (int64_t i = pairs; i < round_up(pairs, 8); i++) padded_cos[i] = padded_sin[i] = T{};
-  widen_row(cos, padded_cos, round_up(pairs, 8));
-  widen_row(sin, padded_sin, round_up(pairs, 8));
-  widen_row(x, row, rotated);
-  const int64_t step = write.rotary_interleaved ? 2 : 1, other = write.rotary_interleaved ? 1 : pairs;
-  for (int64_t i = 0; i < pairs; i++) {
-    const float a = x[i * step], b = x[i * step + other];
-    x[i * step] = a * cos[i] - b * sin[i];
-    x[i * step + other] = b * cos[i] + a * sin[i];
+PAGEDFLASH_INLINE void widen_any(float* to, const T* from, int64_t n) {
+  T padded[ROTARY_PAIRS];
+  memcpy(padded, from, n * sizeof(T));
+  for (int64_t i = n; i < round_up(n, 8); i++) padded[i] = T{};
+  widen_row(to, padded, round_up(n, 8));
+}
+
+// Calls store(i, elements, n) with elements i to i + n of the rotated row, until it has them all.
+//
+// Pair i is elements (2i, 2i + 1) if interleaved, else (i, i + rotary_pairs). The elements behind the pairs are kept.
+template <class T, class Store>
+PAGEDFLASH_INLINE void rotate_row(const T* row, const CacheWrite& write, int64_t position, const Store& store) {
+  const int64_t pairs = write.rotary_pairs;
+  const T* cos_row = static_cast<const T*>(write.rotary_cos) + position * pairs;
+  const T* sin_row = static_cast<const T*>(write.rotary_sin) + position * pairs;
+  for (int64_t first = 0; first < pairs; first += ROTARY_PAIRS) {
+    const int64_t n = min(ROTARY_PAIRS, pairs - first);
+    float cos[ROTARY_PAIRS], sin[ROTARY_PAIRS], x[2 * ROTARY_PAIRS];
+    widen_any(cos, cos_row + first, n);
+    widen_any(sin, sin_row + first, n);
+    // Interleaved: 2n elements in one piece. Else n elements and, `pairs` further, their n partners.
+    T rotated[2 * ROTARY_PAIRS];
+    const int64_t step = write.rotary_interleaved ? 2 : 1, partner = write.rotary_interleaved ? 1 : n;
+    const T* piece = row + step * first;
+    memcpy(rotated, piece, step * n * sizeof(T));
+    if (!write.rotary_interleaved) memcpy(rotated + n, piece + pairs, n * sizeof(T));
+    for (int64_t i = 2 * n; i < round_up(2 * n, 8); i++) rotated[i] = T{};
+    widen_row(x, rotated, round_up(2 * n, 8));
+    for (int64_t i = 0; i < n; i++) {
+      const float a = x[i * step], b = x[i * step + partner];
+      x[i * step] = a * cos[i] - b * sin[i];
+      x[i * step + partner] = b * cos[i] + a * sin[i];
+    }
+    narrow_row(rotated, x, round_up(2 * n, 8));
+    store(step * first, rotated, step * n);
+    if (!write.rotary_interleaved) store(first + pairs, rotated + n, n);
   }
-  T turned[MAX_HEAD_DIM + LANES];
-  narrow_row(turned, x, rotated);
-  memcpy(out, turned, 2 * pairs * sizeof(T));
-  memcpy(out + 2 * pairs, row + 2 * pairs, (write.head_dim - 2 * pairs) * sizeof(T));
+  store(2 * pairs, row + 2 * pairs, write.head_dim - 2 * pairs);
 }
 
 }  // namespace PAGEDFLASH_ISA

@@ -3,20 +3,20 @@
 //
 // A layer (vec_*.h) offers
 //
-//   Vec, LANES                    a register of floats
-//   ACCUMULATORS                  registers that a loop may keep sums in (a multiple of LANES, at least 8)
-//   GEMM_ROWS, GEMM_VECS          the block of sums of the matrix product: rows x registers
-//   zero splat load store         add sub mul div fma(a, b, c) = a * b + c    abs min max round_nearest
-//   highest(v) total(v)           over the lanes
-//   iota()                        0, 1, 2, ...
-//   keep_inside(v, i, lo, hi, w)  lane by lane: v where lo <= i < hi, else w
-//   times_power_of_two(v, n)      v * 2^n for whole n from -127 (gives 0) to 127
-//   totals(v[LANES])              lane i = total(v[i])
-//   transpose(v[LANES])           in place, LANES x LANES
-//   load(T*) store(T*)            also for f16 and bf16, rounding to nearest even
-//   load_part store_part(T*, n)   the first n elements, n a multiple of 8; zeros beyond them
-//   load_chunk(T*)                2 * LANES elements as two registers, in whatever order is cheapest for T:
-//   restore_order<T>(chunk)       that order back to the order in memory
+//   Vec, LANES                         a register of floats
+//   ACCUMULATORS                       registers that a loop may accumulate in (a multiple of LANES, at least 8)
+//   GEMM_ROWS, GEMM_VECS               the block of accumulators of the matrix product: rows x registers
+//   zero splat load store              add sub mul div fma(a, b, c) = a * b + c    abs min max round_nearest
+//   reduce_max(v) reduce_sum(v)        over the lanes
+//   reduce_sums(v[LANES])              lane i = reduce_sum(v[i])
+//   iota()                             0, 1, 2, ...
+//   select_in_range(v, i, lo, hi, w)   lane by lane: v where lo <= i < hi, else w
+//   mul_pow2(v, n)                     v * 2^n for whole n from -127 (gives 0) to 127
+//   transpose(v[LANES])                in place, LANES x LANES
+//   load(T*) store(T*)                 also for f16 and bf16, rounding to nearest even
+//   load_part store_part(T*, n)        the first n elements, n a multiple of 8; zeros beyond them
+//   load_chunk(T*)                     2 * LANES elements as two registers, in whatever order is cheapest for T:
+//   restore_order<T>(chunk)            that order back to the order in memory
 //
 // min and max give the second operand if either is NaN, or NaN.
 #pragma once
@@ -26,8 +26,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "abi.h"
-
+#include "arithmetic.h"
 
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
@@ -55,49 +54,26 @@ struct bf16 {
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
+using pagedflash::max;  // of sizes: those of registers hide them
+using pagedflash::min;
+
 constexpr int CHUNK = 2 * LANES;
 
-// Elements `at` to `at + CHUNK` of a row of `size` elements; zeros behind its end.
-template <class T>
-PAGEDFLASH_INLINE Chunk load_chunk_of(const T* row, int64_t at, int64_t size) {
-  return size - at >= CHUNK ? load_chunk(row + at) : load_chunk_part(row + at, size - at);
+constexpr float LOG2_E = 1.44269504088896f, LN_2 = 0.693147180559945f;
+
+// 2^x for x <= 127, relative error below 1e-7; exact for whole x; exactly 0 for x <= -127, and for -inf. The polynomial is
+// the minimax one on [-1/2, 1/2] of those that are 1 at 0.
+PAGEDFLASH_INLINE Vec exp2(Vec x) {
+  x = max(splat(-127.0f), x);
+  const Vec n = round_nearest(x), f = sub(x, n);
+  Vec y = splat(0.001326472722f);
+  y = fma(y, f, splat(0.009671512640f));
+  y = fma(y, f, splat(0.05550733743f));
+  y = fma(y, f, splat(0.2402224209f));
+  y = fma(y, f, splat(0.6931469776f));
+  y = fma(y, f, splat(1.0f));
+  return mul_pow2(y, n);
 }
-
-// Dot products of rows of T: what a query row is kept as, and one step of CHUNK elements.
-template <class T>
-struct Dot {
-  using Query = float;
-  using Loaded = Chunk;
-  static PAGEDFLASH_INLINE Loaded load_key(const T* row) { return load_chunk(row); }
-  static PAGEDFLASH_INLINE Loaded load_key_part(const T* row, int64_t n) { return load_chunk_part(row, n); }
-  static PAGEDFLASH_INLINE Loaded load_query(const Query* query) { return {load(query), load(query + LANES)}; }
-  static PAGEDFLASH_INLINE void store_query(Query* query, const T* row) {
-    const Chunk chunk = load_chunk(row);
-    store(query, chunk.a);
-    store(query + LANES, chunk.b);
-  }
-  static PAGEDFLASH_INLINE Vec step(const Loaded& key, const Loaded& query, Vec sum) {
-    return fma(key.b, query.b, fma(key.a, query.a, sum));
-  }
-};
-
-#if defined(PAGEDFLASH_ISA_avx512bf16)
-// VDPBF16 multiplies pairs of bfloat16 as they are: no conversion, products exact, sums in float32.
-template <>
-struct Dot<bf16> {
-  using Query = bf16;
-  using Loaded = __m512bh;
-  static PAGEDFLASH_INLINE Loaded load_key(const bf16* row) { return (__m512bh)_mm512_loadu_si512(row); }
-  static PAGEDFLASH_INLINE Loaded load_key_part(const bf16* row, int64_t n) {
-    return (__m512bh)_mm512_maskz_loadu_epi16(first_lanes32(n), row);
-  }
-  static PAGEDFLASH_INLINE Loaded load_query(const Query* query) { return load_key(query); }
-  static PAGEDFLASH_INLINE void store_query(Query* query, const bf16* row) { memcpy(query, row, CHUNK * sizeof(bf16)); }
-  static PAGEDFLASH_INLINE Vec step(const Loaded& key, const Loaded& query, Vec sum) {
-    return _mm512_dpbf16_ps(sum, key, query);
-  }
-};
-#endif
 
 template <class T>
 PAGEDFLASH_INLINE void widen_row(float* to, const T* from, int64_t size) {

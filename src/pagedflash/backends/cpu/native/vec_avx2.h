@@ -25,27 +25,27 @@ PAGEDFLASH_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(splat(-0.0f), a); }
 PAGEDFLASH_INLINE Vec round_nearest(Vec a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-PAGEDFLASH_INLINE Vec times_power_of_two(Vec a, Vec n) {
+PAGEDFLASH_INLINE Vec mul_pow2(Vec a, Vec n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
 }
-PAGEDFLASH_INLINE Vec keep_inside(Vec a, Vec i, Vec lo, Vec hi, Vec other) {
+PAGEDFLASH_INLINE Vec select_in_range(Vec a, Vec i, Vec lo, Vec hi, Vec other) {
   const Vec inside = _mm256_and_ps(_mm256_cmp_ps(i, lo, _CMP_GE_OQ), _mm256_cmp_ps(i, hi, _CMP_LT_OQ));
   return _mm256_blendv_ps(other, a, inside);
 }
-PAGEDFLASH_INLINE float highest(Vec a) {
+PAGEDFLASH_INLINE float reduce_max(Vec a) {
   __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   b = _mm_max_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
 }
-PAGEDFLASH_INLINE float total(Vec a) {
+PAGEDFLASH_INLINE float reduce_sum(Vec a) {
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   b = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 
 // Fold pairs of registers onto each other, halving the lanes that each sum still lies in: 8 -> 4 -> 2 -> 1 registers.
-PAGEDFLASH_INLINE Vec totals(const Vec v[LANES]) {
+PAGEDFLASH_INLINE Vec reduce_sums(const Vec v[LANES]) {
   Vec pair[4], quad[2];
   for (int i = 0; i < 4; i++)
     pair[i] = add(_mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]));

@@ -28,19 +28,19 @@ PAGEDFLASH_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a); }
 PAGEDFLASH_INLINE Vec round_nearest(Vec a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-PAGEDFLASH_INLINE Vec times_power_of_two(Vec a, Vec n) {
+PAGEDFLASH_INLINE Vec mul_pow2(Vec a, Vec n) {
   const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
   return mul(a, _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23)));
 }
-PAGEDFLASH_INLINE Vec keep_inside(Vec a, Vec i, Vec lo, Vec hi, Vec other) {
+PAGEDFLASH_INLINE Vec select_in_range(Vec a, Vec i, Vec lo, Vec hi, Vec other) {
   const __mmask16 inside = _mm512_cmp_ps_mask(i, lo, _CMP_GE_OQ) & _mm512_cmp_ps_mask(i, hi, _CMP_LT_OQ);
   return _mm512_mask_blend_ps(inside, other, a);
 }
-PAGEDFLASH_INLINE float highest(Vec a) { return _mm512_reduce_max_ps(a); }
-PAGEDFLASH_INLINE float total(Vec a) { return _mm512_reduce_add_ps(a); }
+PAGEDFLASH_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
+PAGEDFLASH_INLINE float reduce_sum(Vec a) { return _mm512_reduce_add_ps(a); }
 
 // Fold pairs of registers onto each other, halving the lanes that each sum still lies in: 16 -> 8 -> 4 -> 2 -> 1 registers.
-PAGEDFLASH_INLINE Vec totals(const Vec v[LANES]) {
+PAGEDFLASH_INLINE Vec reduce_sums(const Vec v[LANES]) {
   Vec pair[8], quad[4], half[2];
   for (int i = 0; i < 8; i++)
     pair[i] = add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));

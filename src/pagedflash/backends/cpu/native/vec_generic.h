@@ -23,26 +23,26 @@ PAGEDFLASH_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 PAGEDFLASH_INLINE Vec min(Vec a, Vec b) { return select(a < b, a, b); }
 PAGEDFLASH_INLINE Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 PAGEDFLASH_INLINE Vec abs(Vec a) { return (Vec)((Ints)a & 0x7FFFFFFF); }
-// Adding and taking away 1.5 * 2^23 leaves no room for a fraction (|a| < 2^22).
+// Next to 1.5 * 2^23 a float has no bits for a fraction (|a| < 2^22).
 PAGEDFLASH_INLINE Vec round_nearest(Vec a) {
   const Vec shifted = a + 12582912.0f;
   return shifted - 12582912.0f;
 }
-PAGEDFLASH_INLINE Vec times_power_of_two(Vec a, Vec n) {
+PAGEDFLASH_INLINE Vec mul_pow2(Vec a, Vec n) {
   const Bits biased = (Bits)(n + (12582912.0f + 127.0f));  // the low bits of this float are n + 127
   return a * (Vec)(biased << 23);
 }
-PAGEDFLASH_INLINE Vec keep_inside(Vec a, Vec i, Vec lo, Vec hi, Vec other) { return select((i >= lo) & (i < hi), a, other); }
-PAGEDFLASH_INLINE float highest(Vec a) {
+PAGEDFLASH_INLINE Vec select_in_range(Vec a, Vec i, Vec lo, Vec hi, Vec other) { return select((i >= lo) & (i < hi), a, other); }
+PAGEDFLASH_INLINE float reduce_max(Vec a) {
   const float one = a[0] > a[1] ? a[0] : a[1], two = a[2] > a[3] ? a[2] : a[3];
   return one > two ? one : two;
 }
-PAGEDFLASH_INLINE float total(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+PAGEDFLASH_INLINE float reduce_sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 PAGEDFLASH_INLINE void transpose(Vec v[LANES]) {
   const Vec a = v[0], b = v[1], c = v[2], d = v[3];
   for (int i = 0; i < LANES; i++) v[i] = Vec{a[i], b[i], c[i], d[i]};
 }
-PAGEDFLASH_INLINE Vec totals(const Vec v[LANES]) {
+PAGEDFLASH_INLINE Vec reduce_sums(const Vec v[LANES]) {
   Vec t[LANES] = {v[0], v[1], v[2], v[3]};
   transpose(t);
   return (t[0] + t[2]) + (t[1] + t[3]);

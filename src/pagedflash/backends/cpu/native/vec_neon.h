@@ -23,16 +23,16 @@ PAGEDFLASH_INLINE Vec min(Vec a, Vec b) { return vminq_f32(a, b); }
 PAGEDFLASH_INLINE Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
 PAGEDFLASH_INLINE Vec abs(Vec a) { return vabsq_f32(a); }
 PAGEDFLASH_INLINE Vec round_nearest(Vec a) { return vrndnq_f32(a); }
-PAGEDFLASH_INLINE Vec times_power_of_two(Vec a, Vec n) {
+PAGEDFLASH_INLINE Vec mul_pow2(Vec a, Vec n) {
   const int32x4_t biased = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
   return mul(a, vreinterpretq_f32_s32(vshlq_n_s32(biased, 23)));
 }
-PAGEDFLASH_INLINE Vec keep_inside(Vec a, Vec i, Vec lo, Vec hi, Vec other) {
+PAGEDFLASH_INLINE Vec select_in_range(Vec a, Vec i, Vec lo, Vec hi, Vec other) {
   return vbslq_f32(vandq_u32(vcgeq_f32(i, lo), vcltq_f32(i, hi)), a, other);
 }
-PAGEDFLASH_INLINE float highest(Vec a) { return vmaxvq_f32(a); }
-PAGEDFLASH_INLINE float total(Vec a) { return vaddvq_f32(a); }
-PAGEDFLASH_INLINE Vec totals(const Vec v[LANES]) { return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])); }
+PAGEDFLASH_INLINE float reduce_max(Vec a) { return vmaxvq_f32(a); }
+PAGEDFLASH_INLINE float reduce_sum(Vec a) { return vaddvq_f32(a); }
+PAGEDFLASH_INLINE Vec reduce_sums(const Vec v[LANES]) { return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])); }
 PAGEDFLASH_INLINE void transpose(Vec v[LANES]) {
   const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(v[0], v[1])), b = vreinterpretq_f64_f32(vtrn2q_f32(v[0], v[1]));
   const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(v[2], v[3])), d = vreinterpretq_f64_f32(vtrn2q_f32(v[2], v[3]));

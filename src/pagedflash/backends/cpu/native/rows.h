@@ -1,0 +1,83 @@
+// The two ends of a packed-GQA row: its query, and its output or partial output.
+#pragma once
+
+#include "plan.h"
+#include "rotary.h"
+#include "softmax.h"
+
+namespace pagedflash {
+namespace PAGEDFLASH_ISA {
+
+struct QueryAndHead {
+  int64_t query, head;  // of the sequence; of all query heads
+};
+
+PAGEDFLASH_INLINE QueryAndHead unpack_row(const AttentionProblem& problem, int64_t kv_head, int64_t row) {
+  const int64_t group = problem.group();
+  return {row / group, kv_head * group + row % group};
+}
+
+// A query, rotated if the problem says so, zeros from head_dim to `padded`.
+template <class T>
+void load_query(const AttentionProblem& problem, const Sequence& sequence, int64_t query, int64_t head, T* to, int64_t padded) {
+  const CacheWrite& write = problem.write;
+  const T* from = static_cast<const T*>(problem.q) + head * problem.q_stride.head;
+  from += problem.cu_seqlens_q ? (sequence.q_begin + query) * problem.q_stride.token
+                               : sequence.batch * problem.q_stride.batch + query * problem.q_stride.token;
+  if (write.rotary_cos) {
+    // Causal or windowed, query i rotates by its own position; else all rotate by the first.
+    const bool by_position = problem.window_left >= 0 || problem.window_right >= 0;
+    const int64_t position = by_position ? min(sequence.seqused_k + query, write.rotary_rows - 1) : sequence.seqused_k;
+    rotate_row(from, write, position, [&](int64_t i, const T* x, int64_t n) { memcpy(to + i, x, n * sizeof(T)); });
+  } else {
+    memcpy(to, from, write.head_dim * sizeof(T));
+  }
+  for (int64_t i = write.head_dim; i < padded; i++) to[i] = T{};
+}
+
+// to = values * factor.
+template <class T>
+PAGEDFLASH_INLINE void store_scaled(T* to, const float* values, int64_t size, float factor) {
+  for (int64_t i = 0; i < size; i += LANES)
+    store_part(to + i, mul(load_part(values + i, size - i), splat(factor)), size - i);
+}
+
+// The output of a row: `values` are sums of v_head_dim values, weighted with probabilities that sum to state.sum. The sink
+// joins the denominator here.
+template <class T>
+void write_output(const AttentionProblem& problem, const Sequence& sequence, int64_t query, int64_t head,
+                  const float* values, SoftmaxState state) {
+  const int64_t token = sequence.q_begin + query;
+  if (state.max == -INFINITY) return write_empty_row(problem, sequence.batch, token, head);
+  float alpha = 1.0f;
+  if (problem.sinks) {
+    const float sink = problem.sinks[head] * LOG2_E, top = max(sink, state.max);
+    alpha = exp2f(state.max - top);
+    state.sum = state.sum * alpha + exp2f(sink - top);
+    state.max = top;
+  }
+  T* out = static_cast<T*>(problem.out) + out_offset(problem, token, head);
+  store_scaled(out, values, problem.write.v_head_dim, alpha / state.sum);
+  problem.lse[lse_offset(problem, sequence.batch, token, head)] = (state.max + log2f(state.sum)) * LN_2;
+}
+
+// Ends a row of a task: writes its output, or its partial output for combine (zeros where no key was seen).
+template <class T>
+void finish_row(const Plan& plan, const Task& task, int64_t kv_head, int64_t row, const float* values,
+                const SoftmaxState& state) {
+  const AttentionProblem& problem = plan.problem;
+  const auto [query, head] = unpack_row(problem, kv_head, row);
+  if (task.partial_row < 0) return write_output<T>(problem, plan.sequences[task.sequence], query, head, values, state);
+  const int64_t partial = task.partial_row + query * problem.q_heads + head, size = problem.write.v_head_dim;
+  float* out = plan.partial_out + partial * size;
+  if (state.max == -INFINITY) {
+    plan.partial_lse[partial] = -INFINITY;
+    memset(out, 0, size * sizeof(float));
+  } else {
+    plan.partial_lse[partial] = state.max + log2f(state.sum);
+    store_scaled(out, values, size, 1.0f / state.sum);
+  }
+}
+
+}  // namespace PAGEDFLASH_ISA
+}  // namespace pagedflash

@@ -1,0 +1,61 @@
+// From q.k to a masked score in base 2: scale, softcap, ALiBi, window.
+#pragma once
+
+#include "sequence.h"
+#include "vec.h"
+
+namespace pagedflash {
+namespace PAGEDFLASH_ISA {
+
+// What scores need to know of a packed-GQA row.
+struct ScoreRow {
+  Range kv_range;    // keys it sees
+  int64_t position;  // of its query, among the keys
+  float slope;       // ALiBi, in base 2; 0 = none
+};
+
+PAGEDFLASH_INLINE ScoreRow score_row(const AttentionProblem& problem, const Sequence& sequence, int64_t query, int64_t head) {
+  const float* slopes = problem.alibi_slopes;
+  const float slope = slopes ? slopes[sequence.batch * problem.alibi_batch_stride + head] : 0.0f;
+  return {sequence.kv_range(problem, query), sequence.position(query), slope * LOG2_E};
+}
+
+class Score {
+ public:
+  explicit Score(const ScoreParams& params)
+      : capped_(params.softcap > 0), scale_(params.scale), softcap_(params.softcap),
+        tanh_exponent_(2 * params.scale * LOG2_E) {}
+
+  // Whether the scores of a row and these keys are q.k times scale(), which is not negative.
+  PAGEDFLASH_INLINE bool is_scale(const ScoreRow& row, int64_t first, int64_t count) const {
+    return !capped_ && scale_ >= 0 && row.slope == 0 && row.kv_range.begin <= first && first + count <= row.kv_range.end;
+  }
+  PAGEDFLASH_INLINE float scale() const { return scale_; }
+
+  // Products q.k of a row with keys `first` to `first + count` become scores, in place; -inf where the row does not see the
+  // key, up to the next multiple of LANES behind `count`.
+  PAGEDFLASH_INLINE void apply(float* scores, const ScoreRow& row, int64_t first, int64_t count) const {
+    const Vec lo = splat((float)(row.kv_range.begin - first)), hi = splat((float)min(row.kv_range.end - first, count));
+    const Vec position = splat((float)(row.position - first));
+    Vec index = iota();
+    for (int64_t i = 0; i < count; i += LANES, index = add(index, splat(LANES))) {
+      Vec score = load(scores + i);
+      if (capped_) {  // softcap * tanh(x) = softcap - 2 * softcap / (exp(2x) + 1)
+        const Vec e = exp2(min(splat(126.0f), mul(score, splat(tanh_exponent_))));
+        score = sub(splat(softcap_), div(splat(2 * softcap_), add(e, splat(1.0f))));
+      } else {
+        score = mul(score, splat(scale_));
+      }
+      if (row.slope != 0) score = sub(score, mul(splat(row.slope), abs(sub(index, position))));
+      store(scores + i, select_in_range(score, index, lo, hi, splat(-INFINITY)));
+    }
+  }
+
+ private:
+  const bool capped_;
+  const float scale_, softcap_;
+  const float tanh_exponent_;  // times q.k: the exponent of 2 in exp(2x), x the argument of tanh
+};
+
+}  // namespace PAGEDFLASH_ISA
+}  // namespace pagedflash
