@@ -147,9 +147,12 @@ def cached(
     learnable_sink: Given,
 ) -> tuple[AttentionProblem, Names]:
     """The problem of ``flash_attn_with_kvcache``, and its names."""
-    names = _names(KVCACHE_NAMES, learnable_sink, page_table)
-    table = _one_of("block_table", block_table, "page_table", page_table)
-    num_splits, rotary_interleaved = _integer("num_splits", num_splits), bool(rotary_interleaved)
+    names = (
+        KVCACHE_NAMES if learnable_sink is None and page_table is None else _names(KVCACHE_NAMES, learnable_sink, page_table)
+    )
+    table = block_table if page_table is None else _one_of("block_table", block_table, "page_table", page_table)
+    num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
+    rotary_interleaved = bool(rotary_interleaved)
     tensors = (
         q, None, None, k_cache, v_cache, table, cache_batch_idx, cache_leftpad, cache_seqlens, None,
         k, v, rotary_cos, rotary_sin, alibi_slopes, s_aux,
