@@ -17,23 +17,23 @@ pytest.importorskip("triton")
 
 import triton_interpreter  # noqa: F401
 from cases import LAYOUTS, assert_matches_reference, random_call
-from pagedflash.call import AttentionCall
 
 import pagedflash
 from pagedflash.backends import triton as backend
-from pagedflash.backends.triton import launch, run, tickets
+from pagedflash.backends.triton import compiled, launch, semaphores, tiling
+from pagedflash.call import AttentionCall
 
 
 @pytest.fixture(params=("a stage", "a kernel"))
 def combine_is(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether partial results are merged in ``decode``, or by a kernel of its own."""
-    _merge_up_to(2**20 if request.param == "a stage" else 0, monkeypatch)
+    """Whether splits are reduced in ``decode``, or by a kernel of its own."""
+    _reduce_up_to(2**20 if request.param == "a stage" else 0, monkeypatch)
     return request.param
 
 
-def _merge_up_to(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have ``decode`` itself merge up to so many parts of a segment."""
-    monkeypatch.setattr(run, "MAX_MERGED_PARTS", parts)
+def _reduce_up_to(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have ``decode`` itself reduce up to so many splits of a work tile."""
+    monkeypatch.setattr(launch, "MAX_FUSED_SPLITS", splits)
     monkeypatch.setattr("pagedflash.call._kept", {})
 
 
@@ -47,21 +47,21 @@ def test_all_options(rng: random.Random, rounds, device: str, layout: str) -> No
 @dataclass
 class Launches:
     kernels: list[str]
-    programs: list[int]
+    ctas: list[int]
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """The kernels launched while the test runs, and the size of their grids."""
     seen = Launches([], [])
-    original = launch.Launch.__call__
+    original = compiled.CompiledLaunch.__call__
 
-    def spy(self, tensors, pointers):  # type: ignore[no-untyped-def]
-        seen.kernels.append(self.function.__name__)
-        seen.programs.append(self.grid[0])
-        original(self, tensors, pointers)
+    def spy(self, tensors, addresses):  # type: ignore[no-untyped-def]
+        seen.kernels.append(self.kernel.__name__)
+        seen.ctas.append(self.grid[0])
+        original(self, tensors, addresses)
 
-    monkeypatch.setattr(launch.Launch, "__call__", spy)
+    monkeypatch.setattr(compiled.CompiledLaunch, "__call__", spy)
     yield seen
 
 
@@ -101,38 +101,38 @@ def kernels_of_split_keys(combine_is: str) -> list[str]:
     return ["decode"] if combine_is == "a stage" else ["decode", "combine"]
 
 
-def test_one_long_sequence_is_split_over_all_programs(device: str, launches: Launches, combine_is: str) -> None:
+def test_one_long_sequence_is_split_over_all_ctas(device: str, launches: Launches, combine_is: str) -> None:
     call = _decode_call(device, [1100, 3, 0])
     assert_matches_reference(call, backend.attention)
-    shape = launch.decode_shape(2, 32, 4)
+    chosen = tiling.decode_tiling(2, 32, 4)
     assert launches.kernels == kernels_of_split_keys(combine_is)
-    assert launches.programs[:1] == [launch.processors(call.q.device) * shape.programs_per_processor]
-    tiles_of_the_long_one = -(-1100 // shape.block_n)
-    assert tiles_of_the_long_one > 2, "the premise: it has tiles for more than one program"
+    assert launches.ctas[:1] == [compiled.num_sms(call.q.device) * chosen.ctas_per_sm]
+    tiles_of_the_long_one = -(-1100 // chosen.block_n)
+    assert tiles_of_the_long_one > 2, "the premise: it has KV tiles for more than one CTA"
 
 
 @pytest.mark.usefixtures("combine_is")
 @pytest.mark.parametrize("last", (1100, 70), ids=("alike", "unlike"))
-def test_as_many_segments_as_programs(device: str, launches: Launches, last: int) -> None:
-    """Alike, each has a program to itself, which stores its result; else some are shared."""
-    programs = launch.processors(torch.device(device)) * launch.decode_shape(2, 64, 4).programs_per_processor
-    call = _decode_call(device, [1100] * (programs // 2 - 1) + [last], head_dim=64)
+def test_as_many_work_tiles_as_ctas(device: str, launches: Launches, last: int) -> None:
+    """Alike, each has a CTA to itself, which stores its output; else some are split."""
+    ctas = compiled.num_sms(torch.device(device)) * tiling.decode_tiling(2, 64, 4).ctas_per_sm
+    call = _decode_call(device, [1100] * (ctas // 2 - 1) + [last], head_dim=64)
     assert_matches_reference(call, backend.attention)
-    assert launches.programs[0] == programs == call.batch_size * call.k.shape[-2]
+    assert launches.ctas[0] == ctas == call.batch_size * call.k.shape[-2]
 
 
-def test_one_program_takes_each_of_many_short_segments(device: str, launches: Launches) -> None:
-    processors = launch.processors(torch.device(device))
-    assert_matches_reference(_decode_call(device, [700] + [20] * (processors // 2)), backend.attention)
+def test_one_cta_takes_each_of_many_short_work_tiles(device: str, launches: Launches) -> None:
+    sms = compiled.num_sms(torch.device(device))
+    assert_matches_reference(_decode_call(device, [700] + [20] * (sms // 2)), backend.attention)
     assert launches.kernels == ["decode"]
 
 
 @pytest.mark.parametrize("num_splits", (1, 3))
-def test_num_splits_sets_the_number_of_programs(device: str, launches: Launches, num_splits: int, combine_is: str) -> None:
+def test_num_splits_sets_the_number_of_ctas(device: str, launches: Launches, num_splits: int, combine_is: str) -> None:
     call = _decode_call(device, [700, 700])._replace(num_splits=num_splits)
     assert_matches_reference(call, backend.attention)
     assert launches.kernels == (["decode"] if num_splits == 1 else kernels_of_split_keys(combine_is))
-    assert launches.programs[0] == 2 * 2 * num_splits
+    assert launches.ctas[0] == 2 * 2 * num_splits
 
 
 @pytest.mark.parametrize("lengths", ([33, 1100], [33, 50]), ids=str)
@@ -143,22 +143,22 @@ def test_append_rotary_and_decode_take_at_most_two_launches(
     assert launches.kernels == (["decode"] if max(lengths) < 100 else kernels_of_split_keys(combine_is))
 
 
-def test_tickets_are_put_back(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _merge_up_to(2**20, monkeypatch)
+def test_semaphores_are_put_back(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _reduce_up_to(2**20, monkeypatch)
     given: list[torch.Tensor] = []
 
     def watched(*arguments: Any) -> torch.Tensor:
-        given.append(tickets.tickets(*arguments))
+        given.append(semaphores.semaphores(*arguments))
         return given[-1]
 
-    monkeypatch.setattr(run, "tickets", watched)
+    monkeypatch.setattr(launch, "semaphores", watched)
     assert_matches_reference(_decode_call(device, [1100, 3, 0, 600]), backend.attention)
     assert given and not any(some.any() for some in given)
 
 
 def test_more_sequences_than_one_block_of_lengths(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "FEW_SEQUENCES", 4)
-    monkeypatch.setattr(run, "MANY_SEQUENCES", 4)
+    monkeypatch.setattr(launch, "FEW_SEQUENCES", 4)
+    monkeypatch.setattr(launch, "MANY_SEQUENCES", 4)
     monkeypatch.setattr("pagedflash.call._kept", {})
     assert_matches_reference(_decode_call(device, [5, 0, 70, 1, 9, 33, 200, 2, 0, 64, 17], heads=2), backend.attention)
 
@@ -195,16 +195,16 @@ def test_dispatch_runs_it(device: str) -> None:
     assert calls == {pagedflash.CallKind("dense", "triton", device): 1}
 
 
-def test_tickets_given_for_good_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_semaphores_of_captured_calls_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(tickets, "_reserves", {None: torch.zeros(100, dtype=torch.int32)})
-    monkeypatch.setattr(tickets, "_given_for_good", [])
-    first, second, beyond = (tickets._for_good(cpu, 40) for _ in range(3))
+    monkeypatch.setattr(semaphores, "_reserves", {None: torch.zeros(100, dtype=torch.int32)})
+    monkeypatch.setattr(semaphores, "_captured", [])
+    first, second, beyond = (semaphores._for_capture(cpu, 40) for _ in range(3))
     first += 1
     assert [len(some) for some in (first, second, beyond)] == [40] * 3
     assert not second.any() and not beyond.any()
-    tickets._reserves.clear()  # as when it is filled again
-    assert [some.data_ptr() for some in tickets._given_for_good] == [first.data_ptr(), second.data_ptr()]
+    semaphores._reserves.clear()  # as when it is filled again
+    assert [some.data_ptr() for some in semaphores._captured] == [first.data_ptr(), second.data_ptr()]
 
 
 def _on_gpu(device: str) -> None:
@@ -237,10 +237,10 @@ def test_a_captured_graph_follows_lengths_tables_and_contents(device: str) -> No
         assert_matches_reference(fresh, replay)
 
 
-def test_calls_at_the_same_time_share_no_tickets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_at_the_same_time_share_no_semaphores(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager calls on several streams, and graphs captured on one stream but replayed on several."""
     _on_gpu(device)
-    _merge_up_to(2**20, monkeypatch)
+    _reduce_up_to(2**20, monkeypatch)
     call = _decode_call(device, [3000, 600, 5], dtype=torch.float16)
     want, _ = backend.attention(call)
     graphs, outs = [torch.cuda.CUDAGraph() for _ in range(4)], []
@@ -261,10 +261,10 @@ def test_calls_at_the_same_time_share_no_tickets(device: str, monkeypatch: pytes
 
 def test_captured_calls_do_without_the_reserve(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _on_gpu(device)
-    _merge_up_to(2**20, monkeypatch)
+    _reduce_up_to(2**20, monkeypatch)
     call = _decode_call(device, [3000, 600, 5], dtype=torch.float16)
     want, _ = backend.attention(call)
-    monkeypatch.setattr(tickets, "_reserves", {})
+    monkeypatch.setattr(semaphores, "_reserves", {})
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, _ = backend.attention(call)

@@ -22,10 +22,10 @@ CHECKS_VALUES = False
 def available() -> tuple[bool, str]:
     """Whether Triton can be imported and has a device, or its interpreter, to run on."""
     try:
-        from . import launch
+        from . import compiled
     except ImportError as error:
         return False, f"Triton cannot be imported: {error}"
-    if launch.INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
+    if compiled.INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
         return True, ""
     return False, "there is no CUDA or XPU device (TRITON_INTERPRET=1 runs the kernels without one)"
 
@@ -37,13 +37,13 @@ def supports(call: AttentionCall) -> tuple[bool, str]:
 
 def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend. Returns ``(out, lse)`` of the shapes the call gives."""
-    from . import run
+    from . import launch
 
-    return run.attention(call)
+    return launch.attention(call)
 
 
 def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
-    from . import run
+    from . import launch
 
-    run.kv_write(write)
+    launch.kv_write(write)
