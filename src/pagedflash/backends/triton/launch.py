@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ...call import AttentionCall, CacheWrite
+from ...geometry import decode_rows, fold_scores, max_visible_keys, queries_rotate_by_position, strides
+from ...problem import Append, AttentionProblem, CacheWrite
 from .compiled import CompiledLaunch, Values, addresses_of, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
-from .kernels.params import DecodeTile, PrefillTile, Strides, WriteTile
+from .kernels.params import AppendParams, CacheParams, DecodeTile, PrefillTile, QueryParams, ScoreParams, Strides, WriteTile
 from .kernels.prefill import prefill
 from .semaphores import semaphores
 from .tiling import block_width, decode_tiling, power_of_two, prefill_tiling, stride_factor
@@ -46,43 +47,42 @@ SPLITS_TOGETHER, VALUES_TOGETHER = 8, 4096
 FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 """Lengths that a CTA of ``decode`` looks at together: what one warp holds, or for larger batches all four."""
 
-LOG2E = 1 / math.log(2)
-
 
 class _Plan(NamedTuple):
-    """All that is the same for calls of one signature. It holds no tensor."""
+    """What problems of one signature share."""
 
     out_shape: tuple[int, ...]
     out_strides: tuple[int, ...]
     lse_shape: tuple[int, ...]
     lse_strides: tuple[int, ...]
-    writes_first: bool = False  # more new tokens than ``decode`` appends itself
+    kv_write: CompiledLaunch | None = None  # of more new tokens than ``decode`` appends itself
     attend: CompiledLaunch | None = None  # ``decode`` or ``prefill``; None where there is nothing to attend to
     partials: int = 0  # float32 elements of splits
     semaphores: int = 0  # where ``decode`` reduces splits itself
     combine: CompiledLaunch | None = None  # where it leaves them
 
 
-def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+# --------------------------------------------------------------------------------------------------------------------
+# Calls
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend with ``decode`` (and ``combine``) or ``prefill``."""
-    q = call.q
+    tensors: Values = problem.tensors
+    q = cast(Tensor, tensors[0])
     dtype, device = q.dtype, q.device
     if _is_elsewhere(device):
         with torch.cuda.device(device):
-            return attention(call)
-    tensors: Values = (
-        q, call.cu_seqlens_q, call.seqused_q,
-        call.k, call.v, call.block_table, call.cache_batch_idx, call.cache_leftpad, call.seqused_k, call.cu_seqlens_k,
-        call.k_new, call.v_new, call.rotary_cos, call.rotary_sin, call.alibi_slopes, call.sinks,
-    )  # fmt: skip
+            return attention(problem)
     addresses, aligned = addresses_of(tensors)
     precision = _precision(dtype)
-    plan = call.once(("triton", aligned, precision), lambda: _plan_attention(call, aligned, precision))
+    plan = problem.plan(("triton", aligned, precision), lambda signature: _plan_attention(signature, aligned, precision))
 
     out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
     lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
-    if plan.writes_first:
-        kv_write(call.write)
+    if plan.kv_write is not None:
+        plan.kv_write(tensors[_WRITE], addresses[_WRITE])
     if plan.attend is None:
         return out.zero_(), lse.fill_(math.inf)
     counters = partials = counters_at = partials_at = None
@@ -92,62 +92,80 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
         if plan.semaphores:
             counters = semaphores(device, plan.semaphores)
             counters_at = counters.data_ptr()
-    tensors = (out, lse, counters, partials, *tensors)
-    addresses = (out.data_ptr(), lse.data_ptr(), counters_at, partials_at, *addresses)
+    tensors = (*tensors, out, lse, counters, partials)
+    addresses = (*addresses, out.data_ptr(), lse.data_ptr(), counters_at, partials_at)
     plan.attend(tensors, addresses)
     if plan.combine is not None:
         plan.combine(tensors, addresses)
     return out, lse
 
 
-def _plan_attention(call: AttentionCall, aligned: bool, precision: str) -> _Plan:
-    """Reads of ``call`` only what calls alike share."""
-    seqlen_new = _seqlen_new(call)
-    is_decode = call.max_seqlen_q * _group(call) <= MAX_DECODE_ROWS
-    is_empty = call.batch_size == 0 or 0 in call.out_shape
-    is_fused = is_decode and not is_empty and seqlen_new <= MAX_FUSED_TOKENS
+def kv_write(write: CacheWrite) -> None:
+    """Rotate the new keys (if asked) and put each token into its slot."""
+    tensors: Values = write.tensors
+    device = tensors[0].device
+    if _is_elsewhere(device):
+        with torch.cuda.device(device):
+            return kv_write(write)
+    addresses, aligned = addresses_of(tensors)
+    launch = write.plan(("triton", aligned), lambda signature: _plan_write(signature, aligned))
+    if launch is not None:
+        launch(tensors, addresses)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Plans
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str) -> _Plan:
+    is_decode = decode_rows(problem) <= MAX_DECODE_ROWS
+    is_empty = problem.batch_size == 0 or 0 in problem.out_shape
     plan = _Plan(
-        call.out_shape,
-        _contiguous_strides(call.out_shape),
-        call.lse_shape,
-        _contiguous_strides(call.lse_shape),
-        writes_first=seqlen_new > 0 and not is_fused,
+        problem.out_shape, _contiguous_strides(problem.out_shape), problem.lse_shape, _contiguous_strides(problem.lse_shape)
     )
+    fused_tokens = problem.num_new_tokens
+    if problem.append is not None and (is_empty or not is_decode or fused_tokens > MAX_FUSED_TOKENS):
+        fused_tokens = 0
+        plan = plan._replace(kv_write=_plan_write(problem.write, aligned))
     if is_empty:
         return plan
-    bind_problem = _bind_problem(call, aligned, precision)
-    if not is_decode:
-        return plan._replace(attend=_prefill(call, bind_problem, aligned))
-    return _with_decode(plan, call, bind_problem, aligned, seqlen_new if is_fused else 0)
+    bind_problem = _bind_problem(problem, aligned, precision)
+    if is_decode:
+        return _with_decode(plan, problem, bind_problem, aligned, fused_tokens)
+    return plan._replace(attend=_plan_prefill(problem, bind_problem, aligned))
 
 
-def _prefill(call: AttentionCall, bind_problem: Callable[[Values], Values], aligned: bool) -> CompiledLaunch:
-    tiling = prefill_tiling(call.max_seqlen_q, block_width(call.q.shape[-1]), call.q.element_size())
+def _plan_prefill(problem: AttentionProblem, bind_problem: Callable[[Values], Values], aligned: bool) -> CompiledLaunch:
+    q, _, _, max_seqlen_q = problem.queries
+    tiling = prefill_tiling(max_seqlen_q, block_width(q.shape[-1]), q.element_size())
     tile = PrefillTile(tiling.block_m, tiling.block_n)
-    grid = (call.q.shape[-2], call.batch_size, max(1, -(-call.max_seqlen_q // tiling.block_m)))
+    grid = (q.shape[-2], problem.batch_size, max(1, -(-max_seqlen_q // tiling.block_m)))
 
     def bind(values: Values) -> Values:
         return bind_problem(values), values[_OUTPUT], tile
 
-    return CompiledLaunch(prefill, grid, bind, call.q.device, aligned, **tiling.options)
+    return CompiledLaunch(prefill, grid, bind, q.device, aligned, **tiling.options)
 
 
 def _with_decode(
-    plan: _Plan, call: AttentionCall, bind_problem: Callable[[Values], Values], aligned: bool, fused_tokens: int
+    plan: _Plan, problem: AttentionProblem, bind_problem: Callable[[Values], Values], aligned: bool, fused_tokens: int
 ) -> _Plan:
-    device, batch_size, kv_heads = call.q.device, call.batch_size, call.k.shape[-2]
-    block_dv = block_width(call.v.shape[-1])
+    q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
+    device, batch_size, kv_heads = q.device, problem.batch_size, k.shape[-2]
+    block_dv = block_width(v.shape[-1])
     work_tiles = batch_size * kv_heads
-    rows = power_of_two(max(call.max_seqlen_q, 1) * _group(call))
-    tiling = decode_tiling(rows, block_width(call.q.shape[-1]), call.q.element_size())
+    rows = power_of_two(max(decode_rows(problem), problem.group))
+    tiling = decode_tiling(rows, block_width(q.shape[-1]), q.element_size())
 
     few_keys = MAX_UNSPLIT_TILES * tiling.block_n
     if 2 * work_tiles >= num_sms(device):
         few_keys = max(few_keys, MAX_UNSPLIT_KEYS)
-    split_kv = call.num_splits > 1 or (call.num_splits == 0 and call.capacity > few_keys)
+    num_splits = problem.num_splits
+    split_kv = num_splits > 1 or (num_splits == 0 and max_visible_keys(problem) > few_keys)
     num_ctas = num_sms(device) * tiling.ctas_per_sm
-    if call.num_splits or not split_kv:
-        num_ctas = work_tiles * max(call.num_splits, 1)
+    if num_splits or not split_kv:
+        num_ctas = work_tiles * max(num_splits, 1)
     reduces_itself = num_ctas <= MAX_FUSED_SPLITS * work_tiles and rows * block_dv <= VALUES_TOGETHER
     pdl = split_kv and not reduces_itself and has_pdl(device)
 
@@ -181,35 +199,62 @@ def _with_decode(
     return plan._replace(combine=CompiledLaunch(combine, grid, bind, device, aligned, **options))
 
 
-# The arguments of the attention kernels: where each record's tensors are.
-_OUTPUT, _SCRATCH, _QUERIES, _CACHE, _APPEND, _SCORE = (
-    slice(0, 2), slice(2, 4), slice(4, 7), slice(7, 14), slice(14, 18), slice(18, 20),
-)  # fmt: skip
+def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
+    """None where there is nothing to write."""
+    k_new, v_new = write.append[:2]
+    if 0 in k_new.shape:
+        return None
+    align = stride_factor((k_new, v_new, write.cache.k, write.cache.v), aligned)
+    cache = _cache_numbers(write, align)
+    append = _append_numbers(write.append, align)
+    batch_size, seqlen_new, kv_heads, _ = k_new.shape
+    tile = WriteTile(BLOCK_NEW=min(16, power_of_two(seqlen_new)))
+
+    def bind(values: Values) -> Values:
+        return values[: _K_NEW - _K] + cache, values[_K_NEW - _K :] + append, tile
+
+    grid = (kv_heads, batch_size, -(-seqlen_new // tile.BLOCK_NEW))
+    num_warps = 1 if tile.BLOCK_NEW == 1 else 4
+    return CompiledLaunch(kv_write_kernel, grid, bind, k_new.device, aligned, num_warps=num_warps, num_stages=1)
 
 
-def _bind_problem(call: AttentionCall, aligned: bool, precision: str) -> Callable[[Values], Values]:
+# --------------------------------------------------------------------------------------------------------------------
+# Arguments: the kernels' records, whose tensors come as the problem has them, and whose numbers the plan holds
+# --------------------------------------------------------------------------------------------------------------------
+
+_FIELDS = [field.name for field in AttentionProblem.TENSOR_FIELDS]
+_K, _K_NEW, _ALIBI_SLOPES = map(_FIELDS.index, ("k", "k_new", "alibi_slopes"))
+_QUERIES, _CACHE, _APPEND = slice(_K), slice(_K, _K_NEW), slice(_K_NEW, _ALIBI_SLOPES)
+_SCORE = slice(_ALIBI_SLOPES, len(_FIELDS))
+_WRITE = slice(_K, _ALIBI_SLOPES)
+_OUTPUT, _SCRATCH = slice(len(_FIELDS), len(_FIELDS) + 2), slice(len(_FIELDS) + 2, len(_FIELDS) + 4)
+
+
+def _bind_problem(problem: AttentionProblem, aligned: bool, precision: str) -> Callable[[Values], Values]:
     """A function that puts the problem's numbers behind its tensors, record by record."""
-    no_strides = (0, 0, 0)
-    q, k, v = (_strides(tensor) for tensor in (call.q, call.k, call.v))
-    k_new, v_new = (no_strides if tensor is None else _strides(tensor) for tensor in (call.k_new, call.v_new))
-    align = stride_factor((*q, *k, *v, *k_new, *v_new), aligned)
-    scale, softcap = call.scale * LOG2E, None
-    if call.softcap > 0:
-        scale, softcap = call.scale / call.softcap, call.softcap * LOG2E
-    window_left = call.window_left if call.window_left >= 0 else None
-    window_right = call.window_right if call.window_right >= 0 else None
-    slopes_stride = call.q.shape[-2] if call.alibi_slopes is not None and call.alibi_slopes.dim() == 2 else 0
-
-    queries = (_aligned(q, align), call.batch_size, call.q.shape[0], call.max_seqlen_q, _group(call))
-    cache = _cache_numbers(call.k, call.v, call.block_table, call.capacity, align)
-    by_position = window_left is not None or window_right is not None
-    append = (
-        None if call.k_new is None else _aligned(k_new, align),
-        None if call.v_new is None else _aligned(v_new, align),
-        *_append_numbers(_seqlen_new(call), call.rotary_cos, call.rotary_interleaved),
-        by_position,
+    q, _, _, max_seqlen_q = problem.queries
+    new_tokens = [] if problem.append is None else list(problem.append[:2])
+    align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
+    folded, slopes = fold_scores(problem.scores), problem.scores.alibi_slopes
+    queries = _numbers(
+        QueryParams,
+        strides=_divided(q, align),
+        batch_size=problem.batch_size,
+        total_q=q.shape[0],
+        max_seqlen_q=max_seqlen_q,
+        GROUP=problem.group,
     )
-    score = (scale, softcap, window_left, window_right, slopes_stride, precision)
+    cache = _cache_numbers(problem, align)
+    append = _append_numbers(problem.append, align, queries_rotate_by_position(problem))
+    score = _numbers(
+        ScoreParams,
+        scale=folded.scale,
+        softcap=folded.softcap if folded.softcap > 0 else None,
+        window_left=folded.window_left if folded.window_left >= 0 else None,
+        window_right=folded.window_right if folded.window_right >= 0 else None,
+        SLOPES_STRIDE=q.shape[-2] if slopes is not None and slopes.dim() == 2 else 0,
+        PRECISION=precision,
+    )
 
     def bind(values: Values) -> Values:
         return values[_QUERIES] + queries, values[_CACHE] + cache, values[_APPEND] + append, values[_SCORE] + score
@@ -217,84 +262,47 @@ def _bind_problem(call: AttentionCall, aligned: bool, precision: str) -> Callabl
     return bind
 
 
-def _cache_numbers(k: Tensor, v: Tensor, block_table: Tensor | None, capacity: int, align: int) -> Values:
-    k_strides, v_strides = _strides(k), _strides(v)
-    return (
-        _aligned(k_strides, align),
-        None if v_strides == k_strides else _aligned(v_strides, align),
-        capacity,
-        k.shape[0],
-        0 if block_table is None else block_table.shape[1],
-        k.shape[-2],
-        k.shape[-1],
-        v.shape[-1],
-        block_width(k.shape[-1]),
-        block_width(v.shape[-1]),
-        0 if block_table is None else k.shape[1],
+def _cache_numbers(problem: AttentionProblem | CacheWrite, align: int) -> Values:
+    k, v, block_table = problem.cache[:3]
+    return _numbers(
+        CacheParams,
+        k_strides=_divided(k, align),
+        v_strides=None if strides(v) == strides(k) else _divided(v, align),
+        capacity=problem.capacity,
+        num_pages=k.shape[0],
+        table_width=None if block_table is None else block_table.shape[1],
+        HEADS=k.shape[-2],
+        D=k.shape[-1],
+        DV=v.shape[-1],
+        BLOCK_D=block_width(k.shape[-1]),
+        BLOCK_DV=block_width(v.shape[-1]),
+        PAGE_SIZE=None if block_table is None else problem.page_size,
     )
 
 
-def _append_numbers(seqlen_new: int, rotary_cos: Tensor | None, interleaved: bool) -> Values:
-    rotary_len, rotary_pairs = (0, 0) if rotary_cos is None else rotary_cos.shape
-    return seqlen_new, rotary_len, 2 * rotary_pairs, interleaved
-
-
-def kv_write(write: CacheWrite) -> None:
-    """Rotate the new keys (if asked) and put each token into its slot."""
-    if write.k.numel() == 0:
-        return
-    device = write.k.device
-    if _is_elsewhere(device):
-        with torch.cuda.device(device):
-            return kv_write(write)
-    tensors: Values = (
-        write.k_cache, write.v_cache, write.block_table, write.cache_batch_idx, None, write.seq_lens, None,
-        write.k, write.v, write.rotary_cos, write.rotary_sin,
-    )  # fmt: skip
-    addresses, aligned = addresses_of(tensors)
-    launch = write.once(("triton", aligned), lambda: _plan_write(write, aligned))
-    launch(tensors, addresses)
-
-
-def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch:
-    """Reads of ``write`` only what writes alike share."""
-    batch_size, seqlen_new, kv_heads, _ = write.k.shape
-    k_new, v_new = _strides(write.k), _strides(write.v)
-    align = stride_factor((*k_new, *v_new, *_strides(write.k_cache), *_strides(write.v_cache)), aligned)
-    cache = _cache_numbers(write.k_cache, write.v_cache, write.block_table, write.capacity, align)
-    append = (
-        _aligned(k_new, align),
-        _aligned(v_new, align),
-        *_append_numbers(seqlen_new, write.rotary_cos, write.rotary_interleaved),
-        True,
+def _append_numbers(append: Append | None, align: int, queries_by_position: bool = True) -> Values:
+    rotary_cos = None if append is None else append.rotary_cos
+    return _numbers(
+        AppendParams,
+        k_strides=None if append is None else _divided(append.k_new, align),
+        v_strides=None if append is None else _divided(append.v_new, align),
+        seqlen_new=0 if append is None else append.k_new.shape[1],
+        rotary_len=None if rotary_cos is None else rotary_cos.shape[0],
+        ROTARY_DIM=None if rotary_cos is None else 2 * rotary_cos.shape[1],
+        INTERLEAVED=append is not None and append.rotary_interleaved,
+        QUERIES_BY_POSITION=queries_by_position,
     )
-    block_new = min(16, power_of_two(seqlen_new))
-    tile = WriteTile(block_new)
-
-    def bind(values: Values) -> Values:
-        return values[:7] + cache, values[7:] + append, tile
-
-    grid = (kv_heads, batch_size, -(-seqlen_new // block_new))
-    num_warps = 1 if block_new == 1 else 4
-    return CompiledLaunch(kv_write_kernel, grid, bind, write.k.device, aligned, num_warps=num_warps, num_stages=1)
 
 
-def _seqlen_new(call: AttentionCall) -> int:
-    return 0 if call.k_new is None else call.k_new.shape[1]
+def _numbers(record: type[tuple[Any, ...]], **numbers: Any) -> Values:
+    """The numbers of a record, in its order."""
+    names = record._fields[-len(numbers) :]  # type: ignore[attr-defined]
+    return tuple(numbers[name] for name in names)
 
 
-def _group(call: AttentionCall) -> int:
-    return call.q.shape[-2] // call.k.shape[-2]
-
-
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    """Strides of the sequence or page (none for packed rows), of the token, of the head."""
-    strides = tensor.stride()
-    return (strides[0] if len(strides) == 4 else 0, strides[-3], strides[-2])
-
-
-def _aligned(strides: tuple[int, int, int], align: int) -> Strides:
-    return Strides(*[stride // align for stride in strides], align)
+def _divided(tensor: Tensor, align: int) -> Strides:
+    batch, token, head = strides(tensor)
+    return Strides(batch // align, token // align, head // align, align)
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from torch import Tensor
+
+from ...geometry import strides
 
 
 class Tiling(NamedTuple):
@@ -50,10 +55,13 @@ def block_width(head_dim: int) -> int:
     return max(16, power_of_two(head_dim))
 
 
-def stride_factor(strides: tuple[int, ...], aligned: bool) -> int:
-    """ALIGN of strides (:class:`.kernels.params.Strides`): 8 where it divides them all, so that rows are loaded in pieces
-    of 16 bytes."""
+def stride_factor(tensors: Sequence[Tensor], aligned: bool) -> int:
+    """ALIGN of the strides of ``tensors`` (:class:`.kernels.params.Strides`).
+
+    8 where it divides all strides and addresses are ``aligned`` to 16 bytes, so that rows are loaded in pieces of those.
+    """
     bits = 0
-    for stride in strides:
-        bits |= stride
+    for tensor in tensors:
+        for stride in strides(tensor):
+            bits |= stride
     return 8 if aligned and bits % 8 == 0 else 1

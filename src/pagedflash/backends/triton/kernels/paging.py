@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108 (an if on constants chooses code when the kernel is compiled)
 """Where the keys and values of one (sequence, KV head) lie."""
 
 from typing import Any, NamedTuple
