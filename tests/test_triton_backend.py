@@ -5,9 +5,13 @@ On any machine they run through Triton's interpreter, on a GPU with ``pytest --d
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,58 +20,61 @@ import torch
 pytest.importorskip("triton")
 
 import triton_interpreter  # noqa: F401
-from cases import LAYOUTS, assert_matches_reference, random_call
-from pagedflash.call import AttentionCall
 
 import pagedflash
+from pagedflash import plan_cache
+from pagedflash.backends import reference
 from pagedflash.backends import triton as backend
-from pagedflash.backends.triton import launch, run, tickets
+from pagedflash.backends.triton import compiled, kernels, launch, semaphores, tiling
+from pagedflash.backends.triton.kernels import params
+from pagedflash.problem import Append, AttentionProblem, CacheWrite
+from pagedflash.testing import LAYOUTS, assert_matches_reference, random_problem
 
 
 @pytest.fixture(params=("a stage", "a kernel"))
 def combine_is(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether partial results are merged in ``decode``, or by a kernel of its own."""
-    _merge_up_to(2**20 if request.param == "a stage" else 0, monkeypatch)
+    """Whether splits are reduced in ``decode``, or by a kernel of its own."""
+    _reduce_up_to(2**20 if request.param == "a stage" else 0, monkeypatch)
     return request.param
 
 
-def _merge_up_to(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have ``decode`` itself merge up to so many parts of a segment."""
-    monkeypatch.setattr(run, "MAX_MERGED_PARTS", parts)
-    monkeypatch.setattr("pagedflash.call._kept", {})
+def _reduce_up_to(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have ``decode`` itself reduce up to so many splits of a work tile."""
+    monkeypatch.setattr(launch, "MAX_FUSED_SPLITS", splits)
+    monkeypatch.setattr(plan_cache, "_entries", {})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("combine_is")
 def test_all_options(rng: random.Random, rounds, device: str, layout: str) -> None:  # type: ignore[no-untyped-def]
     for _ in range(rounds(2)):
-        assert_matches_reference(random_call(rng, layout=layout, device=device), backend.attention)
+        assert_matches_reference(random_problem(rng, layout=layout, device=device), backend.attention)
 
 
 @dataclass
 class Launches:
     kernels: list[str]
-    programs: list[int]
+    ctas: list[int]
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """The kernels launched while the test runs, and the size of their grids."""
     seen = Launches([], [])
-    original = launch.Launch.__call__
+    original = compiled.CompiledLaunch.__call__
 
-    def spy(self, tensors, pointers):  # type: ignore[no-untyped-def]
-        seen.kernels.append(self.function.__name__)
-        seen.programs.append(self.grid[0])
-        original(self, tensors, pointers)
+    def spy(self, tensors, addresses):  # type: ignore[no-untyped-def]
+        seen.kernels.append(self.kernel.__name__)
+        seen.ctas.append(self.grid[0])
+        original(self, tensors, addresses)
 
-    monkeypatch.setattr(launch.Launch, "__call__", spy)
+    monkeypatch.setattr(compiled.CompiledLaunch, "__call__", spy)
     yield seen
 
 
-def _decode_call(device: str, lengths: list[int], *, page_size: int = 16, width: int | None = None, append: bool = False,
+def _decode_problem(device: str, lengths: list[int], *, page_size: int = 16, width: int | None = None, append: bool = False,
                  heads: int = 4, kv_heads: int = 2, head_dim: int = 32, window_left: int = -1,
-                 dtype: torch.dtype = torch.float32) -> AttentionCall:  # fmt: skip
+                 dtype: torch.dtype = torch.float32) -> AttentionProblem:  # fmt: skip
     """One query a sequence, paged keys; NaN wherever no key is."""
     batch = len(lengths)
     width = width or max(-(-(n + 1) // page_size) for n in lengths)
@@ -83,109 +90,232 @@ def _decode_call(device: str, lengths: list[int], *, page_size: int = 16, width:
             k[row[token // page_size], token % page_size] = normal(kv_heads, head_dim)
             v[row[token // page_size], token % page_size] = normal(kv_heads, head_dim)
     angles = torch.rand(width * page_size, head_dim // 2, generator=generator) * 6.28
-    fields: dict[str, object] = dict.fromkeys(AttentionCall._fields)
-    fields |= dict(
+    fields: dict[str, Any] = dict(
         q=normal(batch, 1, heads, head_dim), k=k, v=v, seqused_k=torch.tensor(lengths, dtype=torch.int32), block_table=table,
-        max_seqlen_q=1, max_seqlen_k=width * page_size, scale=0.2, window_left=window_left, window_right=0, softcap=0.0,
-        rotary_interleaved=False, num_splits=0,
+        max_seqlen_q=1, max_seqlen_k=width * page_size, scale=0.2, window_left=window_left, window_right=0,
+        rotary_interleaved=False,
     )  # fmt: skip
     if append:
         fields |= dict(
             k_new=normal(batch, 1, kv_heads, head_dim), v_new=normal(batch, 1, kv_heads, head_dim),
             rotary_cos=angles.cos().to(dtype), rotary_sin=angles.sin().to(dtype),
         )  # fmt: skip
-    return AttentionCall(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in fields.values()))  # type: ignore[arg-type]
+    return AttentionProblem.of_fields(**fields).map_tensors(lambda tensor: tensor.to(device))
 
 
 def kernels_of_split_keys(combine_is: str) -> list[str]:
     return ["decode"] if combine_is == "a stage" else ["decode", "combine"]
 
 
-def test_one_long_sequence_is_split_over_all_programs(device: str, launches: Launches, combine_is: str) -> None:
-    call = _decode_call(device, [1100, 3, 0])
-    assert_matches_reference(call, backend.attention)
-    shape = launch.decode_shape(2, 32, 4)
+def test_one_long_sequence_is_split_over_all_ctas(device: str, launches: Launches, combine_is: str) -> None:
+    problem = _decode_problem(device, [1100, 3, 0])
+    assert_matches_reference(problem, backend.attention)
+    chosen = tiling.decode_tiling(2, 32, 4)
     assert launches.kernels == kernels_of_split_keys(combine_is)
-    assert launches.programs[:1] == [launch.processors(call.q.device) * shape.programs_per_processor]
-    tiles_of_the_long_one = -(-1100 // shape.block_n)
-    assert tiles_of_the_long_one > 2, "the premise: it has tiles for more than one program"
+    assert launches.ctas[:1] == [compiled.num_sms(torch.device(device)) * chosen.ctas_per_sm]
+    tiles_of_the_long_one = -(-1100 // chosen.block_n)
+    assert tiles_of_the_long_one > 2, "the premise: it has KV tiles for more than one CTA"
 
 
 @pytest.mark.usefixtures("combine_is")
 @pytest.mark.parametrize("last", (1100, 70), ids=("alike", "unlike"))
-def test_as_many_segments_as_programs(device: str, launches: Launches, last: int) -> None:
-    """Alike, each has a program to itself, which stores its result; else some are shared."""
-    programs = launch.processors(torch.device(device)) * launch.decode_shape(2, 64, 4).programs_per_processor
-    call = _decode_call(device, [1100] * (programs // 2 - 1) + [last], head_dim=64)
-    assert_matches_reference(call, backend.attention)
-    assert launches.programs[0] == programs == call.batch_size * call.k.shape[-2]
+def test_as_many_work_tiles_as_ctas(device: str, launches: Launches, last: int) -> None:
+    """Alike, each has a CTA to itself, which stores its output; else some are split."""
+    ctas = compiled.num_sms(torch.device(device)) * tiling.decode_tiling(2, 64, 4).ctas_per_sm
+    problem = _decode_problem(device, [1100] * (ctas // 2 - 1) + [last], head_dim=64)
+    assert_matches_reference(problem, backend.attention)
+    assert launches.ctas[0] == ctas == problem.batch_size * problem.cache.k.shape[-2]
 
 
-def test_one_program_takes_each_of_many_short_segments(device: str, launches: Launches) -> None:
-    processors = launch.processors(torch.device(device))
-    assert_matches_reference(_decode_call(device, [700] + [20] * (processors // 2)), backend.attention)
+def test_one_cta_takes_each_of_many_short_work_tiles(device: str, launches: Launches) -> None:
+    sms = compiled.num_sms(torch.device(device))
+    assert_matches_reference(_decode_problem(device, [700] + [20] * (sms // 2)), backend.attention)
     assert launches.kernels == ["decode"]
 
 
 @pytest.mark.parametrize("num_splits", (1, 3))
-def test_num_splits_sets_the_number_of_programs(device: str, launches: Launches, num_splits: int, combine_is: str) -> None:
-    call = _decode_call(device, [700, 700])._replace(num_splits=num_splits)
-    assert_matches_reference(call, backend.attention)
+def test_num_splits_sets_the_number_of_ctas(device: str, launches: Launches, num_splits: int, combine_is: str) -> None:
+    problem = _decode_problem(device, [700, 700]).replace(num_splits=num_splits)
+    assert_matches_reference(problem, backend.attention)
     assert launches.kernels == (["decode"] if num_splits == 1 else kernels_of_split_keys(combine_is))
-    assert launches.programs[0] == 2 * 2 * num_splits
+    assert launches.ctas[0] == 2 * 2 * num_splits
 
 
 @pytest.mark.parametrize("lengths", ([33, 1100], [33, 50]), ids=str)
 def test_append_rotary_and_decode_take_at_most_two_launches(
     device: str, launches: Launches, lengths: list[int], combine_is: str
 ) -> None:
-    assert_matches_reference(_decode_call(device, lengths, append=True), backend.attention)
+    assert_matches_reference(_decode_problem(device, lengths, append=True), backend.attention)
     assert launches.kernels == (["decode"] if max(lengths) < 100 else kernels_of_split_keys(combine_is))
 
 
-def test_tickets_are_put_back(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _merge_up_to(2**20, monkeypatch)
+def test_semaphores_are_put_back(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _reduce_up_to(2**20, monkeypatch)
     given: list[torch.Tensor] = []
 
     def watched(*arguments: Any) -> torch.Tensor:
-        given.append(tickets.tickets(*arguments))
+        given.append(semaphores.semaphores(*arguments))
         return given[-1]
 
-    monkeypatch.setattr(run, "tickets", watched)
-    assert_matches_reference(_decode_call(device, [1100, 3, 0, 600]), backend.attention)
+    monkeypatch.setattr(launch, "semaphores", watched)
+    assert_matches_reference(_decode_problem(device, [1100, 3, 0, 600]), backend.attention)
     assert given and not any(some.any() for some in given)
 
 
 def test_more_sequences_than_one_block_of_lengths(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "FEW_SEQUENCES", 4)
-    monkeypatch.setattr(run, "MANY_SEQUENCES", 4)
-    monkeypatch.setattr("pagedflash.call._kept", {})
-    assert_matches_reference(_decode_call(device, [5, 0, 70, 1, 9, 33, 200, 2, 0, 64, 17], heads=2), backend.attention)
+    monkeypatch.setattr(launch, "FEW_SEQUENCES", 4)
+    monkeypatch.setattr(launch, "MANY_SEQUENCES", 4)
+    monkeypatch.setattr(plan_cache, "_entries", {})
+    assert_matches_reference(_decode_problem(device, [5, 0, 70, 1, 9, 33, 200, 2, 0, 64, 17], heads=2), backend.attention)
 
 
 @pytest.mark.parametrize("queries", (1, 90))
 def test_keys_left_of_the_window_are_not_touched(device: str, launches: Launches, queries: int, combine_is: str) -> None:
     """They are NaN here: read, they would show, since 0 x NaN is NaN."""
-    call = _decode_call(device, [1100], window_left=20)
+    problem = _decode_problem(device, [1100], window_left=20)
     q = torch.randn(1, queries, 4, 32).to(device)
-    call = call._replace(q=q, max_seqlen_q=queries)
-    out, _ = backend.attention(call)
+    problem = problem.replace(q=q, max_seqlen_q=queries, num_splits=3)
+    out, _ = backend.attention(problem)
+    cache = problem.cache
     seen_from = 1100 - queries - 20
     for token in range(seen_from):
-        page = int(call.block_table[0, token // 16])  # type: ignore[index]
-        call.k[page, token % 16] = torch.nan
-        call.v[page, token % 16] = torch.nan
-    again, _ = backend.attention(call)
+        page = int(cache.block_table[0, token // 16])  # type: ignore[index]
+        cache.k[page, token % 16] = torch.nan
+        cache.v[page, token % 16] = torch.nan
+    again, _ = backend.attention(problem)
     assert launches.kernels == (kernels_of_split_keys(combine_is) if queries == 1 else ["prefill"]) * 2
     assert torch.equal(out, again)
 
 
+def test_a_window_of_few_keys_is_not_split(device: str, launches: Launches) -> None:
+    problem = _decode_problem(device, [1100, 900], window_left=20)
+    assert_matches_reference(problem, backend.attention)
+    assert launches.kernels == ["decode"]
+    assert launches.ctas == [problem.batch_size * problem.cache.k.shape[-2]]
+
+
 @pytest.mark.usefixtures("combine_is")
 def test_results_are_the_same_every_time(device: str) -> None:
-    call = _decode_call(device, [600, 300, 3])
-    first, _ = backend.attention(call)
+    problem = _decode_problem(device, [600, 300, 3])
+    first, _ = backend.attention(problem)
     for _ in range(2):
-        assert torch.equal(backend.attention(call)[0], first)
+        assert torch.equal(backend.attention(problem)[0], first)
+
+
+@pytest.mark.parametrize("new_tokens", (1, 17))
+@pytest.mark.parametrize("rotary", (False, True))
+def test_kv_write(device: str, new_tokens: int, rotary: bool) -> None:
+    problem = _decode_problem(device, [40, 15, 0, -1], append=True, width=6)
+    assert problem.append is not None
+    k_new, v_new, cos, sin, interleaved = problem.append
+    append = Append(
+        k_new.expand(-1, new_tokens, -1, -1), v_new.expand(-1, new_tokens, -1, -1), cos, sin, interleaved
+    )  # fmt: skip
+    if not rotary:
+        append = append._replace(rotary_cos=None, rotary_sin=None)
+    write = CacheWrite.of(problem.cache, append)
+    expected = write.map_tensors(torch.clone)
+    backend.kv_write(write)
+    reference.kv_write(expected)
+    for got, want in zip(write.cache[:2], expected.cache[:2]):
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_records_have_the_tensors_of_a_problem_in_its_order() -> None:
+    """The launcher hands the kernels slices of a problem's tensors."""
+    fields = iter(field.name for field in AttentionProblem.TENSOR_FIELDS)
+    for record in params.Problem.__annotations__.values():
+        tensors = [name for name in record._fields if name in _TENSOR_NAMES]
+        assert list(record._fields[: len(tensors)]) == tensors == [next(fields) for _ in tensors]
+    assert not list(fields)
+
+
+_TENSOR_NAMES = {field.name for field in AttentionProblem.TENSOR_FIELDS}
+
+
+def test_no_kernel_or_device_function_has_more_than_20_parameters() -> None:
+    functions = [
+        function
+        for module in pkgutil.iter_modules(kernels.__path__)
+        for function in vars(importlib.import_module(f"{kernels.__name__}.{module.name}")).values()
+        if hasattr(function, "fn") and function.fn.__module__.startswith(kernels.__name__)
+    ]
+    assert {"decode", "combine", "prefill", "kv_write"} < {function.__name__ for function in functions}
+    for function in functions:
+        assert len(inspect.signature(function.fn).parameters) <= 20, function.__name__
+
+
+class _Kernel:
+    """Stands for a Triton kernel and what it is compiled to."""
+
+    def __init__(self, run: object) -> None:
+        self.ordinary: list[tuple[object, ...]] = []
+        self.compiled = SimpleNamespace(function=11, packed_metadata=(4, 1, 0))
+        if run is not None:
+            self.compiled.run = run
+
+    fn = SimpleNamespace(__annotations__=dict(tile=params.WriteTile, output=params.Output))
+
+    def __getitem__(self, grid: object) -> Callable[..., object]:
+        def launch_ordinarily(*arguments: object, **options: object) -> object:
+            self.ordinary.append(arguments)
+            return self.compiled
+
+        return launch_ordinarily
+
+
+def _launch_twice(run: object, monkeypatch: pytest.MonkeyPatch) -> _Kernel:
+    monkeypatch.setattr(compiled, "INTERPRETED", False)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
+    monkeypatch.setattr(compiled.triton.runtime, "driver", driver)
+    kernel = _Kernel(run)
+    twice = compiled.CompiledLaunch(kernel, (5, 1, 1), lambda values: ((16,), values), torch.device("cuda", 0), aligned=True)
+    for _ in range(2):
+        twice(("out", "lse"), (1024, 2048))
+    return kernel
+
+
+class _Launcher36:
+    def __init__(self) -> None:
+        self.seen: list[tuple[object, ...]] = []
+
+    def __call__(self, gridX, gridY, gridZ, stream, function, *args):  # type: ignore[no-untyped-def]
+        self.seen.append((gridX, gridY, gridZ, stream, function, *args))
+
+
+class _Launcher37(_Launcher36):
+    def __call__(  # type: ignore[no-untyped-def]
+        self, gridX, gridY, gridZ, stream, function,
+        kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, *args,
+    ):  # fmt: skip
+        rest = (kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, *args)
+        super().__call__(gridX, gridY, gridZ, stream, function, *rest)
+
+
+@pytest.mark.parametrize("launcher", (_Launcher36, _Launcher37))
+def test_the_second_launch_reuses_what_the_first_compiled(launcher: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = launcher()
+    kernel = _launch_twice(run, monkeypatch)
+    assert run.seen == [(5, 1, 1, 7, 11, (4, 1, 0), None, None, None, (16,), (1024, 2048))]
+    [(tile, output)] = kernel.ordinary
+    assert tile.BLOCK_NEW.value == 16
+    assert output == params.Output("out", "lse")
+
+
+@pytest.mark.parametrize(
+    "run",
+    (
+        None,
+        "not a function",
+        lambda *arguments: pytest.fail("launched with unknown arguments"),
+        lambda grid, stream, function, *arguments: pytest.fail("launched with unknown arguments"),
+        lambda gridX, gridY, gridZ, stream, function, arguments: pytest.fail("launched with unknown arguments"),
+    ),
+)
+def test_an_unknown_launcher_of_triton_is_not_used(run: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(RuntimeWarning, match="launcher of Triton .* costs more of the host's time"):
+        kernel = _launch_twice(run, monkeypatch)
+    assert len(kernel.ordinary) == 2
 
 
 def test_dispatch_runs_it(device: str) -> None:
@@ -195,16 +325,16 @@ def test_dispatch_runs_it(device: str) -> None:
     assert calls == {pagedflash.CallKind("dense", "triton", device): 1}
 
 
-def test_tickets_given_for_good_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_semaphores_of_captured_calls_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(tickets, "_reserves", {None: torch.zeros(100, dtype=torch.int32)})
-    monkeypatch.setattr(tickets, "_given_for_good", [])
-    first, second, beyond = (tickets._for_good(cpu, 40) for _ in range(3))
+    monkeypatch.setattr(semaphores, "_reserves", {None: torch.zeros(100, dtype=torch.int32)})
+    monkeypatch.setattr(semaphores, "_captured", [])
+    first, second, beyond = (semaphores._for_capture(cpu, 40) for _ in range(3))
     first += 1
     assert [len(some) for some in (first, second, beyond)] == [40] * 3
     assert not second.any() and not beyond.any()
-    tickets._reserves.clear()  # as when it is filled again
-    assert [some.data_ptr() for some in tickets._given_for_good] == [first.data_ptr(), second.data_ptr()]
+    semaphores._reserves.clear()  # as when it is filled again
+    assert [some.data_ptr() for some in semaphores._captured] == [first.data_ptr(), second.data_ptr()]
 
 
 def _on_gpu(device: str) -> None:
@@ -214,39 +344,39 @@ def _on_gpu(device: str) -> None:
 
 def test_a_captured_graph_follows_lengths_tables_and_contents(device: str) -> None:
     _on_gpu(device)
-    call = _decode_call(device, [40, 300, 0, 77], width=64, append=True, dtype=torch.float16)
-    backend.attention(call)
+    problem = _decode_problem(device, [40, 300, 0, 77], width=64, append=True, dtype=torch.float16)
+    backend.attention(problem)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = backend.attention(call)
+        out, lse = backend.attention(problem)
 
     for lengths in ([1023, 0, 17, 256], [3, -1, 1000, 0], [500, 500, 500, 500]):
-        fresh = _decode_call(device, [max(n, 0) for n in lengths], width=64, append=True, dtype=torch.float16)
-        assert fresh.seqused_k is not None
-        fresh.seqused_k.copy_(torch.tensor(lengths))
+        fresh = _decode_problem(device, [max(n, 0) for n in lengths], width=64, append=True, dtype=torch.float16)
+        assert fresh.cache.seqused_k is not None
+        fresh.cache.seqused_k.copy_(torch.tensor(lengths))
 
-        def replay(new: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-            for mine, theirs in zip(call, new):
-                if isinstance(mine, torch.Tensor):
+        def replay(new: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor]:
+            for mine, theirs in zip(problem.tensors, new.tensors):
+                if mine is not None and theirs is not None:
                     mine.copy_(theirs)
             graph.replay()
-            new.k.copy_(call.k)
-            new.v.copy_(call.v)
+            new.cache.k.copy_(problem.cache.k)
+            new.cache.v.copy_(problem.cache.v)
             return out, lse
 
         assert_matches_reference(fresh, replay)
 
 
-def test_calls_at_the_same_time_share_no_tickets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_at_the_same_time_share_no_semaphores(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager calls on several streams, and graphs captured on one stream but replayed on several."""
     _on_gpu(device)
-    _merge_up_to(2**20, monkeypatch)
-    call = _decode_call(device, [3000, 600, 5], dtype=torch.float16)
-    want, _ = backend.attention(call)
+    _reduce_up_to(2**20, monkeypatch)
+    problem = _decode_problem(device, [3000, 600, 5], dtype=torch.float16)
+    want, _ = backend.attention(problem)
     graphs, outs = [torch.cuda.CUDAGraph() for _ in range(4)], []
     for graph in graphs:
         with torch.cuda.graph(graph):
-            outs.append(backend.attention(call)[0])
+            outs.append(backend.attention(problem)[0])
     streams = [torch.cuda.Stream() for _ in range(8)]
     for _ in range(50):
         eager = []
@@ -254,20 +384,20 @@ def test_calls_at_the_same_time_share_no_tickets(device: str, monkeypatch: pytes
             with torch.cuda.stream(replaying):
                 graph.replay()
             with torch.cuda.stream(calling):
-                eager.append(backend.attention(call)[0])
+                eager.append(backend.attention(problem)[0])
         torch.cuda.synchronize()
         assert all(torch.equal(out, want) for out in (*outs, *eager))
 
 
 def test_captured_calls_do_without_the_reserve(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _on_gpu(device)
-    _merge_up_to(2**20, monkeypatch)
-    call = _decode_call(device, [3000, 600, 5], dtype=torch.float16)
-    want, _ = backend.attention(call)
-    monkeypatch.setattr(tickets, "_reserves", {})
+    _reduce_up_to(2**20, monkeypatch)
+    problem = _decode_problem(device, [3000, 600, 5], dtype=torch.float16)
+    want, _ = backend.attention(problem)
+    monkeypatch.setattr(semaphores, "_reserves", {})
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = backend.attention(call)
+        out, _ = backend.attention(problem)
     for _ in range(3):
         out.zero_()
         graph.replay()
@@ -276,12 +406,12 @@ def test_captured_calls_do_without_the_reserve(device: str, monkeypatch: pytest.
 
 def test_nothing_waits_for_the_device(device: str) -> None:
     _on_gpu(device)
-    decode = _decode_call(device, [40, 300], append=True, dtype=torch.float16)
-    prefill = decode._replace(q=decode.q.expand(-1, 200, -1, -1).contiguous(), max_seqlen_q=200)
+    decode = _decode_problem(device, [40, 300], append=True, dtype=torch.float16)
+    prefill = decode.replace(q=decode.queries.q.expand(-1, 200, -1, -1).contiguous(), max_seqlen_q=200)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for call in (decode, prefill):
-            backend.attention(call)
+        for problem in (decode, prefill):
+            backend.attention(problem)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -290,13 +420,15 @@ def test_64_bit_offsets(device: str) -> None:
     """Pages more than 2^31 elements into the cache."""
     _on_gpu(device)
     pages = torch.zeros(2**31 // (256 * 128) + 8, 256, 1, 128, dtype=torch.float16, device=device)
-    call = _decode_call(device, [600], page_size=256, heads=4, kv_heads=1, head_dim=128, dtype=torch.float16)
-    want, _ = backend.attention(call)
-    far = pages.shape[0] - call.k.shape[0]
-    pages[far:] = call.k
-    moved = call._replace(k=pages, v=pages.clone(), block_table=call.block_table + far)  # type: ignore[operator]
-    moved.v[far:] = call.v
+    problem = _decode_problem(device, [600], page_size=256, heads=4, kv_heads=1, head_dim=128, dtype=torch.float16)
+    want, _ = backend.attention(problem)
+    k, v, table = problem.cache[:3]
+    assert table is not None
+    far = pages.shape[0] - k.shape[0]
+    pages[far:] = k
+    moved = problem.replace(k=pages, v=pages.clone(), block_table=table + far)
+    moved.cache.v[far:] = v
     assert torch.equal(backend.attention(moved)[0], want)
-    prompt = call.q.expand(-1, 100, -1, -1).contiguous()
-    near, distant = (backend.attention(c._replace(q=prompt, max_seqlen_q=100))[0] for c in (call, moved))
+    prompt = problem.queries.q.expand(-1, 100, -1, -1).contiguous()
+    near, distant = (backend.attention(p.replace(q=prompt, max_seqlen_q=100))[0] for p in (problem, moved))
     assert torch.equal(near, distant)

@@ -1,6 +1,6 @@
 """The Triton backend: ``kv_write``, ``decode``, ``combine`` and ``prefill`` for NVIDIA GPUs, and what else Triton runs on.
 
-A call with few queries is ``decode``, which appends new tokens itself, and ``combine`` where keys are split into many parts.
+A call with few queries is ``decode``, which appends new tokens itself, and ``combine`` where keys are split over many CTAs.
 A call with many is ``kv_write``, if it appends, and ``prefill``. Nothing is read on the host, so every call can be captured
 in a CUDA graph, and replayed with other lengths, tables and contents.
 """
@@ -12,38 +12,39 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...call import AttentionCall, CacheWrite
+from ...problem import AttentionProblem, CacheWrite
+from ..protocol import Capabilities, Support
 
 NAME = "triton"
-CHECKS_VALUES = False
+CAPABILITIES = Capabilities()
 
 
 @cache
-def available() -> tuple[bool, str]:
+def available() -> Support:
     """Whether Triton can be imported and has a device, or its interpreter, to run on."""
     try:
-        from . import launch
+        from .compiled import INTERPRETED
     except ImportError as error:
-        return False, f"Triton cannot be imported: {error}"
-    if launch.INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
-        return True, ""
-    return False, "there is no CUDA or XPU device (TRITON_INTERPRET=1 runs the kernels without one)"
+        return Support(False, f"Triton cannot be imported: {error}")
+    if INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
+        return Support(True)
+    return Support(False, "there is no CUDA or XPU device (TRITON_INTERPRET=1 runs the kernels without one)")
 
 
-def supports(call: AttentionCall) -> tuple[bool, str]:
-    """Every call that passes :func:`pagedflash.call.check`."""
-    return True, ""
+def supports(problem: AttentionProblem) -> Support:
+    """Every valid problem."""
+    return Support(True)
 
 
-def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Append (if asked), then attend. Returns ``(out, lse)`` of the shapes the call gives."""
-    from . import run
+def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Append (if asked), then attend: ``(out, lse)`` of the problem's ``out_shape`` and ``lse_shape``."""
+    from . import launch
 
-    return run.attention(call)
+    return launch.attention(problem)
 
 
 def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
-    from . import run
+    from . import launch
 
-    run.kv_write(write)
+    launch.kv_write(write)

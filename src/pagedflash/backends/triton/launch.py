@@ -1,136 +1,324 @@
-"""How the kernels are launched: tile shapes for each kernel, and a launch that costs little of the host's time."""
+"""From a problem to launches: which kernel, with which arguments.
+
+What depends on shapes, strides and options only is made once and kept as a plan: an eager call of a model's layer finds its
+plan, and adds the addresses of its tensors.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-import triton
+from torch import Tensor
 
-from ...call import Tensors
+from ...geometry import decode_rows, fold_scores, max_visible_keys, queries_rotate_by_position, strides
+from ...problem import Append, AttentionProblem, CacheWrite
+from .compiled import CompiledLaunch, Values, addresses_of, has_pdl, num_sms
+from .kernels.combine import combine
+from .kernels.decode import decode
+from .kernels.kv_write import kv_write as kv_write_kernel
+from .kernels.params import AppendParams, CacheParams, DecodeTile, PrefillTile, QueryParams, ScoreParams, Strides, WriteTile
+from .kernels.prefill import prefill
+from .semaphores import semaphores
+from .tiling import block_width, decode_tiling, power_of_two, prefill_tiling, stride_factor
 
-INTERPRETED = triton.knobs.runtime.interpret
-"""Kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on the CPU's memory or a device's."""
+MAX_DECODE_ROWS = 64
+"""Packed-GQA rows up to which a call goes to ``decode``, which holds them all in one tile."""
 
+MAX_FUSED_TOKENS = 64
+"""New tokens of a sequence up to which ``decode`` appends them itself."""
 
-Pointers = tuple[int | None, ...]
+MAX_UNSPLIT_TILES = 4
+"""KV tiles of a sequence up to which ``decode`` splits no work tile: too few to be worth it."""
 
+MAX_UNSPLIT_KEYS = 1024
+"""The same in keys, where there are work tiles for half of the SMs: even one long one among short ones is read in about the
+time that splitting costs."""
 
-class Shape(NamedTuple):
-    """Launch parameters of an attention kernel."""
+MAX_FUSED_SPLITS = 10
+"""Splits of a work tile, on average, up to which its last CTA reduces them; more are left to ``combine``."""
 
-    block_m: int  # query rows of a program (prefill)
-    block_n: int  # keys of a tile
-    num_warps: int
-    num_stages: int  # tiles in flight
-    programs_per_processor: int = 0  # size of decode's grid
-    max_registers: int | None = None  # a thread's, where fewer let more programs run side by side
+SPLITS_TOGETHER, VALUES_TOGETHER = 8, 4096
+"""Splits, and values of them, that this CTA loads together at most. Rows of more values are left to ``combine`` too."""
 
-
-def decode_shape(rows: int, block_d: int, element_size: int) -> Shape:
-    """Decode needs bytes in flight: about 64 KiB a processor, in two programs or more."""
-    row_bytes = block_d * element_size
-    block_n = max(16, min(128, 16384 // row_bytes))
-    if rows > 32 and element_size == 4:
-        block_n = min(block_n, 32)
-    if row_bytes <= 128:
-        return Shape(max(16, rows), min(block_n, 64), 4, 3, 3)
-    return Shape(max(16, rows), block_n, 4, 3, 2)
-
-
-def prefill_shape(queries: int, block_d: int, element_size: int) -> Shape:
-    """Prefill needs tiles that feed the matrix units; float32 runs without them and only needs to fit."""
-    if element_size == 4:
-        return Shape(32 if block_d <= 128 else 16, 16, 4, 2)
-    if queries <= 64:
-        return Shape(64, 64, 4, 3 if block_d <= 128 else 2)
-    return Shape(128, 64, 8, 4 if block_d <= 128 else 2)
+FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
+"""Lengths that a CTA of ``decode`` looks at together: what one warp holds, or for larger batches all four."""
 
 
-class Launch:
-    """A launch of a Triton kernel, but for its tensors: the same for all calls of the same shapes, strides and options.
+class _Plan(NamedTuple):
+    """What problems of one signature share."""
 
-    Triton's own launch path types and hashes every argument of every call; here the first call does, and the others
-    reuse what it compiled. The compiled code relies on pointers being multiples of 16 bytes where they were in that
-    call: unless all are (``aligned``), every call takes Triton's path.
-    """
-
-    def __init__(
-        self,
-        function: Any,
-        grid: tuple[int, int, int],
-        numbers: tuple[float, ...],
-        constants: tuple[object, ...],
-        shape: Shape,
-        device: torch.device,
-        aligned: bool,
-        dependent: bool = False,
-    ) -> None:
-        """``numbers`` and ``constants`` are the kernel's, in order, behind its tensors. A ``dependent`` kernel may be set
-        up while the one before it still runs, and waits for its end itself."""
-        self.function = function
-        self.grid = grid
-        self._arguments = (*numbers, *constants)
-        self._options: dict[str, Any] = dict(num_warps=shape.num_warps, num_stages=shape.num_stages)
-        if shape.max_registers is not None and device.type == "cuda":
-            self._options["maxnreg"] = shape.max_registers
-        if dependent:
-            self._options["launch_pdl"] = True
-        self._device_index = device.index
-        self._reusable = aligned and not INTERPRETED
-        self._run: Any = None
-        self._compiled: tuple[Any, ...] = ()
-        self._current_stream: Any = None
-
-    def __call__(self, tensors: Tensors, pointers: Pointers) -> None:
-        """Launch on the current stream. ``pointers`` are the addresses of ``tensors``."""
-        if self._run is not None:
-            stream = self._current_stream(self._device_index)
-            self._run(*self.grid, stream, *self._compiled, *pointers, *self._arguments)
-            return
-        compiled = self.function[self.grid](*tensors, *self._arguments, **self._options)
-        if self._reusable:
-            no_metadata, no_hooks = None, (None, None)
-            self._compiled = (compiled.function, compiled.packed_metadata, no_metadata, *no_hooks)
-            self._current_stream = triton.runtime.driver.active.get_current_stream
-            self._run = compiled.run
+    out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    lse_strides: tuple[int, ...]
+    kv_write: CompiledLaunch | None = None  # of more new tokens than ``decode`` appends itself
+    attend: CompiledLaunch | None = None  # ``decode`` or ``prefill``; None where there is nothing to attend to
+    partials: int = 0  # float32 elements of splits
+    semaphores: int = 0  # where ``decode`` reduces splits itself
+    combine: CompiledLaunch | None = None  # where it leaves them
 
 
-def addresses(tensors: Tensors) -> tuple[Pointers, bool]:
-    """(the address of each tensor, whether all are multiples of 16)"""
-    pointers = tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
-    bits = 0
-    for pointer in pointers:
-        bits |= pointer or 0
-    return pointers, bits % 16 == 0
+# --------------------------------------------------------------------------------------------------------------------
+# Calls
+# --------------------------------------------------------------------------------------------------------------------
 
 
-def stride_factor(strides: tuple[int, ...], aligned: bool) -> int:
-    """What strides are divided by before they go to a kernel, which multiplies them again: 8 where it divides them all.
+def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Append (if asked), then attend with ``decode`` (and ``combine``) or ``prefill``."""
+    tensors: Values = problem.tensors
+    q = cast(Tensor, tensors[0])
+    dtype, device = q.dtype, q.device
+    if _is_elsewhere(device):
+        with torch.cuda.device(device):
+            return attention(problem)
+    addresses, aligned = addresses_of(tensors)
+    precision = _precision(dtype)
+    plan = problem.plan(("triton", aligned, precision), lambda signature: _plan_attention(signature, aligned, precision))
 
-    So the compiler knows that rows start at multiples of 16 bytes (of 8 elements), and loads them in one piece.
-    """
-    bits = 0
-    for stride in strides:
-        bits |= stride
-    return 8 if aligned and bits % 8 == 0 else 1
+    out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
+    lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
+    if plan.kv_write is not None:
+        plan.kv_write(tensors[_WRITE], addresses[_WRITE])
+    if plan.attend is None:
+        return out.zero_(), lse.fill_(math.inf)
+    counters = partials = counters_at = partials_at = None
+    if plan.partials:
+        partials = torch.empty_strided((plan.partials,), (1,), dtype=torch.float32, device=device)
+        partials_at = partials.data_ptr()
+        if plan.semaphores:
+            counters = semaphores(device, plan.semaphores)
+            counters_at = counters.data_ptr()
+    tensors = (*tensors, out, lse, counters, partials)
+    addresses = (*addresses, out.data_ptr(), lse.data_ptr(), counters_at, partials_at)
+    plan.attend(tensors, addresses)
+    if plan.combine is not None:
+        plan.combine(tensors, addresses)
+    return out, lse
 
 
-def power_of_two(number: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << max(number - 1, 0).bit_length()
+def kv_write(write: CacheWrite) -> None:
+    """Rotate the new keys (if asked) and put each token into its slot."""
+    tensors: Values = write.tensors
+    device = tensors[0].device
+    if _is_elsewhere(device):
+        with torch.cuda.device(device):
+            return kv_write(write)
+    addresses, aligned = addresses_of(tensors)
+    launch = write.plan(("triton", aligned), lambda signature: _plan_write(signature, aligned))
+    if launch is not None:
+        launch(tensors, addresses)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Plans
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str) -> _Plan:
+    is_decode = decode_rows(problem) <= MAX_DECODE_ROWS
+    is_empty = problem.batch_size == 0 or 0 in problem.out_shape
+    plan = _Plan(
+        problem.out_shape, _contiguous_strides(problem.out_shape), problem.lse_shape, _contiguous_strides(problem.lse_shape)
+    )
+    fused_tokens = problem.num_new_tokens
+    if problem.append is not None and (is_empty or not is_decode or fused_tokens > MAX_FUSED_TOKENS):
+        fused_tokens = 0
+        plan = plan._replace(kv_write=_plan_write(problem.write, aligned))
+    if is_empty:
+        return plan
+    bind_problem = _bind_problem(problem, aligned, precision)
+    if is_decode:
+        return _with_decode(plan, problem, bind_problem, aligned, fused_tokens)
+    return plan._replace(attend=_plan_prefill(problem, bind_problem, aligned))
+
+
+def _plan_prefill(problem: AttentionProblem, bind_problem: Callable[[Values], Values], aligned: bool) -> CompiledLaunch:
+    q, _, _, max_seqlen_q = problem.queries
+    tiling = prefill_tiling(max_seqlen_q, block_width(q.shape[-1]), q.element_size())
+    tile = PrefillTile(tiling.block_m, tiling.block_n)
+    grid = (q.shape[-2], problem.batch_size, max(1, -(-max_seqlen_q // tiling.block_m)))
+
+    def bind(values: Values) -> Values:
+        return bind_problem(values), values[_OUTPUT], tile
+
+    return CompiledLaunch(prefill, grid, bind, q.device, aligned, **tiling.options)
+
+
+def _with_decode(
+    plan: _Plan, problem: AttentionProblem, bind_problem: Callable[[Values], Values], aligned: bool, fused_tokens: int
+) -> _Plan:
+    q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
+    device, batch_size, kv_heads = q.device, problem.batch_size, k.shape[-2]
+    block_dv = block_width(v.shape[-1])
+    work_tiles = batch_size * kv_heads
+    rows = power_of_two(max(decode_rows(problem), problem.group))
+    tiling = decode_tiling(rows, block_width(q.shape[-1]), q.element_size())
+
+    few_keys = MAX_UNSPLIT_TILES * tiling.block_n
+    if 2 * work_tiles >= num_sms(device):
+        few_keys = max(few_keys, MAX_UNSPLIT_KEYS)
+    num_splits = problem.num_splits
+    split_kv = num_splits > 1 or (num_splits == 0 and max_visible_keys(problem) > few_keys)
+    num_ctas = num_sms(device) * tiling.ctas_per_sm
+    if num_splits or not split_kv:
+        num_ctas = work_tiles * max(num_splits, 1)
+    reduces_itself = num_ctas <= MAX_FUSED_SPLITS * work_tiles and rows * block_dv <= VALUES_TOGETHER
+    pdl = split_kv and not reduces_itself and has_pdl(device)
+
+    # ``combine`` takes rows together where there are enough work tiles to fill the device, else one by one.
+    reduce_rows = rows if reduces_itself or work_tiles >= num_sms(device) else 1
+    splits_together, values_together = (SPLITS_TOGETHER, VALUES_TOGETHER) if reduces_itself else (64, 8192)
+    tile = DecodeTile(
+        ROWS=rows,
+        BLOCK_M=tiling.block_m,
+        BLOCK_N=tiling.block_n,
+        BLOCK_NEW=max(16, power_of_two(fused_tokens)) if fused_tokens else 0,
+        BLOCK_B=FEW_SEQUENCES if batch_size <= FEW_SEQUENCES else MANY_SEQUENCES,
+        SPLIT_KV=split_kv,
+        REDUCE_ROWS=reduce_rows,
+        REDUCE_SPLITS=max(1, min(splits_together, values_together // (reduce_rows * block_dv))),
+        PDL=pdl,
+    )
+    scratch_numbers = (num_ctas if split_kv else None,)
+
+    def bind(values: Values) -> Values:
+        return bind_problem(values), values[_OUTPUT], values[_SCRATCH] + scratch_numbers, tile
+
+    plan = plan._replace(attend=CompiledLaunch(decode, (num_ctas, 1, 1), bind, device, aligned, **tiling.options))
+    if not split_kv:
+        return plan
+    plan = plan._replace(partials=(work_tiles + num_ctas) * rows * (block_dv + 2))
+    if reduces_itself:
+        return plan._replace(semaphores=work_tiles)
+    grid = (kv_heads * rows // reduce_rows, batch_size, 1)
+    options: dict[str, object] = dict(num_warps=4, num_stages=1, **(dict(launch_pdl=True) if pdl else {}))
+    return plan._replace(combine=CompiledLaunch(combine, grid, bind, device, aligned, **options))
+
+
+def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
+    """None where there is nothing to write."""
+    k_new, v_new = write.append[:2]
+    if 0 in k_new.shape:
+        return None
+    align = stride_factor((k_new, v_new, write.cache.k, write.cache.v), aligned)
+    cache = _cache_numbers(write, align)
+    append = _append_numbers(write.append, align)
+    batch_size, seqlen_new, kv_heads, _ = k_new.shape
+    tile = WriteTile(BLOCK_NEW=min(16, power_of_two(seqlen_new)))
+
+    def bind(values: Values) -> Values:
+        return values[: _K_NEW - _K] + cache, values[_K_NEW - _K :] + append, tile
+
+    grid = (kv_heads, batch_size, -(-seqlen_new // tile.BLOCK_NEW))
+    num_warps = 1 if tile.BLOCK_NEW == 1 else 4
+    return CompiledLaunch(kv_write_kernel, grid, bind, k_new.device, aligned, num_warps=num_warps, num_stages=1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Arguments: the kernels' records, whose tensors come as the problem has them, and whose numbers the plan holds
+# --------------------------------------------------------------------------------------------------------------------
+
+_FIELDS = [field.name for field in AttentionProblem.TENSOR_FIELDS]
+_K, _K_NEW, _ALIBI_SLOPES = map(_FIELDS.index, ("k", "k_new", "alibi_slopes"))
+_QUERIES, _CACHE, _APPEND = slice(_K), slice(_K, _K_NEW), slice(_K_NEW, _ALIBI_SLOPES)
+_SCORE = slice(_ALIBI_SLOPES, len(_FIELDS))
+_WRITE = slice(_K, _ALIBI_SLOPES)
+_OUTPUT, _SCRATCH = slice(len(_FIELDS), len(_FIELDS) + 2), slice(len(_FIELDS) + 2, len(_FIELDS) + 4)
+
+
+def _bind_problem(problem: AttentionProblem, aligned: bool, precision: str) -> Callable[[Values], Values]:
+    """A function that puts the problem's numbers behind its tensors, record by record."""
+    q, _, _, max_seqlen_q = problem.queries
+    new_tokens = [] if problem.append is None else list(problem.append[:2])
+    align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
+    folded, slopes = fold_scores(problem.scores), problem.scores.alibi_slopes
+    queries = _numbers(
+        QueryParams,
+        strides=_divided(q, align),
+        batch_size=problem.batch_size,
+        total_q=q.shape[0],
+        max_seqlen_q=max_seqlen_q,
+        GROUP=problem.group,
+    )
+    cache = _cache_numbers(problem, align)
+    append = _append_numbers(problem.append, align, queries_rotate_by_position(problem))
+    score = _numbers(
+        ScoreParams,
+        scale=folded.scale,
+        softcap=folded.softcap if folded.softcap > 0 else None,
+        window_left=folded.window_left if folded.window_left >= 0 else None,
+        window_right=folded.window_right if folded.window_right >= 0 else None,
+        SLOPES_STRIDE=q.shape[-2] if slopes is not None and slopes.dim() == 2 else 0,
+        PRECISION=precision,
+    )
+
+    def bind(values: Values) -> Values:
+        return values[_QUERIES] + queries, values[_CACHE] + cache, values[_APPEND] + append, values[_SCORE] + score
+
+    return bind
+
+
+def _cache_numbers(problem: AttentionProblem | CacheWrite, align: int) -> Values:
+    k, v, block_table = problem.cache[:3]
+    return _numbers(
+        CacheParams,
+        k_strides=_divided(k, align),
+        v_strides=None if strides(v) == strides(k) else _divided(v, align),
+        capacity=problem.capacity,
+        num_pages=k.shape[0],
+        table_width=None if block_table is None else block_table.shape[1],
+        HEADS=k.shape[-2],
+        D=k.shape[-1],
+        DV=v.shape[-1],
+        BLOCK_D=block_width(k.shape[-1]),
+        BLOCK_DV=block_width(v.shape[-1]),
+        PAGE_SIZE=None if block_table is None else problem.page_size,
+    )
+
+
+def _append_numbers(append: Append | None, align: int, queries_by_position: bool = True) -> Values:
+    rotary_cos = None if append is None else append.rotary_cos
+    return _numbers(
+        AppendParams,
+        k_strides=None if append is None else _divided(append.k_new, align),
+        v_strides=None if append is None else _divided(append.v_new, align),
+        seqlen_new=0 if append is None else append.k_new.shape[1],
+        rotary_len=None if rotary_cos is None else rotary_cos.shape[0],
+        ROTARY_DIM=None if rotary_cos is None else 2 * rotary_cos.shape[1],
+        INTERLEAVED=append is not None and append.rotary_interleaved,
+        QUERIES_BY_POSITION=queries_by_position,
+    )
+
+
+def _numbers(record: type[tuple[Any, ...]], **numbers: Any) -> Values:
+    """The numbers of a record, in its order."""
+    names = record._fields[-len(numbers) :]  # type: ignore[attr-defined]
+    return tuple(numbers[name] for name in names)
+
+
+def _divided(tensor: Tensor, align: int) -> Strides:
+    batch, token, head = strides(tensor)
+    return Strides(batch // align, token // align, head // align, align)
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    """Whether Triton would launch on another device than the tensors'."""
+    return device.type == "cuda" and _cuda_devices() > 1 and device.index != torch.cuda.current_device()
 
 
 @cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a device. The interpreter pretends to a few, so that work gets split there too."""
-    if INTERPRETED:
-        return 3
-    return int(torch.get_device_module(device).get_device_properties(device).multi_processor_count)
+def _cuda_devices() -> int:
+    return torch.cuda.device_count()
 
 
-@cache
-def has_dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel can be set up while the one before it still runs (Hopper and later)."""
-    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _precision(dtype: torch.dtype) -> str:
+    """float32 products are exact unless torch's own may use tf32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

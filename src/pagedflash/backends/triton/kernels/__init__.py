@@ -1,1 +1,4 @@
-"""The kernels, and the stages they share: where keys are, what queries see, rotary, the online softmax."""
+"""The four kernels, and the stages they share.
+
+A kernel takes records (:mod:`.params`), one for each part of a problem, and hands them on to its stages.
+"""

@@ -1,8 +1,8 @@
 # ruff: noqa: SIM102 (an if on constants chooses code when the kernel is compiled)
 r"""``prefill``: many queries a sequence. Bound by the matrix units.
 
-A program takes BLOCK_M queries of one head and walks the tiles of keys that any of them sees. Only the tiles at the
-edges of what they see are masked::
+A CTA takes BLOCK_M queries of one head and walks the KV tiles that any of them sees. Only the tiles at the edges of what
+they see are masked::
 
     keys        ->
     queries  |  . . / # # # # \ . .        .  no query of the block sees it: not visited
@@ -18,232 +18,92 @@ Source: Dao, "FlashAttention-2" (2023).
 import triton
 import triton.language as tl
 
-from .keys import first_slot, key_count, load_pages, load_tile, locate_sequence
-from .queries import (
-    clear_rows_behind,
-    load_queries,
-    load_slopes,
-    query_count,
-    query_rows,
-    store_result,
-    visible_bounds,
-)
-from .softmax import attend_tile
+from .kv_format import load_keys, load_values
+from .output import clear_rows_behind, store_output
+from .paging import load_pages, view_kv
+from .params import Output, PrefillTile, Problem
+from .queries import load_queries, output_rows
+from .score import row_scores
+from .sequence import load_leftpad, load_seqlen_k, load_seqlen_q
+from .softmax import SoftmaxState, attend_tile
 
 
 @triton.jit
-def attend_tiles(
-    acc,
-    row_max,
-    row_sum,
-    q_tile,
-    k_head,
-    v_head,
-    table,
-    cache_row,
-    offset,
-    first_tile,
-    end_tile,
-    begin,
-    end,
-    first,
-    last,
-    position,
-    slope,
-    k_page_stride,
-    k_slot_stride,
-    v_page_stride,
-    v_slot_stride,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Tiles ``first_tile`` to ``end_tile`` into the rows' softmax state. Pages are looked up one tile ahead."""
-    pages = load_pages(table, cache_row, first_tile, begin, end, PAGE_SIZE, BLOCK_N)
-    for tile in range(first_tile, end_tile):
-        k_tile = load_tile(
-            k_head, pages, tile, offset, begin, end, k_page_stride, k_slot_stride,
-            PAGE_SIZE, D, BLOCK_N, BLOCK_D, MASKED,
-        )  # fmt: skip
-        v_tile = load_tile(
-            v_head, pages, tile, offset, begin, end, v_page_stride, v_slot_stride,
-            PAGE_SIZE, DV, BLOCK_N, BLOCK_DV, MASKED,
-        )  # fmt: skip
-        pages = load_pages(table, cache_row, tile + 1, begin, end, PAGE_SIZE, BLOCK_N)
-        slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc, row_max, row_sum = attend_tile(
-            acc, row_max, row_sum, q_tile, k_tile, v_tile, slots, first, last, position, slope, scale, softcap,
-            HAS_SOFTCAP, HAS_ALIBI, MASKED, False, PRECISION,
-        )  # fmt: skip
-    return acc, row_max, row_sum
+def attend_tiles(state, q_tile, kv, first_tile, end_tile, rows, cache, score, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """KV tiles ``first_tile`` to ``end_tile`` into the state. Pages are looked up one tile ahead."""
+    pages = load_pages(cache, kv, first_tile, BLOCK_N)
+    for kv_tile in range(first_tile, end_tile):
+        k_tile = load_keys(cache, kv, pages, kv_tile, BLOCK_N, MASKED)
+        v_tile = load_values(cache, kv, pages, kv_tile, BLOCK_N, MASKED)
+        pages = load_pages(cache, kv, kv_tile + 1, BLOCK_N)
+        slots = kv_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        state = attend_tile(state, q_tile, k_tile, v_tile, slots, rows, score, MASKED, False)
+    return state
 
 
 @triton.jit
-def prefill(
-    out,
-    lse,
-    q,
-    k,
-    v,
-    k_new,
-    v_new,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seqused_q,
-    seqused_k,
-    cache_batch_idx,
-    cache_leftpad,
-    block_table,
-    rotary_cos,
-    rotary_sin,
-    alibi_slopes,
-    sinks,
-    q_batch_stride: tl.int64,
-    q_row_stride: tl.int64,
-    q_head_stride: tl.int64,
-    k_page_stride: tl.int64,
-    k_slot_stride: tl.int64,
-    k_head_stride: tl.int64,
-    v_page_stride: tl.int64,
-    v_slot_stride: tl.int64,
-    v_head_stride: tl.int64,
-    batch: tl.int32,
-    total_rows: tl.int32,
-    dense_queries: tl.int32,
-    capacity: tl.int32,
-    new_tokens: tl.int32,
-    table_width: tl.int32,
-    rotary_rows: tl.int32,
-    window_left: tl.int32,
-    window_right: tl.int32,
-    scale: tl.float32,
-    softcap: tl.float32,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    SLOPES_PER_SEQUENCE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,
-    SAME_STRIDES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    HEADS: tl.constexpr = KV_HEADS * GROUP
-    PAGED: tl.constexpr = PAGE_SIZE > 0
-    HAS_ALIBI: tl.constexpr = alibi_slopes is not None
+def prefill(problem: Problem, output: Output, tile: PrefillTile):
     head = tl.program_id(0)
     b = tl.program_id(1)
     block = tl.num_programs(2) - 1 - tl.program_id(2)
 
-    # Strides come divided by ALIGN, so that the compiler sees by what they can be divided.
-    q_batch_stride *= ALIGN
-    q_row_stride *= ALIGN
-    q_head_stride *= ALIGN
-    k_page_stride *= ALIGN
-    k_slot_stride *= ALIGN
-    k_head_stride *= ALIGN
-    v_page_stride *= ALIGN
-    v_slot_stride *= ALIGN
-    v_head_stride *= ALIGN
-    if SAME_STRIDES:  # keys and values of a token have the same offset: it is computed once
-        v_page_stride = k_page_stride
-        v_slot_stride = k_slot_stride
-        v_head_stride = k_head_stride
-
-    if cu_seqlens_q is not None:
+    if problem.queries.cu_seqlens_q is not None:
         if (head == 0) & (b == 0):
-            clear_rows_behind(out, lse, cu_seqlens_q, batch, total_rows, block, tl.num_programs(2), HEADS, DV, BLOCK_DV)
+            clear_rows_behind(problem, output, block, tl.num_programs(2))
 
-    first_row, owned_rows = query_rows(b, cu_seqlens_q, dense_queries)
-    if block * BLOCK_M >= owned_rows:
+    first_row, owned_rows = output_rows(b, problem.queries)
+    if block * tile.BLOCK_M >= owned_rows:
         return
 
     # ---- The rows ----
-    keys = key_count(b, True, cu_seqlens_k, seqused_k, capacity, new_tokens)
-    queries = query_count(b, True, cu_seqlens_q, seqused_q, dense_queries)
-    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    used = (i < queries) & (keys >= 0)
-    shift = keys - queries  # query i sits at key position i + shift
-    position = i + shift
+    seqlen_k = load_seqlen_k(b, True, problem.cache, problem.append)
+    seqlen_q = load_seqlen_q(b, True, problem.queries)
+    i = block * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
+    used = (i < seqlen_q) & (seqlen_k >= 0)
 
     # ---- The slots that any of them sees, [begin, end), and those that all of them see, [all_begin, all_end) ----
-    first_position = block * BLOCK_M + shift
-    last_position = tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1 + shift
-    begin = first_slot(b, True, cache_leftpad)
-    end = tl.maximum(keys, 0)
+    shift = seqlen_k - seqlen_q  # query i sits at key position i + shift
+    first_position = block * tile.BLOCK_M + shift
+    last_position = tl.minimum(block * tile.BLOCK_M + tile.BLOCK_M, seqlen_q) - 1 + shift
+    begin = load_leftpad(b, True, problem.cache)
+    end = tl.maximum(seqlen_k, 0)
     all_begin = begin
     all_end = end
-    if HAS_LEFT:
-        all_begin = tl.maximum(begin, last_position - window_left)
-        begin = tl.maximum(begin, first_position - window_left)
-    if HAS_RIGHT:
-        all_end = tl.minimum(end, first_position + window_right + 1)
-        end = tl.minimum(end, last_position + window_right + 1)
-    end = tl.where(block * BLOCK_M < queries, tl.maximum(end, 0), 0)
+    if problem.score.window_left is not None:
+        all_begin = tl.maximum(begin, last_position - problem.score.window_left)
+        begin = tl.maximum(begin, first_position - problem.score.window_left)
+    if problem.score.window_right is not None:
+        all_end = tl.minimum(end, first_position + problem.score.window_right + 1)
+        end = tl.minimum(end, last_position + problem.score.window_right + 1)
+    end = tl.where(block * tile.BLOCK_M < seqlen_q, tl.maximum(end, 0), 0)
     begin = tl.minimum(begin, end)
-    first, last = visible_bounds(position, begin, end, used, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-
-    slope = load_slopes(alibi_slopes, b, head + i * 0, used, HEADS, SLOPES_PER_SEQUENCE)
-    q_tile = load_queries(
-        q, b, first_row, i, head, used, seqused_k, cu_seqlens_q, rotary_cos, rotary_sin, rotary_rows,
-        q_batch_stride, q_row_stride, q_head_stride,
-        D, BLOCK_D, ROTARY_DIM, INTERLEAVED, HAS_LEFT or HAS_RIGHT,
-    )  # fmt: skip
+    rows = row_scores(problem, b, head + i * 0, i, used, seqlen_q, seqlen_k, begin, end)
+    q_tile = load_queries(problem, b, first_row, i, head, used)
 
     # ---- The keys: left edge, the middle that needs no mask, right edge ----
-    kv_head = head // GROUP
-    cache_row, offset = locate_sequence(b, cu_seqlens_k, cache_batch_idx, PAGED)
-    table = block_table
-    if PAGED:
-        table += b.to(tl.int64) * table_width
-    k_head = k + kv_head * k_head_stride
-    v_head = v + kv_head * v_head_stride
-    first_tile = begin // BLOCK_N
-    end_tile = tl.cdiv(end, BLOCK_N)
+    kv = view_kv(problem.cache, b, head // problem.queries.GROUP, begin, end)
+    first_tile = begin // tile.BLOCK_N
+    end_tile = tl.cdiv(end, tile.BLOCK_N)
     left_end = first_tile
-    if HAS_LEFT or cache_leftpad is not None:
-        left_end = tl.minimum(tl.maximum(tl.cdiv(all_begin, BLOCK_N), first_tile), end_tile)
-    middle_end = tl.minimum(tl.maximum(all_end // BLOCK_N, left_end), end_tile)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_LEFT or cache_leftpad is not None:
-        acc, row_max, row_sum = attend_tiles(
-            acc, row_max, row_sum, q_tile, k_head, v_head, table, cache_row, offset, first_tile, left_end, begin, end,
-            first, last, position, slope, k_page_stride, k_slot_stride, v_page_stride, v_slot_stride, scale, softcap,
-            D, DV, PAGE_SIZE, HAS_SOFTCAP, HAS_ALIBI, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+    if problem.score.window_left is not None or problem.cache.cache_leftpad is not None:
+        left_end = tl.minimum(tl.maximum(tl.cdiv(all_begin, tile.BLOCK_N), first_tile), end_tile)
+    middle_end = tl.minimum(tl.maximum(all_end // tile.BLOCK_N, left_end), end_tile)
+    state = SoftmaxState(
+        tl.zeros([tile.BLOCK_M, problem.cache.BLOCK_DV], tl.float32),
+        tl.full([tile.BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([tile.BLOCK_M], tl.float32),
+    )
+    if problem.score.window_left is not None or problem.cache.cache_leftpad is not None:
+        state = attend_tiles(
+            state, q_tile, kv, first_tile, left_end, rows, problem.cache, problem.score, tile.BLOCK_N, True
         )  # fmt: skip
-    acc, row_max, row_sum = attend_tiles(
-        acc, row_max, row_sum, q_tile, k_head, v_head, table, cache_row, offset, left_end, middle_end, begin, end,
-        first, last, position, slope, k_page_stride, k_slot_stride, v_page_stride, v_slot_stride, scale, softcap,
-        D, DV, PAGE_SIZE, HAS_SOFTCAP, HAS_ALIBI, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+    state = attend_tiles(
+        state, q_tile, kv, left_end, middle_end, rows, problem.cache, problem.score, tile.BLOCK_N, False
     )  # fmt: skip
-    acc, row_max, row_sum = attend_tiles(
-        acc, row_max, row_sum, q_tile, k_head, v_head, table, cache_row, offset, middle_end, end_tile, begin, end,
-        first, last, position, slope, k_page_stride, k_slot_stride, v_page_stride, v_slot_stride, scale, softcap,
-        D, DV, PAGE_SIZE, HAS_SOFTCAP, HAS_ALIBI, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+    state = attend_tiles(
+        state, q_tile, kv, middle_end, end_tile, rows, problem.cache, problem.score, tile.BLOCK_N, True
     )  # fmt: skip
 
-    row_sum = tl.where(used, row_sum, 0.0)  # rows past the used ones saw the middle as if they were there
-    store_result(
-        out, lse, acc, row_max, row_sum, b, first_row, i, head + i * 0, i < owned_rows, sinks,
-        cu_seqlens_q, total_rows, dense_queries, HEADS, DV, BLOCK_DV,
-    )  # fmt: skip
+    # Rows past the used ones saw the middle as if they were there.
+    state = SoftmaxState(state.acc, state.row_max, tl.where(used, state.row_sum, 0.0))
+    store_output(problem, output, state, b, first_row, i, head + i * 0, i < owned_rows)

@@ -1,147 +1,106 @@
-"""How ``decode`` splits its work, found from the lengths on the device.
+"""How ``decode`` splits its work over CTAs, found from the lengths on the device.
 
-The work is a line of tiles of BLOCK_N keys, sequence by sequence, KV head by KV head::
+A work tile is one (sequence, KV head): all query rows that share its keys. The KV tiles of all work tiles, of BLOCK_N keys
+each, are numbered sequence by sequence, KV head by KV head, and each active CTA takes the same number of them::
 
     sequence       0               1                  2
     KV head     0     1     0        1        0   1
-    tiles      [aaaa][aaaa][bbbbbbb][bbbbbbb][cc][cc]      only the tiles that hold a visible key
-    sharers    |--0---|---1---|---2---|---3---|--4--|      shares that differ by one tile at most, whatever the lengths
+    KV tiles   [aaaa][aaaa][bbbbbbb][bbbbbbb][cc][cc]      only those that hold a key which is seen
+    CTAs       |--0---|---1---|---2---|---3---|--4--|      one tile more or less, whatever the lengths
 
-A segment is one (sequence, KV head); a part is what one program has of one segment. Along the line either the segment
-or the program steps on from one part to the next, so (segment + program) numbers the parts. A segment in one part is
-finished by its program; the others are left to ``combine``.
+A CTA that has all KV tiles of a work tile stores its output. A work tile that several have is split: each leaves a split,
+its softmax state, and the splits are reduced (:mod:`.combine`). From one split to the next either the work tile or the CTA
+is the next one, so (work tile + CTA) numbers the splits.
 Source of the split: Dao et al., "Flash-Decoding" (2023); of the equal shares: Osama et al., "Stream-K" (2023).
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .keys import first_slot, key_count, visible_slots
-from .queries import query_count
+from .sequence import kv_range, load_leftpad, load_seqlen_k, load_seqlen_q
+
+
+class SequenceWork(NamedTuple):
+    """Of one sequence, or a vector of them."""
+
+    tiles: Any  # KV tiles of each of its work tiles
+    seqlen_q: Any
+    seqlen_k: Any
+    begin: Any  # cached slots [begin, end) are seen
+    end: Any
 
 
 @triton.jit
-def sharer_count(line, longest, segments, programs):
-    """Programs that share the line: all of them, or one for each segment where segments are alike and nearly as many.
+def sequence_work(b, inside, problem, tile):
+    """The work of sequence ``b``. Tokens that ``decode`` appends itself (BLOCK_NEW) are in no KV tile.
 
-    Then no program has to start on a second segment, and there is nothing to combine.
+    A sequence without visible keys counts one KV tile, so that some CTA writes its zeros.
     """
-    alike = (line == longest * segments) & (segments <= programs) & (segments * 8 >= programs * 7)
-    return tl.where(alike, segments, programs)
+    seqlen_k = load_seqlen_k(b, inside, problem.cache, problem.append)
+    seqlen_q = load_seqlen_q(b, inside, problem.queries)
+    begin, end = kv_range(load_leftpad(b, inside, problem.cache), seqlen_k, seqlen_q, problem.score)
+    if tile.BLOCK_NEW > 0:
+        end = tl.maximum(end - problem.append.seqlen_new, 0)
+        begin = tl.minimum(begin, end)
+    tiles = tl.maximum(tl.cdiv(end, tile.BLOCK_N) - begin // tile.BLOCK_N, 1)
+    return SequenceWork(tl.where(inside, tiles, 0), seqlen_q, seqlen_k, begin, end)
 
 
 @triton.jit
-def share_begin(program, sharers, line):
-    """Where the share of ``program`` begins on the line. The first ``line % sharers`` have one tile more."""
-    return tl.minimum(program * (line // sharers) + tl.minimum(program, line % sharers), line)
-
-
-@triton.jit
-def program_at(place, sharers, line):
-    """The program whose share holds ``place``."""
-    tiles = line // sharers
-    long_programs = line % sharers
-    long_end = long_programs * (tiles + 1)
-    behind = long_programs + (place - long_end) // tl.maximum(tiles, 1)
-    return tl.where(place < long_end, place // (tiles + 1), behind)
-
-
-@triton.jit
-def sequence_tiles(
-    b,
-    inside,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seqused_q,
-    seqused_k,
-    cache_leftpad,
-    capacity,
-    new_tokens,
-    fused_tokens,
-    dense_queries,
-    window_left,
-    HAS_LEFT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """(tiles of a segment of sequence ``b``, its keys, its queries, its visible slots in the cache from, to)
-
-    The last ``fused_tokens`` keys are not in the cache yet. A sequence without visible keys counts one tile, so that
-    somebody writes its zeros.
-    """
-    keys = key_count(b, inside, cu_seqlens_k, seqused_k, capacity, new_tokens)
-    queries = query_count(b, inside, cu_seqlens_q, seqused_q, dense_queries)
-    begin, end = visible_slots(first_slot(b, inside, cache_leftpad), keys, queries, window_left, HAS_LEFT)
-    end = tl.maximum(end - fused_tokens, 0)
-    begin = tl.minimum(begin, end)
-    tiles = tl.maximum(tl.cdiv(end, BLOCK_N) - begin // BLOCK_N, 1)
-    return tl.where(inside, tiles, 0), keys, queries, begin, end
-
-
-@triton.jit
-def line_position(
-    b,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seqused_q,
-    seqused_k,
-    cache_leftpad,
-    batch,
-    capacity,
-    new_tokens,
-    fused_tokens,
-    dense_queries,
-    window_left,
-    KV_HEADS: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """(where sequence ``b`` begins on the line, the line's length, tiles of the longest segment)"""
-    begin = 0
-    line = 0
+def locate_sequence(b, problem, tile):
+    """(the first KV tile of sequence ``b``, all KV tiles, KV tiles of the longest work tile)"""
+    first_tile = 0
+    total_tiles = 0
     longest = 0
-    for start in range(0, batch, BLOCK_B):
-        some = start + tl.arange(0, BLOCK_B)
-        tiles, _, _, _, _ = sequence_tiles(
-            some, some < batch, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
-            capacity, new_tokens, fused_tokens, dense_queries, window_left, HAS_LEFT, BLOCK_N,
-        )  # fmt: skip
-        begin += tl.sum(tl.where(some < b, tiles, 0)) * KV_HEADS
-        line += tl.sum(tiles) * KV_HEADS
-        longest = tl.maximum(longest, tl.max(tiles))
-    return begin, line, longest
+    for start in range(0, problem.queries.batch_size, tile.BLOCK_B):
+        some = start + tl.arange(0, tile.BLOCK_B)
+        work = sequence_work(some, some < problem.queries.batch_size, problem, tile)
+        first_tile += tl.sum(tl.where(some < b, work.tiles, 0)) * problem.cache.HEADS
+        total_tiles += tl.sum(work.tiles) * problem.cache.HEADS
+        longest = tl.maximum(longest, tl.max(work.tiles))
+    return first_tile, total_tiles, longest
 
 
 @triton.jit
-def sequence_at(
-    place,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seqused_q,
-    seqused_k,
-    cache_leftpad,
-    batch,
-    capacity,
-    new_tokens,
-    fused_tokens,
-    dense_queries,
-    window_left,
-    KV_HEADS: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """(the sequence that holds ``place`` on the line, where it begins)"""
+def sequence_of(tile_index, problem, tile):
+    """(the sequence of a KV tile, its first KV tile)"""
     b = 0
-    begin = 0
-    for start in range(0, batch, BLOCK_B):
-        some = start + tl.arange(0, BLOCK_B)
-        tiles, _, _, _, _ = sequence_tiles(
-            some, some < batch, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_leftpad,
-            capacity, new_tokens, fused_tokens, dense_queries, window_left, HAS_LEFT, BLOCK_N,
-        )  # fmt: skip
-        passed = (some < batch) & (begin + tl.cumsum(tiles, 0) * KV_HEADS <= place)
+    first_tile = 0
+    for start in range(0, problem.queries.batch_size, tile.BLOCK_B):
+        some = start + tl.arange(0, tile.BLOCK_B)
+        inside = some < problem.queries.batch_size
+        work = sequence_work(some, inside, problem, tile)
+        passed = inside & (first_tile + tl.cumsum(work.tiles, 0) * problem.cache.HEADS <= tile_index)
         if start == b:  # all before were passed
             b += tl.sum(passed.to(tl.int32))
-            begin += tl.sum(tl.where(passed, tiles, 0)) * KV_HEADS
-    return b, begin
+            first_tile += tl.sum(tl.where(passed, work.tiles, 0)) * problem.cache.HEADS
+    return b, first_tile
+
+
+@triton.jit
+def count_active_ctas(total_tiles, longest, work_tiles, num_ctas):
+    """CTAs that share the KV tiles: all, or one for each work tile where these are alike and nearly as many.
+
+    Then no CTA has to start on a second work tile, and there is nothing to reduce.
+    """
+    alike = (total_tiles == longest * work_tiles) & (work_tiles <= num_ctas) & (work_tiles * 8 >= num_ctas * 7)
+    return tl.where(alike, work_tiles, num_ctas)
+
+
+@triton.jit
+def first_tile_of(cta, active_ctas, total_tiles):
+    """The first KV tile of a CTA. The first ``total_tiles % active_ctas`` CTAs have one more than the others."""
+    even = cta * (total_tiles // active_ctas)
+    return tl.minimum(even + tl.minimum(cta, total_tiles % active_ctas), total_tiles)
+
+
+@triton.jit
+def cta_of(tile_index, active_ctas, total_tiles):
+    """The CTA that has a KV tile."""
+    tiles = total_tiles // active_ctas
+    longer_ctas = total_tiles % active_ctas
+    longer_end = longer_ctas * (tiles + 1)
+    behind = longer_ctas + (tile_index - longer_end) // tl.maximum(tiles, 1)
+    return tl.where(tile_index < longer_end, tile_index // (tiles + 1), behind)

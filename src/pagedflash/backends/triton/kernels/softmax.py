@@ -1,62 +1,69 @@
 # ruff: noqa: SIM108 (an if on constants chooses code when the kernel is compiled)
-"""One step of the online softmax: a tile of keys and values goes into the rows' running state.
+"""The online softmax, on scores in base 2.
 
-The state of a row is ``(acc, row_max, row_sum)``: the weighted sum of values, the largest score so far, and the sum of
-weights, where a weight is ``2^(score - row_max)``. Scores are in units of log2, so that the weight is one ``exp2``.
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao, "FlashAttention-2" (2023).
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from .score import LN2, load_sinks, score_tile
+
+
+class SoftmaxState(NamedTuple):
+    """The weight of a score is ``2^(score - row_max)``."""
+
+    acc: Any  # (rows, BLOCK_DV) accumulator: the weighted sum of values
+    row_max: Any  # (rows,) largest score so far
+    row_sum: Any  # (rows,) sum of weights, or (rows, BLOCK_N), to be summed after the last tile
+
+
+@triton.jit
+def raise_max(row_max, other_max, MAY_BE_EMPTY: tl.constexpr):
+    """One step of the online softmax, whatever is merged: (new maximum, what to subtract from scores, alpha).
+
+    Alpha rescales what was summed so far. If MAY_BE_EMPTY, a row may have seen nothing on either side: -inf - -inf would
+    be NaN, so 0 is subtracted.
+    """
+    new_max = tl.maximum(row_max, other_max)
+    subtrahend = new_max
+    if MAY_BE_EMPTY:
+        subtrahend = tl.where(new_max == float("-inf"), 0.0, new_max)
+    return new_max, subtrahend, tl.exp2(row_max - subtrahend)
 
 
 @triton.jit
 def attend_tile(
-    acc,
-    row_max,
-    row_sum,
-    q_tile,
-    k_tile,
-    v_tile,
-    slots,
-    first,
-    last,
-    position,
-    slope,
-    scale,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    MASKED: tl.constexpr,
-    SPREAD_SUM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``scale`` holds log2(e), or with a softcap 1 / softcap; ``softcap`` holds log2(e): the host folds them in.
+    state, q_tile, k_tile, v_tile, slots, rows, score, MASKED: tl.constexpr, DEFER_SUM: tl.constexpr
+):  # fmt: skip
+    """A tile of keys and values into the state. If not MASKED, every row sees the whole tile.
 
-    If MASKED, a row sees the slots from ``first`` to ``last`` of its own; else it sees the whole tile. If SPREAD_SUM,
-    ``row_sum`` is ``(rows, BLOCK_N)``, to be summed after the last tile: one step less in which warps wait for each other.
+    If DEFER_SUM, ``row_sum`` is ``(rows, BLOCK_N)``: one step less in which warps wait for each other.
     """
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-    if HAS_SOFTCAP:
-        # tanh(x) = 1 - 2 / (e^2x + 1), which is right at both ends: e^2x = inf gives 1, 0 gives -1
-        scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E)) + 1.0))
-    if HAS_ALIBI:
-        scores -= slope[:, None] * tl.abs(position[:, None] - slots[None, :]).to(tl.float32)
-    if MASKED:
-        visible = (slots[None, :] >= first[:, None]) & (slots[None, :] <= last[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    pivot = new_max
-    if MASKED:  # a row that has seen nothing yet: -inf - -inf would be NaN
-        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores - pivot[:, None])
-    shrink = tl.exp2(row_max - pivot)
-    if SPREAD_SUM:
-        row_sum = row_sum * shrink[:, None] + weights
+    scores = score_tile(q_tile, k_tile, slots, rows, score, MASKED)
+    row_max, subtrahend, alpha = raise_max(state.row_max, tl.max(scores, 1), MASKED)
+    weights = tl.exp2(scores - subtrahend[:, None])
+    if DEFER_SUM:
+        row_sum = state.row_sum * alpha[:, None] + weights
     else:
-        row_sum = row_sum * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum
+        row_sum = state.row_sum * alpha + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, state.acc * alpha[:, None], input_precision=score.PRECISION)
+    return SoftmaxState(acc, row_max, row_sum)
+
+
+@triton.jit
+def normalize(state, score, head, owned):
+    """(output, LSE) of each row, the sink's weight counted in; 0 and +inf if a row saw no key."""
+    acc, row_max, row_sum = state
+    seen = row_sum > 0
+    if score.sinks is not None:
+        sink = load_sinks(score, head, owned)
+        row_max, subtrahend, alpha = raise_max(row_max, sink, False)
+        acc = acc * alpha[:, None]
+        row_sum = row_sum * alpha + tl.exp2(sink - subtrahend)
+    safe_sum = tl.where(seen, row_sum, 1.0)
+    out = tl.where(seen[:, None], acc / safe_sum[:, None], 0.0)
+    lse = tl.where(seen, (row_max + tl.log2(safe_sum)) * LN2, float("inf"))
+    return out, lse

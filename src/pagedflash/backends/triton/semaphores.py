@@ -1,8 +1,8 @@
-"""Tickets: how the programs of ``decode`` find out which of them is the last to finish a part of a segment.
+"""Semaphores: how the CTAs of ``decode`` find out which of them is the last to finish a split of a work tile.
 
-A ticket is a counter in the device's memory, one for each segment of a call. It is 0 between calls: the program that
-counts it to the end puts it back. Calls that may run at the same time must not share any, so each stream has its own,
-and a call that is captured in a CUDA graph keeps its own for good, since a graph may be replayed on any stream.
+A semaphore is a counter in the device's memory, one for each work tile of a call. It is 0 between calls: the CTA that
+counts it to the end puts it back. Calls that may run at the same time must not share any, so each stream has its own, and
+a call that is captured in a CUDA graph keeps its own for good, since a graph may be replayed on any stream.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import INTERPRETED
+from .compiled import INTERPRETED
 
-TICKETS_OF_A_STREAM = 1 << 14
-"""At least so many: more segments than that are rare, and then there is one ticket for each."""
+SEMAPHORES_OF_A_STREAM = 1 << 14
+"""At least so many: more work tiles than that are rare, and then there is one semaphore for each."""
 
 ALIGNMENT = 32
-"""Calls get multiples of this: their tickets begin at addresses that kernels expect of every tensor, 128 bytes apart."""
+"""Calls get multiples of this: their semaphores begin at addresses that kernels expect of every tensor, 128 bytes apart."""
 
 RESERVE = 1 << 20
-"""Tickets made ahead for captured calls, in which nothing can be cleared but in every replay again (4 MiB)."""
+"""Semaphores made ahead for captured calls, in which nothing can be cleared but in every replay again (4 MiB)."""
 
 _of_stream: dict[tuple[int | None, int], Tensor] = {}
 _reserves: dict[int | None, Tensor] = {}
-_given_for_good: list[Tensor] = []  # a graph knows only their addresses: here they are kept
+_captured: list[Tensor] = []  # a graph knows only their addresses: here they are kept
 _reserving = threading.Lock()
 
 
-def tickets(device: torch.device, count: int) -> Tensor:
+def semaphores(device: torch.device, count: int) -> Tensor:
     """At least ``count`` counters (int32), all 0, for a call on the current stream."""
     count = -(-count // ALIGNMENT) * ALIGNMENT
     if INTERPRETED:
         return torch.zeros(count, dtype=torch.int32, device=device)
     stream = triton.runtime.driver.active.get_current_stream(device.index)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _for_good(device, count)
+        return _for_capture(device, count)
     mine = _of_stream.get((device.index, stream))
     if mine is None or len(mine) < count:
-        mine = torch.zeros(max(count, TICKETS_OF_A_STREAM), dtype=torch.int32, device=device)
+        mine = torch.zeros(max(count, SEMAPHORES_OF_A_STREAM), dtype=torch.int32, device=device)
         _of_stream[device.index, stream] = mine
         if device.type == "cuda":
             _fill_reserve(device)
@@ -54,12 +54,12 @@ def _fill_reserve(device: torch.device) -> None:
             torch.cuda.current_stream(device).synchronize()  # a graph may use them on any stream
 
 
-def _for_good(device: torch.device, count: int) -> Tensor:
+def _for_capture(device: torch.device, count: int) -> Tensor:
     """From the reserve; where it does not last, counters that the graph clears itself, a little slower."""
     with _reserving:
         reserve = _reserves.get(device.index)
         if reserve is not None and len(reserve) >= count:
             _reserves[device.index] = reserve[count:]
-            _given_for_good.append(reserve[:count])
-            return _given_for_good[-1]
+            _captured.append(reserve[:count])
+            return _captured[-1]
     return torch.zeros(count, dtype=torch.int32, device=device)

@@ -1,0 +1,72 @@
+# ruff: noqa: SIM108 (an if on constants chooses code when the kernel is compiled)
+"""Where the keys and values of one (sequence, KV head) lie."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .params import in_elements
+
+
+class KVView(NamedTuple):
+    """The keys and values of one (sequence, KV head), and which of them are read."""
+
+    k: Any  # pointers to the KV head
+    v: Any
+    k_strides: Any  # in elements
+    v_strides: Any
+    row: Any  # the sequence's row of the block table (a pointer) or of a dense cache; packed keys are one long row
+    offset: Any  # slots from there to the sequence
+    begin: Any  # slots [begin, end) are read
+    end: Any
+
+
+@triton.jit
+def view_kv(cache, b, kv_head, begin, end):
+    """The slots ``[begin, end)`` of sequence ``b`` and KV head ``kv_head``."""
+    k_strides = in_elements(cache.k_strides)
+    v_strides = k_strides
+    if cache.v_strides is not None:
+        v_strides = in_elements(cache.v_strides)
+    row = b * 0
+    offset = b * 0
+    if cache.block_table is not None:
+        row = cache.block_table + b.to(tl.int64) * cache.table_width
+    elif cache.cu_seqlens_k is not None:
+        offset = tl.load(cache.cu_seqlens_k + b)
+    elif cache.cache_batch_idx is not None:
+        row = tl.load(cache.cache_batch_idx + b)
+    else:
+        row = b
+    k = cache.k + kv_head * k_strides.head
+    v = cache.v + kv_head * v_strides.head
+    return KVView(k, v, k_strides, v_strides, row, offset, begin, end)
+
+
+@triton.jit
+def load_pages(cache, view, tile_index, BLOCK_N: tl.constexpr):
+    """Pages of the slots of a KV tile: one number where the tile lies within one page, else one for each slot.
+
+    Entries of the table that ``[view.begin, view.end)`` does not reach are not read. In a dense cache, the "page" is the
+    sequence's row.
+    """
+    first_slot = tile_index * BLOCK_N
+    if cache.block_table is None:
+        pages = view.row
+    elif cache.PAGE_SIZE % BLOCK_N == 0:
+        pages = tl.load(view.row + first_slot // cache.PAGE_SIZE, first_slot < view.end, other=0)
+    else:
+        slots = first_slot + tl.arange(0, BLOCK_N)
+        pages = tl.load(view.row + slots // cache.PAGE_SIZE, (slots >= view.begin) & (slots < view.end), other=0)
+    return pages
+
+
+@triton.jit
+def slots_in_page(cache, view, slots):
+    """Slots of a sequence -> slots of their pages."""
+    if cache.block_table is None:
+        within = slots + view.offset
+    else:
+        within = slots % cache.PAGE_SIZE
+    return within

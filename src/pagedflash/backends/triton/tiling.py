@@ -1,0 +1,67 @@
+"""Tile shapes and launch options of each kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...geometry import strides
+
+
+class Tiling(NamedTuple):
+    """Of an attention kernel."""
+
+    block_m: int  # query rows of a CTA
+    block_n: int  # keys of a KV tile
+    num_warps: int
+    num_stages: int  # KV tiles in flight
+    ctas_per_sm: int = 0  # size of decode's grid
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's launch options."""
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def decode_tiling(rows: int, block_d: int, element_size: int) -> Tiling:
+    """Decode needs bytes in flight: about 64 KiB an SM, in two CTAs or more."""
+    row_bytes = block_d * element_size
+    block_n = max(16, min(128, 16384 // row_bytes))
+    if rows > 32 and element_size == 4:
+        block_n = min(block_n, 32)
+    if row_bytes <= 128:
+        return Tiling(max(16, rows), min(block_n, 64), 4, 3, ctas_per_sm=3)
+    return Tiling(max(16, rows), block_n, 4, 3, ctas_per_sm=2)
+
+
+def prefill_tiling(max_seqlen_q: int, block_d: int, element_size: int) -> Tiling:
+    """Prefill needs tiles that feed the matrix units; float32 runs without them and only needs to fit."""
+    if element_size == 4:
+        return Tiling(32 if block_d <= 128 else 16, 16, 4, 2)
+    if max_seqlen_q <= 64:
+        return Tiling(64, 64, 4, 3 if block_d <= 128 else 2)
+    return Tiling(128, 64, 8, 4 if block_d <= 128 else 2)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def block_width(head_dim: int) -> int:
+    """A tile's width for a head dim: a power of two that the matrix units take."""
+    return max(16, power_of_two(head_dim))
+
+
+def stride_factor(tensors: Sequence[Tensor], aligned: bool) -> int:
+    """ALIGN of the strides of ``tensors`` (:class:`.kernels.params.Strides`).
+
+    8 where it divides all strides and addresses are ``aligned`` to 16 bytes, so that rows are loaded in pieces of those.
+    """
+    bits = 0
+    for tensor in tensors:
+        for stride in strides(tensor):
+            bits |= stride
+    return 8 if aligned and bits % 8 == 0 else 1
