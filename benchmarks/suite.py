@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -33,8 +33,8 @@ class Row(NamedTuple):
 
     case: str
     figures: Figures  # column -> number or word
-    failures: list[str] = []  # properties that the documentation states and this row lacks, in words
-    seconds: Mapping[str, list[float]] = {}  # contender -> times of a call, behind the figures
+    failures: Sequence[str] = ()  # properties that the documentation states and this row lacks, in words
+    seconds: Mapping[str, list[float]] | None = None  # contender -> times of a call, behind the figures
     x: tuple[str, float] | None = None  # where it lies on which axis, for suites whose plot is a line
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ from pagedflash.cli.bench import (
     Shape,
     decode_contenders,
     dense_prompt,
-    dtype_name,
     gather_sdpa,
     pagedflash_decode,
     prefill_contenders,
@@ -171,7 +170,7 @@ def speculative(options: Options) -> Iterator[Row]:
         measured = measure(contenders, options.rounds_or(9), WallClock())
         for name in list(contenders)[1:]:
             figures = {"ms": 1e3 * measured.median(name), "x 1 token": measured.ratio("1", name)}
-            yield Row(f"{shape}, {name} tokens", figures, [], measured.seconds)
+            yield Row(f"{shape}, {name} tokens", figures, (), measured.seconds)
 
 
 @suite("isas")

@@ -305,4 +305,4 @@ def overhead(options: Options) -> Iterator[Row]:
     measured = measure(contenders, options.rounds_or(100), HostClock())
     for name, seconds in measured.seconds.items():
         figures = {"us": 1e6 * statistics.median(seconds), "least us": 1e6 * min(seconds)}
-        yield Row(name, figures, [], {name: seconds})
+        yield Row(name, figures, (), {name: seconds})

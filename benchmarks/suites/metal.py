@@ -65,7 +65,7 @@ def decode(cases: tuple[tuple[Any, ...], ...]) -> Iterator[Row]:
 
         figures = decode_figures(counted(ours), problem)
         loaded = figures["bytes loaded / K and V"]
-        failures = [f"{loaded:.3f} x the bytes of K and V loaded, more than {MAX_BYTES}"] if loaded > MAX_BYTES else []
+        failures = [f"{loaded:.3f} x the bytes of K and V loaded, more than {MAX_BYTES}"] if loaded > MAX_BYTES else ()
         yield Row(name, figures, failures)
         baseline = decode_figures(counted(lambda problem=problem: plain_decode(problem)), problem)
         yield Row("", baseline | {"kernel": "baseline"})
@@ -101,7 +101,7 @@ def prefill(tokens: int) -> Iterator[Row]:
             "used of each transaction": counted.load_efficiency,
             "simd operations / query row": counted.simd_operations / (tokens * 4),
         }
-        failures = [f"{share:.2f} of the work without a mask"] if arguments and tokens >= 512 and share > MAX_CAUSAL else []
+        failures = [f"{share:.2f} of the work without a mask"] if arguments and tokens >= 512 and share > MAX_CAUSAL else ()
         yield Row(f"prefill {tokens}, {name}", figures, failures)
 
 

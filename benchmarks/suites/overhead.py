@@ -45,7 +45,7 @@ def overhead(options: Options) -> Iterator[Row]:
             measured = interleave(contenders, options.rounds_or(400), clock)
         for name, seconds in measured.seconds.items():
             figures = {"us": 1e6 * statistics.median(seconds), "least us": 1e6 * min(seconds)}
-            yield Row(f"{name}: {backend}", figures, [], {name: seconds})
+            yield Row(f"{name}: {backend}", figures, (), {name: seconds})
 
 
 def calls() -> dict[str, Callable[[], object]]:
