@@ -43,7 +43,8 @@ class GraphClock:
             graph.replay()
             end.record()
             end.synchronize()
-            return begin.elapsed_time(end) / 1e3
+            milliseconds: float = begin.elapsed_time(end)
+            return milliseconds / 1e3
 
         return seconds
 

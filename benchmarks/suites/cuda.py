@@ -277,7 +277,7 @@ def two_calls(problem: PackedProblem) -> Contender:
     seqused, last = problem.seqused_k[:-1], table[-1:].contiguous()
     cu_q, cu_k = problem.int32([0, new]), problem.int32([0, total])
 
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
+    def run() -> tuple[Any, Any]:
         return (
             flash_attn_with_kvcache(q[:decoding, None], k, v, cache_seqlens=seqused, block_table=table[:-1], causal=True),
             flash_attn_varlen_func(q[decoding:], k, v, cu_q, cu_k, new, total, causal=True, block_table=last),

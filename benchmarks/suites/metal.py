@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.suite import Figures, Options, Row, suite
-from pagedflash import flash_attn_func, flash_attn_with_kvcache, kv_paged_write, use_backend
+from pagedflash import flash_attn_func, kv_paged_write, use_backend
+from pagedflash.cli.bench import dtype_name, pagedflash_decode
+from pagedflash.testing import PagedProblem
 
 if TYPE_CHECKING:
     from metalsim import Counters, Dispatch
@@ -55,29 +58,26 @@ def decode(cases: tuple[tuple[Any, ...], ...]) -> Iterator[Row]:
     for case in cases:
         batch, heads, kv_heads, head_dim, keys, dtype, *page_size = case
         problem = paged_decode(*case)
-        name = f"B={batch} {heads}/{kv_heads} D={head_dim} S={keys} {str(dtype).removeprefix('torch.')}"
+        name = f"B={batch} {heads}/{kv_heads} D={head_dim} S={keys} {dtype_name(dtype)}"
         name += "".join(f", pages of {size}" for size in page_size)
-
-        def ours(problem: Any = problem) -> None:
-            q, k, v, table, lengths = problem
-            with use_backend("metal"):
-                flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table, causal=True)
-
-        figures = decode_figures(counted(ours), problem)
+        with use_backend("metal"):
+            figures = decode_figures(counted(pagedflash_decode(problem).run), problem)
         loaded = figures["bytes loaded / K and V"]
         failures = [f"{loaded:.3f} x the bytes of K and V loaded, more than {MAX_BYTES}"] if loaded > MAX_BYTES else ()
         yield Row(name, figures, failures)
-        baseline = decode_figures(counted(lambda problem=problem: plain_decode(problem)), problem)
+        baseline = decode_figures(counted(partial(plain_decode, problem)), problem)
         yield Row("", baseline | {"kernel": "baseline"})
 
 
-def decode_figures(dispatches: list[Dispatch], problem: Any) -> Figures:
+def decode_figures(dispatches: list[Dispatch], problem: PagedProblem) -> Figures:
+    from metal_harness import pairs
+
     total = sum((d.counters for d in dispatches[1:]), dispatches[0].counters)
     return {
         "kernel": " + ".join(d.kernel for d in dispatches),
-        "bytes loaded / K and V": total.device_bytes_loaded / problem.kv_bytes,
+        "bytes loaded / K and V": total.device_bytes_loaded / problem.cache_bytes,
         "used of each transaction": total.load_efficiency,
-        "simd operations / (key, query head)": total.simd_operations / problem.pairs,
+        "simd operations / (key, query head)": total.simd_operations / pairs(problem),
         "simdgroups": dispatches[0].counters.simdgroups,
         "bytes of threadgroup memory": dispatches[0].threadgroup_bytes,
     }
@@ -121,8 +121,9 @@ def write() -> Row:
 
     problem = paged_decode(8, 8, 8, 128, 32, torch.float16)
     new = torch.randn(8, 1, 8, 128).half()
+    _, k_cache, v_cache, lengths, table = problem
     with use_backend("metal"):
-        (only,) = counted(lambda: kv_paged_write(new, new, problem.k, problem.v, problem.table, problem.lengths - 1))
+        (only,) = counted(lambda: kv_paged_write(new, new, k_cache, v_cache, table, lengths - 1))
     moved = 2 * new.numel() * new.element_size()
     figures = {
         "loaded / new elements": only.counters.device_bytes_loaded / moved,

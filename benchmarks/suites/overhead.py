@@ -6,9 +6,8 @@ import ctypes
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -33,14 +32,13 @@ def overhead(options: Options) -> Iterator[Row]:
     Calls go by many short rounds. The least is what the code costs; the median has what else the machine was doing in it.
     """
     backends = {"no backend": idle_backend, "CPU launcher": idle_cpu_kernels, "Metal launcher": idle_metal_kernels}
+    native = availability()["cpu"]
+    if not native.ok:
+        del backends["CPU launcher"]
+        leave_out("the CPU launcher", native.reason)
     clock = WallClock(calls=50, settle=0.0)
     for backend, idle in backends.items():
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(idle())
-            except RuntimeError as error:
-                leave_out(backend, str(error))
-                continue
+        with idle():
             contenders = {name: Contender(call, output=None) for name, call in calls().items()}
             measured = interleave(contenders, options.rounds_or(400), clock)
         for name, seconds in measured.seconds.items():
@@ -96,7 +94,6 @@ def idle_cpu_kernels() -> Iterator[None]:
     """The CPU backend, calling a C function that returns at once."""
     from pagedflash.backends.cpu import launch
 
-    require("cpu")
     native = launch.library()
     kernels = native.run_attention, native.run_write
     idle = ctypes.CDLL(None).abs
@@ -112,22 +109,17 @@ def idle_cpu_kernels() -> Iterator[None]:
 @contextmanager
 def idle_metal_kernels() -> Iterator[None]:
     """The Metal backend, with a compiler whose kernels do nothing."""
-    try:
-        from pagedflash.backends import metal
-    except ImportError as error:
-        raise RuntimeError(str(error)) from error
+    from pagedflash.backends import metal
 
     class IdleLibrary:
         def __getattr__(self, name: str) -> Callable[..., None]:
             return lambda *arguments, **grid: None
 
-    compiler: AbstractContextManager[Any] = metal.use_compiler(lambda source: IdleLibrary(), core_count=40)
-    with compiler, use_backend("metal"):
-        require("metal")
-        yield
-
-
-def require(backend: str) -> None:
-    support = availability()[backend]
-    if not support.ok:
-        raise RuntimeError(support.reason)
+    capabilities = metal.CAPABILITIES
+    # Lengths and tables are validated on the host for CPU tensors only, and on a Mac there are none here.
+    metal.CAPABILITIES = capabilities._replace(checks_values=True)
+    try:
+        with metal.use_compiler(lambda source: IdleLibrary(), core_count=40), use_backend("metal"):
+            yield
+    finally:
+        metal.CAPABILITIES = capabilities
