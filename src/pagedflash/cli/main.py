@@ -116,7 +116,7 @@ def doctor() -> None:
 @click.option("--json", "json_file", type=OUTPUT_FILE, help="Write the results there as JSON.")
 @click.option("--plot", "plot_file", type=OUTPUT_FILE, help="Draw them there; the suffix names the format (.png, .svg).")
 def bench(device: str | None, dtype: str | None, json_file: Path | None, plot_file: Path | None) -> None:
-    """Measure decoding against context length, beside gathering and SDPA, and the machine's limit."""
+    """Measure decode and prefill, beside gathering and SDPA, and the machine's limit."""
     from . import bench as benchmark
 
     try:

@@ -1,0 +1,230 @@
+"""The CPU backend beside what a user could run instead."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.baselines import openvino, sdpa
+from benchmarks.suite import Options, Row, compared, measure, suite, that_run
+from pagedflash import flash_attn_func, flash_attn_varlen_func
+from pagedflash.cli.bench import (
+    CACHE_BYTES,
+    CONTEXTS,
+    OURS,
+    STREAM_BYTES,
+    STREAMING,
+    Shape,
+    decode_contenders,
+    dense_prompt,
+    gather_sdpa,
+    pagedflash_decode,
+    prefill_contenders,
+    streaming,
+)
+from pagedflash.cli.measure import Contender, WallClock
+from pagedflash.testing import PagedProblem, assert_matches_reference, paged_problem, random_problem
+
+MIB = 1 << 20
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def paged(shape: Shape, lengths: list[int], num_queries: int = 1) -> PagedProblem:
+    return paged_problem(lengths, **shape._asdict(), num_queries=num_queries)
+
+
+def long_caches(shape: Shape, cache_bytes: int, context: int) -> list[int]:
+    """Lengths of as many sequences as together leave the processor's caches."""
+    return [context] * -(-cache_bytes // (context * shape.token_bytes))
+
+
+def all_decode_contenders(problem: PagedProblem) -> dict[str, Contender]:
+    ours, *others = decode_contenders(problem).items()
+    return dict([ours]) | that_run({"OpenVINO": partial(openvino.decode, problem)}) | dict(others)
+
+
+@suite("cpu-context")
+def context(options: Options) -> Iterator[Row]:
+    """Paged decode, float32, GB/s of keys and values against context length (the picture in README.md)"""
+    stream_bytes = options.size(STREAM_BYTES, 8 * MIB)
+    stream = streaming(size=stream_bytes)
+    shape = Shape()
+    for tokens in options.size(CONTEXTS, CONTEXTS[:2]):
+        batch = max(1, options.size(CACHE_BYTES, 8 * MIB) // (tokens * shape.token_bytes))
+        problem = paged(shape, [tokens] * batch)
+        measured = measure({**all_decode_contenders(problem), STREAMING: stream}, options.rounds_or(7), WallClock())
+        speeds = {name: problem.cache_bytes / measured.median(best) / 1e9 for name, best in measured.fastest().items()}
+        speeds[STREAMING] = stream_bytes / measured.median(STREAMING) / 1e9
+        place = ("tokens in the cache of each sequence", tokens)
+        yield Row(f"{batch} x {tokens} tokens", speeds, measured.disagreements(), measured.seconds, place)
+
+
+@suite("cpu-decode")
+def decode(options: Options) -> Iterator[Row]:
+    """Paged decode over long caches, bound by memory: of streaming bandwidth, and beside OpenVINO and gather + SDPA"""
+    stream_bytes = options.size(STREAM_BYTES, 8 * MIB)
+    stream = streaming(size=stream_bytes)
+    cache_bytes, context = options.size((128 * MIB, 4096), (2 * MIB, 64))
+    cases = []
+    for dtype in DTYPES:
+        for heads in ((32, 8), (16, 16)):
+            for page_size in (16, 256):
+                shape = Shape(heads, 128, page_size, dtype)
+                cases.append((f"pages of {page_size}", shape, long_caches(shape, cache_bytes, context)))
+    for dtype in DTYPES[:2]:
+        shape = Shape((9, 3), 64, 16, dtype)
+        count = 2 * len(long_caches(shape, cache_bytes, context))
+        ragged = [1 + (context - 1) * i // (count - 1) for i in range(count)]
+        cases.append((f"pages of 16, 1 to {context}", shape, ragged))
+    for name, shape, lengths in cases:
+        problem = paged(shape, lengths)
+        measured = measure({**all_decode_contenders(problem), STREAMING: stream}, options.rounds_or(9), WallClock())
+        share = problem.cache_bytes / stream_bytes * measured.ratio(STREAMING, OURS)
+        yield compared(f"{shape}, {name}", measured, "ms", {"of streaming": share})
+
+
+@suite("cpu-hot")
+def hot(options: Options) -> Iterator[Row]:
+    """Paged decode of a cache that stays in the processor's caches, bound by overhead: calls one right after another"""
+    for dtype in DTYPES[:2]:
+        shape = Shape((16, 16), 128, 16, dtype)
+        contenders = all_decode_contenders(paged(shape, [50] * 4))
+        measured = measure(contenders, options.rounds_or(45), WallClock(calls=options.size(200, 5)))
+        yield compared(f"{shape}, 4 x 50 tokens", measured, "us")
+
+
+@suite("cpu-prefill")
+def prefill(options: Options) -> Iterator[Row]:
+    """A causal prompt, beside SDPA"""
+    tokens = options.size(2048, 128)
+    for dtype in DTYPES:
+        shape = Shape(dtype=dtype)
+        measured = measure(prefill_contenders(*dense_prompt(tokens, shape)), options.rounds_or(9), WallClock())
+        yield compared(f"{shape}, {tokens} tokens", measured, "ms")
+
+
+@suite("cpu-options")
+def options_of_prefill(options: Options) -> Iterator[Row]:
+    """A causal prompt with softcap and sinks, beside one without; with a window, beside SDPA in blocks of queries"""
+    tokens, window, rounds = options.size(2048, 128), options.size(256, 16), options.rounds_or(9)
+    q, k, v = dense_prompt(tokens, Shape())
+    sinks = torch.randn(q.shape[2])
+
+    def ours(**arguments: Any) -> Contender:
+        return Contender(lambda: flash_attn_func(q, k, v, causal=True, **arguments))
+
+    for name, arguments in (("softcap", dict(softcap=30.0)), ("sinks", dict(s_aux=sinks))):
+        contenders = {OURS: ours(**arguments), "without": ours()._replace(output=None)}
+        measured = measure(contenders, rounds, WallClock())
+        figures = {"without ms": 1e3 * measured.median("without"), "x without": measured.ratio("without", OURS)}
+        yield compared(f"{Shape()}, {tokens} tokens, {name}", measured, "ms", figures)
+    contenders = {OURS: ours(window_size=(window, 0))}
+    for block in options.size((128, 256, 512), (32,)):
+        for repeat in (False, True):
+            name = f"SDPA in blocks, {block}, {'repeated' if repeat else 'enable_gqa'}"
+            contenders[name] = sdpa.window_in_blocks(q, k, v, window, block, repeat)
+    yield compared(f"{Shape()}, {tokens} tokens, window {window}", measure(contenders, rounds, WallClock()), "ms")
+
+
+@suite("cpu-chunked")
+def chunked(options: Options) -> Iterator[Row]:
+    """New tokens of a prompt on those cached in pages of 16, beside gather + SDPA"""
+    new, cached = options.size((512, 4096), (32, 64))
+    for dtype in DTYPES[:2]:
+        shape = Shape(dtype=dtype)
+        problem = paged(shape, [cached + new], num_queries=new)
+        contenders = {
+            OURS: chunk(problem),
+            "gather + SDPA, enable_gqa": sdpa.gather_prefill(problem, repeat=False),
+            "gather + SDPA, repeated": sdpa.gather_prefill(problem, repeat=True),
+        }
+        yield compared(f"{shape}, {new} on {cached}", measure(contenders, options.rounds_or(9), WallClock()), "ms")
+
+
+def chunk(problem: PagedProblem) -> Contender:
+    q, k_cache, v_cache, lengths, table = problem
+    new, total = q.shape[1], int(lengths[0])
+    offsets = torch.tensor([0, new], dtype=torch.int32)
+    return Contender(
+        lambda: flash_attn_varlen_func(
+            q[0], k_cache, v_cache, offsets, None, new, total, causal=True, block_table=table, seqused_k=lengths
+        ),
+        lambda out: out.unsqueeze(0),
+    )
+
+
+@suite("cpu-speculative")
+def speculative(options: Options) -> Iterator[Row]:
+    """Decode of several tokens a sequence at once, beside one token, over long caches"""
+    cache_bytes, context = options.size((128 * MIB, 4096), (2 * MIB, 64))
+    for dtype in DTYPES[:2]:
+        shape = Shape(dtype=dtype)
+        lengths = long_caches(shape, cache_bytes, context)
+        contenders = {
+            str(n): pagedflash_decode(paged(shape, lengths, num_queries=n))._replace(output=None) for n in (1, 2, 4, 8, 16)
+        }
+        measured = measure(contenders, options.rounds_or(9), WallClock())
+        for name in list(contenders)[1:]:
+            figures = {"ms": 1e3 * measured.median(name), "x 1 token": measured.ratio("1", name)}
+            yield Row(f"{shape}, {name} tokens", figures, (), measured.seconds)
+
+
+@suite("isas")
+def isas(options: Options) -> Iterator[Row]:
+    """The CPU kernels of every instruction set that this processor has: right against the reference, and how fast"""
+    from pagedflash.backends.cpu import launch
+
+    names = list(launch.library().isas)
+    for name in names:
+        yield random_problems(name, options.size(60, 3))
+    fast = [name for name in names if name != "generic"]
+    clock, rounds = WallClock(), options.rounds_or(5)
+    cache_bytes, context, prompt, stream_bytes = options.size(
+        (256 * MIB, 4096, 2048, STREAM_BYTES), (2 * MIB, 64, 128, 8 * MIB)
+    )
+    stream = streaming(size=stream_bytes)
+    for dtype in DTYPES:
+        shape = Shape(dtype=dtype)
+        problem = paged(shape, long_caches(shape, cache_bytes, context))
+        contenders = {name: with_isa(name, pagedflash_decode(problem)) for name in fast}
+        contenders |= {"gather + SDPA": gather_sdpa(problem, fold=True), STREAMING: stream}
+        measured = measure(contenders, rounds, clock)
+        speeds = {f"{name} GB/s": problem.cache_bytes / measured.median(name) / 1e9 for name in contenders}
+        speeds[f"{STREAMING} GB/s"] = stream_bytes / measured.median(STREAMING) / 1e9
+        yield Row(f"decode {shape}", speeds, measured.disagreements(), measured.seconds)
+    for dtype in DTYPES[:2]:
+        shape = Shape(dtype=dtype)
+        prefill = prefill_contenders(*dense_prompt(prompt, shape))
+        contenders = {name: with_isa(name, prefill[OURS]) for name in fast}
+        contenders |= {"SDPA, repeated": prefill["SDPA, repeated"]}
+        measured = measure(contenders, rounds, clock)
+        times = {f"{name} ms": 1e3 * measured.median(name) for name in contenders}
+        yield Row(f"prefill {prompt} {shape}", times, measured.disagreements(), measured.seconds)
+
+
+def random_problems(isa: str, count: int) -> Row:
+    from pagedflash.backends import cpu
+    from pagedflash.backends.cpu import launch
+
+    failures = []
+    with launch.use_isa(isa):
+        for seed in range(count):
+            try:
+                assert_matches_reference(random_problem(random.Random(seed), max_keys=600), cpu.attention)
+            except AssertionError as error:
+                failures.append(f"seed {seed}: {str(error)[:300]}")
+    return Row(f"random problems, {isa}", {"right": count - len(failures), "of": count}, failures)
+
+
+def with_isa(isa: str, contender: Contender) -> Contender:
+    from pagedflash.backends.cpu import launch
+
+    def run() -> Any:
+        with launch.use_isa(isa):
+            return contender.run()
+
+    return contender._replace(run=run)

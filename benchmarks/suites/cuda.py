@@ -1,0 +1,308 @@
+"""The Triton backend on a CUDA GPU, bf16, beside its peers.
+
+Device times are medians over replays of a CUDA graph that holds one call, with a cold L2 cache. Peers that are not
+installed are left out, and it is said. Bandwidths count every key and value read once, against a plain sum over 2 GiB.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from benchmarks.baselines import flash_attention, flashinfer, sdpa
+from benchmarks.clocks import GraphClock, HostClock
+from benchmarks.problems import PackedProblem, on_pages, prompts
+from benchmarks.suite import Figures, Options, Row, compared, measure, suite, that_run
+from pagedflash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from pagedflash.cli.bench import OURS, Shape, pagedflash_decode
+from pagedflash.cli.measure import Contender
+from pagedflash.testing import PagedProblem, paged_problem
+
+DTYPE, DEVICE = torch.bfloat16, "cuda"
+HEADS = (32, 8)  # of prefill
+
+
+def no_cuda() -> str:
+    return "" if torch.cuda.is_available() else "there is no CUDA device"
+
+
+def shape(heads: tuple[int, int], head_dim: int = 128, page_size: int = 16) -> Shape:
+    return Shape(heads, head_dim, page_size, DTYPE)
+
+
+def ragged(batch: int, longest: int) -> list[int]:
+    """Lengths from an eighth of the longest to the longest, spread evenly, shuffled by a stride."""
+    low = longest // 8
+    return [low + (longest - low) * ((i * 7) % batch) // max(batch - 1, 1) for i in range(batch)]
+
+
+DECODE: list[tuple[Shape, list[int]]] = [
+    (shape((32, 8)), [4096] * 8),
+    (shape((32, 8)), [8192]),
+    (shape((32, 8)), [65536]),
+    (shape((32, 8)), [4096] * 32),
+    (shape((32, 8)), ragged(32, 4473)),
+    (shape((16, 16)), [50] * 4),
+]
+SPECULATIVE = [
+    (shape(heads), [context] * batch, queries)
+    for heads, batch, context in (
+        ((32, 8), 1, 8192),
+        ((32, 8), 8, 4096),
+        ((32, 8), 32, 4096),
+        ((64, 8), 8, 8192),
+        ((8, 1), 1, 131072),
+    )
+    for queries in (4, 8)
+]
+
+
+def grid() -> list[tuple[Shape, list[int]]]:
+    """Batches, contexts, heads and head dims crossed, less what needs more than 4 GiB of keys and values."""
+    found = []
+    for batch in (1, 8, 32, 128):
+        for context in (512, 4096, 65536):
+            for heads in ((32, 8), (64, 8), (16, 16), (9, 3)):
+                for head_dim in (64, 128, 256):
+                    page_size = 16 if (batch + context // 512 + heads[0] + head_dim // 64) % 2 else 256
+                    lengths = ragged(batch, context) if heads[0] in (64, 9) and batch > 1 else [context] * batch
+                    case = shape(heads, head_dim, page_size)
+                    if sum(lengths) * case.token_bytes <= 2**32:
+                        found.append((case, lengths))
+    return found
+
+
+def decode_case(case: Shape, lengths: list[int]) -> str:
+    least, most = min(lengths), max(lengths)
+    context = f"{most}" if least == most else f"{least}..{most}"
+    return f"B={len(lengths)} {case.heads[0]}/{case.heads[1]} D={case.head_dim} {context} page {case.page_size}"
+
+
+def paged(case: Shape, lengths: list[int], num_queries: int = 1) -> PagedProblem:
+    return paged_problem(lengths, **case._asdict(), num_queries=num_queries, device=DEVICE)
+
+
+def decode_peers(problem: PagedProblem) -> dict[str, Contender]:
+    peers: dict[str, Callable[[], Contender]] = {
+        f"FlashInfer, {variant}": partial(flashinfer.decode, problem, variant) for variant in flashinfer.DECODE_VARIANTS
+    }
+    peers["FA2"] = partial(flash_attention.fa2_decode, problem)
+    peers["FA3 on contiguous keys"] = partial(flash_attention.fa3_decode, problem)
+    peers["FA4"] = partial(flash_attention.fa4_decode, problem)
+    return that_run(peers)
+
+
+def prefill_peers(problem: PackedProblem) -> dict[str, Contender]:
+    peers: dict[str, Callable[[], Contender]] = {
+        f"FlashInfer, {variant}": partial(flashinfer.prefill, problem, variant) for variant in flashinfer.PREFILL_VARIANTS
+    }
+    peers["FA2"] = partial(flash_attention.fa2_prefill, problem)
+    contiguous = problem.block_table is None
+    peers["FA3" if contiguous else "FA3 on contiguous keys"] = partial(flash_attention.fa3_prefill, problem)
+    peers["FA4"] = partial(flash_attention.fa4_prefill, problem)
+    if contiguous:
+        sequences = list(zip(*(x.split(problem.lengths_k) for x in (problem.q, problem.k, problem.v))))
+        peers["SDPA flash"] = partial(sdpa.one_kernel, sequences, SDPBackend.FLASH_ATTENTION)
+        peers["cuDNN"] = partial(sdpa.one_kernel, sequences, SDPBackend.CUDNN_ATTENTION)
+    return that_run(peers)
+
+
+def read_bandwidth(clock: GraphClock, options: Options) -> float:
+    """Bytes a second."""
+    values, total = torch.randn(options.size(2**29, 2**24), device=DEVICE), torch.empty((), device=DEVICE)
+    run = Contender(lambda: torch.sum(values, 0, out=total), output=None)
+    return 4 * values.numel() / measure({"sum": run}, options.rounds_or(30), clock).median("sum")
+
+
+def limits(clock: GraphClock, options: Options) -> Row:
+    one = torch.empty(1, device=DEVICE)
+    empty = measure({"empty": Contender(one.zero_, output=None)}, options.rounds_or(30), clock).median("empty")
+    bandwidth = read_bandwidth(clock, options)
+    return Row("limits", {"read bandwidth, TB/s": bandwidth / 1e12, "graph of one tiny kernel, us": 1e6 * empty})
+
+
+@suite("cuda-decode", needs=no_cuda)
+def decode(options: Options) -> Iterator[Row]:
+    """Paged decode: of read bandwidth, and beside FlashInfer, FA2, FA3 and FA4; L2 filled by reading, then by writing"""
+    for written in (False, True):
+        clock = GraphClock(written)
+        yield limits(clock, options)
+        bandwidth = read_bandwidth(clock, options)
+        for case, lengths in options.size(DECODE, DECODE[-1:]):
+            name = decode_case(case, lengths) + (", L2 written" if written else "")
+            yield decode_row(name, paged(case, lengths), bandwidth, options.rounds_or(30), clock)
+
+
+def decode_row(name: str, problem: PagedProblem, bandwidth: float, rounds: int, clock: GraphClock) -> Row:
+    torch.cuda.empty_cache()
+    measured = measure({OURS: pagedflash_decode(problem), **decode_peers(problem)}, rounds, clock)
+    share = problem.cache_bytes / measured.median(OURS) / bandwidth
+    return compared(name, measured, "us", {"KV MB": problem.cache_bytes / 1e6, "of read bandwidth": share})
+
+
+@suite("cuda-speculative", needs=no_cuda)
+def speculative(options: Options) -> Iterator[Row]:
+    """Paged decode of 4 and 8 tokens a sequence, beside FlashInfer, FA2, FA3 and FA4"""
+    clock = GraphClock()
+    bandwidth = read_bandwidth(clock, options)
+    for case, lengths, queries in options.size(SPECULATIVE, SPECULATIVE[:1]):
+        problem = paged(case, lengths, queries)
+        torch.cuda.empty_cache()
+        packed = PackedProblem(
+            problem.q.flatten(0, 1), problem.k_cache, problem.v_cache, [queries] * len(lengths), lengths, problem.block_table
+        )
+        ours = pagedflash_decode(problem)._replace(output=lambda out: out.flatten(0, 1))
+        measured = measure({OURS: ours, **prefill_peers(packed)}, options.rounds_or(30), clock)
+        share = problem.cache_bytes / measured.median(OURS) / bandwidth
+        name = f"{decode_case(case, lengths)}, {queries} tokens"
+        yield compared(name, measured, "us", {"KV MB": problem.cache_bytes / 1e6, "of read bandwidth": share})
+
+
+@suite("cuda-grid", needs=no_cuda)
+def grid_of_decode(options: Options) -> Iterator[Row]:
+    """Paged decode over batches, contexts, heads and head dims crossed: least and geometric mean of each group"""
+    cases = options.size(grid(), random.Random(0).sample(grid(), 4))
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        pool.starmap(compile_ahead, cases)
+    clock = GraphClock()
+    bandwidth = read_bandwidth(clock, options)
+    rows = []
+    for case, lengths in cases:
+        row = decode_row(decode_case(case, lengths), paged(case, lengths), bandwidth, options.rounds_or(30), clock)
+        rows.append((case, row))
+        yield row
+    yield from summary(rows)
+
+
+def compile_ahead(case: Shape, lengths: list[int]) -> None:
+    """In a process of its own: the compiled kernels stay in Triton's cache on disk."""
+    problem = paged(case, [1] * (len(lengths) - 1) + [case.page_size])
+    width = -(-max(lengths) // case.page_size)
+    table = torch.nn.functional.pad(problem.block_table, (0, width - problem.block_table.shape[1]))
+    pagedflash_decode(problem._replace(block_table=table)).run()
+
+
+def summary(rows: list[tuple[Shape, Row]]) -> Iterator[Row]:
+    """The rows of decode, grouped by size and by head dim."""
+    groups: dict[str, Callable[[Shape, Row], bool]] = {"all": lambda case, row: True}
+    for low, high in ((0, 30), (30, 134), (134, 500), (500, 5000)):
+        groups[f"{low} to {high} MB"] = lambda case, row, low=low, high=high: low <= row.figures["KV MB"] < high  # type: ignore[misc]
+    for head_dim in (64, 128, 256):
+        groups[f"D={head_dim}"] = lambda case, row, head_dim=head_dim: case.head_dim == head_dim  # type: ignore[misc]
+    columns = dict.fromkeys(
+        column for _, row in rows for column in row.figures if column == "of read bandwidth" or column.startswith("x ")
+    )
+    for name, belongs in groups.items():
+        inside = [row for case, row in rows if belongs(case, row)]
+        figures: Figures = {"shapes": len(inside)}
+        for column in columns:
+            values = [row.figures[column] for row in inside if column in row.figures]
+            mean = math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
+            figures |= {f"{column}, least": min(values, default=math.nan), f"{column}, mean": mean}
+        yield Row(name, figures)
+
+
+@suite("cuda-prefill", needs=no_cuda)
+def prefill(options: Options) -> Iterator[Row]:
+    """Causal prompts, dense, packed and on pages, and chunks, beside SDPA's kernels, FlashInfer, FA2, FA3 and FA4"""
+    clock, rounds = GraphClock(), options.rounds_or(10)
+    dense = ((8192, 128), (2048, 128), (512, 128), (8192, 64), (8192, 80), (8192, 96), (8192, 192), (8192, 256))
+    for tokens, head_dim in options.size(dense, ((256, 64),)):
+        yield prefill_row(f"dense {tokens} D={head_dim}", prompts([tokens], HEADS, head_dim, DTYPE, DEVICE), rounds, clock)
+    packed = ([4096, 2048, 1024, 512, 512], [300, 5000, 17, 1200, 64, 1611], [128] * 64)
+    for lengths in options.size(packed, ([40, 300],)):
+        name = f"packed {len(lengths)} x {lengths[0]}" if len(set(lengths)) == 1 else f"packed {lengths}"
+        yield prefill_row(name, prompts(lengths, HEADS, 128, DTYPE, DEVICE), rounds, clock)
+    for page_size in (16, 256):
+        for new, total in options.size(((8192, 8192), (2048, 8192), (512, 32768)), ((64, 512),)):
+            problem = on_pages([new], [total], HEADS, 128, page_size, DTYPE, DEVICE)
+            yield prefill_row(f"{new} of {total} on pages of {page_size}", problem, rounds, clock)
+
+
+def prefill_row(name: str, problem: PackedProblem, rounds: int, clock: GraphClock) -> Row:
+    torch.cuda.empty_cache()
+    measured = measure({OURS: pagedflash_prefill(problem), **prefill_peers(problem)}, rounds, clock)
+    return compared(name, measured, "us", {"TFLOP/s": problem.operations / measured.median(OURS) / 1e12})
+
+
+def pagedflash_prefill(problem: PackedProblem) -> Contender:
+    q, k, v, lengths_q, lengths_k, table = problem
+    if table is None and len(lengths_q) == 1:
+        return Contender(lambda: flash_attn_func(q[None], k[None], v[None], causal=True), lambda out: out[0])
+    cu_q, cu_k = problem.cu_seqlens_q, problem.cu_seqlens_k
+    longest = max(lengths_q), max(lengths_k)
+    return Contender(lambda: flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, causal=True, block_table=table))
+
+
+@suite("cuda-window", needs=no_cuda)
+def window(options: Options) -> Iterator[Row]:
+    """Causal prompts with a sliding window: time against window and length"""
+    clock = GraphClock()
+    for tokens in options.size((8192, 32768), (256,)):
+        q, k, v, *_ = prompts([tokens], HEADS, 128, DTYPE, DEVICE)
+        for width in options.size((128, 1024, 4096), (64,)):
+            run = Contender(partial(flash_attn_func, q[None], k[None], v[None], causal=True, window_size=(width, 0)))
+            yield compared(f"{tokens} tokens, window {width}", measure({OURS: run}, options.rounds_or(10), clock), "us")
+
+
+@suite("cuda-mixed", needs=no_cuda)
+def mixed(options: Options) -> Iterator[Row]:
+    """One call for many decoding sequences and one chunk of a prompt, beside a call for each of the two, and peers"""
+    decoding, context, new, past = options.size((31, 4096, 512, 2048), (3, 64, 32, 32))
+    clock = GraphClock()
+    for heads, head_dim in (((32, 8), 128), ((9, 3), 64)):
+        for page_size in (16, 256):
+            torch.cuda.empty_cache()
+            lengths = [context] * decoding + [past + new]
+            problem = on_pages([1] * decoding + [new], lengths, heads, head_dim, page_size, DTYPE, DEVICE)
+            contenders = {OURS: pagedflash_prefill(problem), "two calls": two_calls(problem), **prefill_peers(problem)}
+            name = f"{heads[0]}/{heads[1]} D={head_dim} page {page_size}: {decoding} x {context}, {new} on {past}"
+            yield compared(name, measure(contenders, options.rounds_or(30), clock), "us")
+
+
+def two_calls(problem: PackedProblem) -> Contender:
+    """Decode for all sequences but the last, and a chunk for that."""
+    q, k, v, lengths_q, lengths_k, table = problem
+    assert table is not None
+    new, total, decoding = lengths_q[-1], lengths_k[-1], len(lengths_q) - 1
+    seqused, last = problem.seqused_k[:-1], table[-1:].contiguous()
+    cu_q, cu_k = problem.int32([0, new]), problem.int32([0, total])
+
+    def run() -> tuple[Any, Any]:
+        return (
+            flash_attn_with_kvcache(q[:decoding, None], k, v, cache_seqlens=seqused, block_table=table[:-1], causal=True),
+            flash_attn_varlen_func(q[decoding:], k, v, cu_q, cu_k, new, total, causal=True, block_table=last),
+        )
+
+    return Contender(run, lambda outs: torch.cat((outs[0][:, 0], outs[1])))
+
+
+@suite("cuda-overhead", needs=no_cuda)
+def overhead(options: Options) -> Iterator[Row]:
+    """Microseconds of host time an eager call, the device never waited for, beside FlashInfer's decode"""
+    short, long = (paged(shape((32, 8)), [tokens] * 4) for tokens in (50, 4096))
+    new = torch.randn(4, 1, 8, 128, device=DEVICE, dtype=DTYPE)
+    angles = torch.randn(64, 64, device=DEVICE, dtype=DTYPE)
+    q = torch.randn(1, 200, 32, 128, device=DEVICE, dtype=DTYPE)
+    append: dict[str, Any] = dict(k=new, v=new, rotary_cos=angles, rotary_sin=angles, causal=True)
+    calls = {
+        "decode": pagedflash_decode(short).run,
+        "decode of 4096 keys, split": pagedflash_decode(long).run,
+        "append, rotary, decode": lambda: flash_attn_with_kvcache(**short._asdict(), **append),
+        "prefill": lambda: flash_attn_func(q, q[:, :, :8], q[:, :, :8], causal=True),
+    }
+    contenders = {name: Contender(call, output=None) for name, call in calls.items()}
+    contenders |= that_run({"FlashInfer, CUDA cores": partial(flashinfer.decode, short, "CUDA cores")})
+    measured = measure(contenders, options.rounds_or(100), HostClock())
+    for name, seconds in measured.seconds.items():
+        figures = {"us": 1e6 * statistics.median(seconds), "least us": 1e6 * min(seconds)}
+        yield Row(name, figures, (), {name: seconds})

@@ -1,0 +1,156 @@
+"""Measuring: all contenders for one problem run in interleaved rounds in one process; what is reported are medians.
+
+What a busy machine does meanwhile then hits all of them alike, and a ratio is the median of ratios within a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..dispatch import DEVICE_BACKENDS, availability
+
+SETTLE_SECONDS = 0.03
+"""Idle threads of the previous contender spin for a while and would slow the next one: they get this long to stop."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+"""How far the outputs of two contenders may be apart, relative to their size."""
+
+
+def as_it_is(result: Any) -> Any:
+    return result
+
+
+class Contender(NamedTuple):
+    """One implementation on one problem."""
+
+    run: Callable[[], Any]
+    output: Callable[[Any], Tensor] | None = as_it_is
+    """From what ``run`` returns to a tensor of the shape that all contenders share, outside the timing. None: it has no
+    output to compare."""
+
+
+class Clock(Protocol):
+    def prepare(self, run: Callable[[], Any]) -> Callable[[], float]:
+        """What times one round of ``run``, which has run once: seconds a call."""
+        ...
+
+
+@dataclass(frozen=True)
+class WallClock:
+    """Times ``calls`` calls together, after one that is not timed if there are several, and waits for the device."""
+
+    device: str = "cpu"
+    calls: int = 1
+    settle: float = SETTLE_SECONDS
+
+    def prepare(self, run: Callable[[], Any]) -> Callable[[], float]:
+        def seconds_a_call() -> float:
+            time.sleep(self.settle)
+            if self.calls > 1:
+                run()
+            self._wait()
+            start = time.perf_counter()
+            for _ in range(self.calls):
+                run()
+            self._wait()
+            return (time.perf_counter() - start) / self.calls
+
+        return seconds_a_call
+
+    def _wait(self) -> None:
+        if self.device != "cpu":
+            getattr(torch, self.device).synchronize()
+
+
+class Measured(NamedTuple):
+    """What :func:`interleave` found, by the contenders' names."""
+
+    seconds: dict[str, list[float]]  # a call, in each round
+    differences: dict[str, float]  # of the output to the first contender's, relative; only those that have an output
+    tolerance: float  # of the differences
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, theirs: str, ours: str) -> float:
+        """How many times as long as ``ours`` ``theirs`` takes."""
+        return statistics.median(a / b for a, b in zip(self.seconds[theirs], self.seconds[ours], strict=True))
+
+    def fastest(self) -> dict[str, str]:
+        """Each contender, and the name of its fastest variant: ``"SDPA, folded"`` is a variant of ``"SDPA"``."""
+        found: dict[str, str] = {}
+        for name in self.seconds:
+            contender = name.partition(",")[0]
+            found[contender] = min(found.get(contender, name), name, key=self.median)
+        return found
+
+    def disagreements(self) -> list[str]:
+        """The outputs that are further apart than rounding explains, in words."""
+        first = next(iter(self.differences), "")
+        return [
+            f"the output of {name} differs from that of {first} by {difference:.2g}, relative to its size"
+            for name, difference in self.differences.items()
+            if not difference <= self.tolerance
+        ]
+
+
+def interleave(contenders: Mapping[str, Contender], rounds: int, clock: Clock) -> Measured:
+    """Time all contenders in each of ``rounds`` rounds, and compare what they give."""
+    timers: dict[str, Callable[[], float]] = {}
+    differences: dict[str, float] = {}
+    first: Tensor | None = None
+    for name, (run, output) in contenders.items():
+        result = run()
+        if output is not None:
+            mine = output(result)
+            first = mine if first is None else first
+            differences[name] = _difference(mine, first)
+        timers[name] = clock.prepare(run)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            seconds[name].append(timer())
+    return Measured(seconds, differences, 0.0 if first is None else TOLERANCE[first.dtype])
+
+
+def _difference(output: Tensor, reference: Tensor) -> float:
+    if output.shape != reference.shape:
+        raise ValueError(f"an output is of shape {tuple(output.shape)}, another of {tuple(reference.shape)}")
+    return float((output.float() - reference.float()).norm() / reference.float().norm())
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def describe_device(device: str) -> str:
+    """The processor, and for a CPU its threads and the instruction set that the kernels use."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    if device != "cpu" or not availability()[DEVICE_BACKENDS["cpu"]].ok:
+        return device
+    from ..backends.cpu.launch import library
+
+    native = library()
+    isa = next(name for name, number in native.isas.items() if number == native.isa)
+    return f"{_processor_name()}, {torch.get_num_threads()} threads, {isa}"
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        import platform
+
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
