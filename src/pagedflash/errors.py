@@ -9,7 +9,7 @@ Names = Mapping[str, str]
 """Field of a problem -> the caller's name of that argument, where the two differ."""
 
 _NO_NAMES: Names = {}
-ATTENTION_NAMES: Names = {"sinks": "s_aux"}
+ATTENTION_NAMES: Names = {"sinks": "s_aux", "scale": "softmax_scale"}
 KVCACHE_NAMES: Names = {
     **ATTENTION_NAMES,
     "k": "k_cache",

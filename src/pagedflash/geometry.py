@@ -1,33 +1,10 @@
-"""What launchers work out on the host, the same for every backend: strides, visible keys, folded scores."""
+"""What launchers work out on the host, the same for every backend: strides, rows, visible keys."""
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
-
 from torch import Tensor
 
-from .problem import AttentionProblem, Scores
-
-LOG2_E = 1 / math.log(2)
-
-
-class ScoreParams(NamedTuple):
-    """The numbers of :class:`~pagedflash.problem.Scores` as kernels take them. Their softmax is in base 2."""
-
-    scale: float  # from q . k to a score in base 2, or, where there is a softcap, to the argument of its tanh
-    softcap: float  # in base 2; 0 = none
-    window_left: int  # -1 = unbounded
-    window_right: int
-
-
-def fold_scores(scores: Scores) -> ScoreParams:
-    """log2(e) folded into the scale, so that kernels use exp2 and log2."""
-    if scores.softcap > 0:
-        scale, softcap = scores.scale / scores.softcap, scores.softcap * LOG2_E
-    else:
-        scale, softcap = scores.scale * LOG2_E, 0.0
-    return ScoreParams(scale, softcap, scores.window_left, scores.window_right)
+from .problem import AttentionProblem
 
 
 def strides(tensor: Tensor) -> tuple[int, int, int]:

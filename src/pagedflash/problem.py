@@ -8,6 +8,7 @@ the records are views of it. A field added to a record is thereby in all of them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 from torch import Tensor
 
 from . import plan_cache
+
+LOG2_E = 1 / math.log(2)
 
 Tensors = tuple[Tensor | None, ...]
 Numbers = tuple[float, ...]
@@ -66,6 +69,23 @@ class Scores(NamedTuple):
     softcap: float = 0.0  # 0 = none
     window_left: int = -1  # -1 = unbounded
     window_right: int = -1
+
+
+class ScoreParams(NamedTuple):
+    """The numbers of :class:`Scores` as kernels take them, whose softmax is in base 2."""
+
+    scale: float  # from q . k to a score in base 2, or, where there is a softcap, to the argument of its tanh
+    softcap: float  # in base 2; 0 = none
+    window_left: int  # -1 = unbounded
+    window_right: int
+
+
+def fold_scores(scores: Scores) -> ScoreParams:
+    """log2(e) folded into the scale, so that kernels use exp2 and log2."""
+    _, _, scale, softcap, *windows = scores
+    if softcap > 0:
+        return ScoreParams(scale / softcap, softcap * LOG2_E, *windows)
+    return ScoreParams(scale * LOG2_E, 0.0, *windows)
 
 
 class _Options(NamedTuple):

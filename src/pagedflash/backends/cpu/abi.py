@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from ...geometry import ScoreParams
-from ...problem import AttentionProblem, CacheWrite
+from ...problem import AttentionProblem, CacheWrite, ScoreParams
 
 
 class Strides(NamedTuple):

@@ -13,8 +13,8 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ...geometry import fold_scores, strides
-from ...problem import Append, AttentionProblem, CacheWrite, KVCache
+from ...geometry import strides
+from ...problem import Append, AttentionProblem, CacheWrite, KVCache, fold_scores
 from ...scoped import Scoped
 from ...validate_values import check_values, check_write_values
 from .abi import AttentionShape, QueryShape, Strides, WriteShape, mismatch, pack_addresses, pack_shape

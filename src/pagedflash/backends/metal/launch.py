@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import decode_rows, fold_scores, max_visible_keys, queries_rotate_by_position, strides
-from ...problem import Append, AttentionProblem, CacheWrite, KVCache
+from ...geometry import decode_rows, max_visible_keys, queries_rotate_by_position, strides
+from ...problem import Append, AttentionProblem, CacheWrite, KVCache, fold_scores
 from ..protocol import Support
 from .compiler import Target, buffers_of, compiled, current_target, source_of
 from .params import Params, packed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple, get_type_hints
 
-from ...geometry import ScoreParams
+from ...problem import ScoreParams
 
 __all__ = ["STRUCTS", "Params", "ScoreParams", "packed", "struct_source"]
 

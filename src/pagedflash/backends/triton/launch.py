@@ -14,14 +14,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...geometry import decode_rows, fold_scores, max_visible_keys, queries_rotate_by_position, strides
-from ...problem import Append, AttentionProblem, CacheWrite
+from ...geometry import decode_rows, max_visible_keys, queries_rotate_by_position, strides
+from ...problem import Append, AttentionProblem, CacheWrite, fold_scores
 from .compiled import CompiledLaunch, Values, addresses_of, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
-from .kernels.params import AppendParams, CacheParams, DecodeTile, PrefillTile, QueryParams, ScoreParams, Strides, WriteTile
+from .kernels.params import AppendParams, CacheParams, DecodeTile, PrefillTile, QueryParams, Strides, WriteTile
 from .kernels.prefill import prefill
+from .kernels.score import ScoreParams
 from .semaphores import semaphores
 from .tiling import block_width, decode_tiling, power_of_two, prefill_tiling, stride_factor
 
@@ -236,6 +237,11 @@ def _bind_problem(problem: AttentionProblem, aligned: bool, precision: str) -> C
     new_tokens = [] if problem.append is None else list(problem.append[:2])
     align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
     folded, slopes = fold_scores(problem.scores), problem.scores.alibi_slopes
+    used = folded._asdict() | dict(
+        softcap=folded.softcap if folded.softcap > 0 else None,
+        window_left=folded.window_left if folded.window_left >= 0 else None,
+        window_right=folded.window_right if folded.window_right >= 0 else None,
+    )
     queries = _numbers(
         QueryParams,
         strides=_divided(q, align),
@@ -248,10 +254,7 @@ def _bind_problem(problem: AttentionProblem, aligned: bool, precision: str) -> C
     append = _append_numbers(problem.append, align, queries_rotate_by_position(problem))
     score = _numbers(
         ScoreParams,
-        scale=folded.scale,
-        softcap=folded.softcap if folded.softcap > 0 else None,
-        window_left=folded.window_left if folded.window_left >= 0 else None,
-        window_right=folded.window_right if folded.window_right >= 0 else None,
+        **used,
         SLOPES_STRIDE=q.shape[-2] if slopes is not None and slopes.dim() == 2 else 0,
         PRECISION=precision,
     )

@@ -1,6 +1,6 @@
 // From q . k to a masked score in base 2: scale, softcap, ALiBi, window. The softmax uses exp2.
 //
-// ScoreParams is the struct of pagedflash.geometry.ScoreParams.
+// ScoreParams is the struct of pagedflash.problem.ScoreParams.
 
 // What the scores of one query depend on besides q . k.
 struct ScoreRow {

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .score import ScoreParams
+
 
 class Strides(NamedTuple):
     """Elements from one sequence (or page), token and head to the next, divided by ALIGN.
@@ -75,17 +77,6 @@ class AppendParams(NamedTuple):
     ROTARY_DIM: Any
     INTERLEAVED: Any
     QUERIES_BY_POSITION: Any  # query i is rotated as position seqused_k + i, else all as seqused_k
-
-
-class ScoreParams(NamedTuple):
-    alibi_slopes: Any
-    sinks: Any
-    scale: Any  # to base 2, or with a softcap to the argument of tanh
-    softcap: Any  # in base 2, or None
-    window_left: Any  # or None
-    window_right: Any
-    SLOPES_STRIDE: Any  # from one sequence's ALiBi slopes to the next; 0: the same for all
-    PRECISION: Any  # of products of float32
 
 
 class Problem(NamedTuple):

@@ -9,6 +9,19 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+class ScoreParams(NamedTuple):
+    """The tensors of :class:`pagedflash.problem.Scores`, its ScoreParams, and constants."""
+
+    alibi_slopes: Any
+    sinks: Any
+    scale: Any  # to base 2, or with a softcap to the argument of tanh
+    softcap: Any  # in base 2, or None
+    window_left: Any  # or None
+    window_right: Any
+    SLOPES_STRIDE: Any  # from one sequence's ALiBi slopes to the next; 0: the same for all
+    PRECISION: Any  # of products of float32
+
+
 class RowScores(NamedTuple):
     """What the scores of each row of queries depend on."""
 
