@@ -30,19 +30,13 @@ def dense(
     k: Given,
     v: Given,
     dropout_p: Given,
-    softmax_scale: Given,
-    causal: Given,
-    window_size: Given,
-    softcap: Given,
-    alibi_slopes: Given,
-    s_aux: Given,
-    learnable_sink: Given,
+    *scores: Given,
 ) -> tuple[AttentionProblem, Names]:
     """The problem of ``flash_attn_func``, and its names."""
+    options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
     names = _names(ATTENTION_NAMES, learnable_sink)
     _reject_dropout(dropout_p)
     tensors = (q, None, None, k, v, *_NONE[:9], alibi_slopes, s_aux)
-    options = _score_options(softmax_scale, causal, window_size, softcap, learnable_sink)
     entry = plan_cache.entry_of_arguments(tensors, ("dense", *options))
     if (problem := _known(AttentionProblem, entry, tensors)) is not None:
         return problem, names
@@ -71,15 +65,10 @@ def packed(
     page_table: Given,
     seqused_q: Given,
     seqused_k: Given,
-    softmax_scale: Given,
-    causal: Given,
-    window_size: Given,
-    softcap: Given,
-    alibi_slopes: Given,
-    s_aux: Given,
-    learnable_sink: Given,
+    *scores: Given,
 ) -> tuple[AttentionProblem, Names]:
     """The problem of ``flash_attn_varlen_func``, and its names."""
+    options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
     names = _names(ATTENTION_NAMES, learnable_sink, page_table)
     _reject_dropout(dropout_p)
     table = _one_of("block_table", block_table, "page_table", page_table)
@@ -88,7 +77,6 @@ def packed(
         q, cu_seqlens_q, seqused_q, k, v, table, None, None, seqused_k, cu_seqlens_k, *_NONE[:4],
         alibi_slopes, s_aux,
     )  # fmt: skip
-    options = _score_options(softmax_scale, causal, window_size, softcap, learnable_sink)
     entry = None
     if not torch.compiler.is_compiling() and isinstance(max_seqlen_k, int):
         seqlens = max_seqlen_q, plan_cache.round_hint(max_seqlen_k)
@@ -138,18 +126,12 @@ def cached(
     page_table: Given,
     rotary_interleaved: Given,
     num_splits: Given,
-    softmax_scale: Given,
-    causal: Given,
-    window_size: Given,
-    softcap: Given,
-    alibi_slopes: Given,
-    s_aux: Given,
-    learnable_sink: Given,
+    *scores: Given,
 ) -> tuple[AttentionProblem, Names]:
     """The problem of ``flash_attn_with_kvcache``, and its names."""
-    names = (
-        KVCACHE_NAMES if learnable_sink is None and page_table is None else _names(KVCACHE_NAMES, learnable_sink, page_table)
-    )
+    options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
+    has_aliases = learnable_sink is not None or page_table is not None
+    names = _names(KVCACHE_NAMES, learnable_sink, page_table) if has_aliases else KVCACHE_NAMES
     table = block_table if page_table is None else _one_of("block_table", block_table, "page_table", page_table)
     num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
     rotary_interleaved = bool(rotary_interleaved)
@@ -157,7 +139,6 @@ def cached(
         q, None, None, k_cache, v_cache, table, cache_batch_idx, cache_leftpad, cache_seqlens, None,
         k, v, rotary_cos, rotary_sin, alibi_slopes, s_aux,
     )  # fmt: skip
-    options = _score_options(softmax_scale, causal, window_size, softcap, learnable_sink)
     entry = plan_cache.entry_of_arguments(tensors, ("cached", rotary_interleaved, num_splits, *options))
     if (problem := _known(AttentionProblem, entry, tensors)) is not None:
         return problem, names
@@ -238,26 +219,34 @@ def _names(names: Names, learnable_sink: Given, page_table: Given = None) -> Nam
     return names
 
 
-def _score_options(
-    softmax_scale: Given, causal: Given, window_size: Given, softcap: Given, learnable_sink: Given
-) -> tuple[float | None, float, tuple[int, int], bool]:
-    """(scale, softcap, (window_left, window_right), whether sinks are ``s_aux``), as plain numbers: 1.0 would be found where
-    1 is kept."""
-    return (
+def _score_arguments(
+    softmax_scale: Given,
+    causal: Given,
+    window_size: Given,
+    softcap: Given,
+    alibi_slopes: Given,
+    s_aux: Given,
+    learnable_sink: Given,
+) -> tuple[tuple[Any, ...], Given, Given, Given]:
+    """What all attention functions take about scores: ``(options, alibi_slopes, s_aux, learnable_sink)``.
+
+    The options are the numbers of :class:`~pagedflash.problem.Scores`, the scale possibly None, and whether the sinks are
+    ``s_aux``; plain numbers, since 1.0 would be found where 1 is kept.
+    """
+    options = (
         softmax_scale if softmax_scale is None else _number("softmax_scale", softmax_scale),
         softcap if softcap.__class__ is float else _number("softcap", softcap),
-        _window(window_size, causal),
+        *_window(window_size, causal),
         learnable_sink is None,
     )
+    return options, alibi_slopes, s_aux, learnable_sink
 
 
-def _scores(
-    q: Tensor, options: tuple[float | None, float, tuple[int, int], bool], alibi_slopes: Given, sinks: Given
-) -> Scores:
-    scale, softcap, (window_left, window_right), _ = options
+def _scores(q: Tensor, options: tuple[Any, ...], alibi_slopes: Given, sinks: Given) -> Scores:
+    scale, *numbers, _ = options
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1] or 1)
-    return Scores(_contiguous(alibi_slopes), sinks, scale, softcap, window_left, window_right)
+    return Scores(_contiguous(alibi_slopes), sinks, scale, *numbers)
 
 
 def _window(window_size: Given, causal: Given) -> tuple[int, int]:

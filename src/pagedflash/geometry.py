@@ -26,7 +26,7 @@ def queries_rotate_by_position(problem: AttentionProblem) -> bool:
 def max_visible_keys(problem: AttentionProblem) -> int:
     """Most keys that the queries of one sequence see, as far as the host knows."""
     keys = min(problem.cache.max_seqlen_k, problem.capacity)
-    _, _, _, _, window_left, window_right = problem.scores
-    if window_left >= 0 and window_right >= 0:
-        keys = min(keys, window_left + window_right + problem.queries.max_seqlen_q)
+    left, right = problem.scores.window_left, problem.scores.window_right
+    if left >= 0 and right >= 0:
+        keys = min(keys, left + right + problem.queries.max_seqlen_q)
     return keys

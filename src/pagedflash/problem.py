@@ -82,10 +82,11 @@ class ScoreParams(NamedTuple):
 
 def fold_scores(scores: Scores) -> ScoreParams:
     """log2(e) folded into the scale, so that kernels use exp2 and log2."""
-    _, _, scale, softcap, *windows = scores
-    if softcap > 0:
-        return ScoreParams(scale / softcap, softcap * LOG2_E, *windows)
-    return ScoreParams(scale * LOG2_E, 0.0, *windows)
+    if scores.softcap > 0:
+        scale, softcap = scores.scale / scores.softcap, scores.softcap * LOG2_E
+    else:
+        scale, softcap = scores.scale * LOG2_E, 0.0
+    return ScoreParams(scale, softcap, scores.window_left, scores.window_right)
 
 
 class _Options(NamedTuple):

@@ -186,16 +186,16 @@ def _validate_rotary(append: Append, q: Tensor, capacity: int) -> None:
 
 def _validate_scores(problem: AttentionProblem) -> None:
     """Scale, window, softcap, ALiBi, sinks, splits."""
-    slopes, sinks, _, softcap, window_left, window_right = problem.scores
-    for field, number in problem.scores._asdict().items():
+    scores, slopes, sinks = problem.scores, problem.scores.alibi_slopes, problem.scores.sinks
+    for field, number in scores._asdict().items():
         if isinstance(number, float) and not math.isfinite(number):
             reject(field, "{number}", "a finite number", number=number)
     q, batch, heads = problem.queries.q, problem.batch_size, problem.queries.q.shape[-2]
-    if window_left < -1 or window_right < -1:
-        window = window_left, window_right
+    window = scores.window_left, scores.window_right
+    if min(window) < -1:
         reject("window_size", "{window}", "two integers of at least -1 (-1 = unbounded)", window=window)
-    if softcap < 0:
-        reject("softcap", "{cap}", "at least 0 (0 = none)", cap=softcap)
+    if scores.softcap < 0:
+        reject("softcap", "{cap}", "at least 0 (0 = none)", cap=scores.softcap)
     if problem.num_splits < 0:
         reject("num_splits", "{splits}", "at least 0 (0 = chosen for you)", splits=problem.num_splits)
     if slopes is not None:

@@ -176,20 +176,20 @@ def _attend(problem: AttentionProblem, q: Tensor, k: Tensor, v: Tensor, b: int) 
 
 def _scores(problem: AttentionProblem, products: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """From ``q . k (Hq, Sq, n)`` of sequence b to scores, and which of them are seen ``(Sq, n)``."""
-    alibi_slopes, _, scale, softcap, window_left, window_right = problem.scores
+    params = problem.scores
     _, num_queries, num_keys = products.shape
-    scores = products * scale
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = products * params.scale
+    if params.softcap > 0:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
     # Bottom-right alignment; slots left of cache_leftpad are gone from both sides of the difference.
     query_position = torch.arange(num_queries, device=scores.device).unsqueeze(1) + (num_keys - num_queries)
     distance = query_position - torch.arange(num_keys, device=scores.device)
-    if alibi_slopes is not None:
-        slopes = alibi_slopes[b] if alibi_slopes.dim() == 2 else alibi_slopes
+    if params.alibi_slopes is not None:
+        slopes = params.alibi_slopes[b] if params.alibi_slopes.dim() == 2 else params.alibi_slopes
         scores = scores - slopes.to(scores.dtype).view(-1, 1, 1) * distance.abs()
     visible = torch.ones_like(distance, dtype=torch.bool)
-    if window_left >= 0:
-        visible &= distance <= window_left
-    if window_right >= 0:
-        visible &= -distance <= window_right
+    if params.window_left >= 0:
+        visible &= distance <= params.window_left
+    if params.window_right >= 0:
+        visible &= -distance <= params.window_right
     return scores, visible
