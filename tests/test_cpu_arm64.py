@@ -1,4 +1,4 @@
-"""The arm64 kernels, cross-compiled with zig and run by qemu-user: recorded calls are replayed without Python or torch.
+"""The arm64 kernels, cross-compiled with zig and run by qemu-user: recorded problems are replayed without Python or torch.
 
 Skipped where ``ziglang`` or ``qemu-aarch64-static`` is missing. For macOS on arm64 it is only compiled.
 """
@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, assert_matches_reference, random_call
-from pagedflash.call import AttentionCall
 from torch import Tensor
 
-from pagedflash.backends.cpu import launch
+from pagedflash.backends.cpu import abi, launch
+from pagedflash.problem import AttentionProblem, KVCache, Queries, Scores
+from pagedflash.testing import DTYPES, LAYOUTS, assert_matches_reference, random_problem
 
 pytest.importorskip("ziglang")
 
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "src/pagedflash/backends/cpu/native"
-SOURCES = [NATIVE / f"{name}.cpp" for name in ("entry", "screen", "plan", "isa", "kernels")]
+SOURCES = [NATIVE / f"{name}.cpp" for name in ("entry", "validate", "plan", "isa", "kernels")]
 FLAGS = ["-O2", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-exceptions", "-fno-rtti"]
 FLAGS += ["-fno-threadsafe-statics"]
 ISA = ["-DPAGEDFLASH_ISA=neon", "-DPAGEDFLASH_ISA_neon=1", "-DPAGEDFLASH_HAS_neon=1"]
@@ -52,14 +52,14 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Recording:
-    """A call as one file: its packed addresses and shape, then every storage the addresses lead to."""
+    """A problem as one file: its packed addresses and shape, then every storage the addresses lead to."""
 
-    def __init__(self, call: AttentionCall) -> None:
-        self.out = torch.zeros(call.out_shape, dtype=call.q.dtype)
-        self.lse = torch.zeros(call.lse_shape)
-        addresses = launch.addresses(call, self.out, self.lse)
-        self.tensors = [value for value in (*call, self.out, self.lse) if isinstance(value, Tensor)]
-        self.data = bytearray(addresses + launch.describe(call).packed)
+    def __init__(self, problem: AttentionProblem) -> None:
+        self.out = torch.zeros(problem.out_shape, dtype=problem.queries.q.dtype)
+        self.lse = torch.zeros(problem.lse_shape)
+        addresses = abi.pack_addresses(*problem.tensors, self.out, self.lse)
+        self.tensors = [tensor for tensor in (*problem.tensors, self.out, self.lse) if tensor is not None]
+        self.data = bytearray(addresses + launch.make_plan(problem).shape)
         self.places: dict[int, int] = {}  # address of a storage -> where it is in the file
         for tensor in self.tensors:
             storage = tensor.untyped_storage()
@@ -75,7 +75,7 @@ class Recording:
                     place = self.places[storage] + word - storage
                     self.data[position : position + 8] = place.to_bytes(8, sys.byteorder)
 
-    def take_answer(self, data: bytes) -> tuple[Tensor, Tensor]:
+    def take_output(self, data: bytes) -> tuple[Tensor, Tensor]:
         """Bring what the replay wrote back into the tensors: output, LSE, caches."""
         for tensor in self.tensors:
             place = self.places.get(tensor.untyped_storage().data_ptr())
@@ -90,18 +90,28 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
+def run_recorded(replay: Path, problem: AttentionProblem, directory: Path) -> tuple[Tensor, Tensor]:
+    recording = Recording(problem)
+    file = directory / "problem"
+    file.write_bytes(recording.data)
+    subprocess.run([QEMU, str(replay), str(file)], check=True)
+    return recording.take_output(file.read_bytes())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_options(replay: Path, rng: random.Random, rounds, dtype: torch.dtype, layout: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        recording = Recording(call)
-        file = tmp_path / "call"
-        file.write_bytes(recording.data)
-        subprocess.run([QEMU, str(replay), str(file)], check=True)
-        return recording.take_answer(file.read_bytes())
-
     for _ in range(rounds(2)):
-        assert_matches_reference(random_call(rng, dtype=dtype, layout=layout, max_keys=400), run)
+        problem = random_problem(rng, dtype=dtype, layout=layout, max_keys=400)
+        assert_matches_reference(problem, lambda problem: run_recorded(replay, problem, tmp_path))
+
+
+@pytest.mark.parametrize("queries", (1, 40))
+def test_lse_of_scores_of_zero_is_exact(replay: Path, queries: int, tmp_path: Path) -> None:
+    q, k, v = torch.zeros(1, queries, 1, 64), torch.ones(1, 1, 1, 64), torch.randn(1, 1, 1, 64)
+    problem = AttentionProblem.of(Queries(q, max_seqlen_q=queries), KVCache(k, v, max_seqlen_k=1), None, Scores())
+    out, lse = run_recorded(replay, problem, tmp_path)
+    assert torch.equal(lse, torch.zeros(1, 1, queries)) and torch.equal(out, v.expand_as(out))
 
 
 def test_macos_compiles(tmp_path: Path) -> None:

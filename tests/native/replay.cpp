@@ -1,7 +1,7 @@
-// Runs one recorded attention call, for processors that are only emulated here: see tests/test_cpu_arm64.py.
+// Runs one recorded attention problem, for processors that are only emulated here: see tests/test_cpu_arm64.py.
 //
-//   replay FILE      FILE holds the packed addresses and shape, then the memory the addresses lead to; it is answered
-//                    in place
+//   replay FILE      FILE holds the packed addresses and shape, then the memory the addresses lead to; outputs are written
+//                    into it
 //
 // In the file an address is the position in the file it leads to; 0 is null.
 #include <stdio.h>
@@ -11,7 +11,7 @@
 
 using namespace pagedflash;
 
-extern "C" int64_t pagedflash_attention(const AttentionShape* shape, const Addresses* at, int64_t isa);
+extern "C" int64_t pagedflash_attention(const AttentionShape* shape, const AttentionAddresses* at, int64_t isa);
 extern "C" void pagedflash_use_pool(void* parallel_for, void* get_num_threads);
 
 static int32_t one_after_another(int64_t begin, int64_t end, int64_t grain, void (*run)(int64_t, int64_t, void*), void* context) {
@@ -32,7 +32,7 @@ int main(int, char** arguments) {
   rewind(stream);
   if (fread(file, 1, size, stream) != size) return 3;
 
-  Addresses at = *reinterpret_cast<Addresses*>(file);
+  AttentionAddresses at = *reinterpret_cast<AttentionAddresses*>(file);
   char** const words = reinterpret_cast<char**>(&at);
   for (size_t i = 0; i < sizeof at / sizeof *words; i++)
     if (words[i]) words[i] = file + reinterpret_cast<intptr_t>(words[i]);

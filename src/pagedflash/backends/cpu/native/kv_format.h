@@ -3,7 +3,7 @@
 // Kernels are templates over T, the dtype of q, new tokens and out, and over a format KV, which offers
 //
 //   Element                            what the cache holds
-//   store_elements(to, from, n)        n new elements, of T, into the cache                         (kv_write)
+//   store(to, from, n)                 n new elements, of T or as floats, into the cache            (kv_write)
 //   load_floats(p, n)                  the first n of LANES elements; n a multiple of 8             (prefill)
 //   load_value(p), load_value_part(p, n), restore_order(chunk)
 //                                      CHUNK elements as floats, in the order of load_chunk         (decode, output)
@@ -56,7 +56,9 @@ struct DotProduct<bf16> {
 template <class T>
 struct KVFormat : DotProduct<T> {
   using Element = T;
-  static PAGEDFLASH_INLINE void store_elements(Element* to, const T* from, int64_t n) { memcpy(to, from, n * sizeof(T)); }
+  static PAGEDFLASH_INLINE void store(Element* to, const T* from, int64_t n) { memcpy(to, from, n * sizeof(T)); }
+  template <class Float>
+  static PAGEDFLASH_INLINE void store(Element* to, const Float* from, int64_t n) { convert(to, from, n); }
   static PAGEDFLASH_INLINE Vec load_floats(const Element* p, int64_t n) { return load_part(p, n); }
   static PAGEDFLASH_INLINE Chunk load_value(const Element* p) { return load_chunk(p); }
   static PAGEDFLASH_INLINE Chunk load_value_part(const Element* p, int64_t n) {

@@ -29,13 +29,11 @@ void kv_write_tokens(const CacheWrite& write, Range tokens) {
       const T* v_new = static_cast<const T*>(write.v_new) + offset(write.v_new_stride, b, i, head);
       Element* k = static_cast<Element*>(write.k) + offset(write.k_stride, page, slot, head);
       Element* v = static_cast<Element*>(write.v) + offset(write.v_stride, page, slot, head);
-      const auto store_k = [&](int64_t i, const T* x, int64_t n) { KV::store_elements(k + i, x, n); };
-      if (write.rotary_cos) {
-        rotate_row(k_new, write, position, store_k);
-      } else {
-        store_k(0, k_new, write.head_dim);
-      }
-      KV::store_elements(v, v_new, write.v_head_dim);
+      int64_t rotated = 0;
+      if (write.rotary_cos)
+        rotated = rotate_row(k_new, write, position, [&](int64_t i, const float* x, int64_t n) { KV::store(k + i, x, n); });
+      KV::store(k + rotated, k_new + rotated, write.head_dim - rotated);
+      KV::store(v, v_new, write.v_head_dim);
     }
   }
 }

@@ -158,7 +158,7 @@ class Prefill {
     for (int64_t row = 0; row < rows_; row++) {
       const QueryAndHead at = unpack_row(problem_, kv_head_, task_.rows.begin + row);
       load_query(problem_, sequence_, at.query, at.head, scratch_.query, head_dim_);
-      widen_row(scratch_.queries + row * head_dim_, scratch_.query, head_dim_);
+      convert(scratch_.queries + row * head_dim_, scratch_.query, head_dim_);
       scratch_.score_rows[row] = score_row(problem_, sequence_, at.query, at.head);
       scratch_.states[row] = SoftmaxState();
     }

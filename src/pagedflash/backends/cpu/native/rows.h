@@ -24,14 +24,14 @@ void load_query(const AttentionProblem& problem, const Sequence& sequence, int64
   const T* from = static_cast<const T*>(problem.q) + head * problem.q_stride.head;
   from += problem.cu_seqlens_q ? (sequence.q_begin + query) * problem.q_stride.token
                                : sequence.batch * problem.q_stride.batch + query * problem.q_stride.token;
+  int64_t rotated = 0;
   if (write.rotary_cos) {
     // Causal or windowed, query i rotates by its own position; else all rotate by the first.
     const bool by_position = problem.window_left >= 0 || problem.window_right >= 0;
     const int64_t position = by_position ? min(sequence.seqused_k + query, write.rotary_rows - 1) : sequence.seqused_k;
-    rotate_row(from, write, position, [&](int64_t i, const T* x, int64_t n) { memcpy(to + i, x, n * sizeof(T)); });
-  } else {
-    memcpy(to, from, write.head_dim * sizeof(T));
+    rotated = rotate_row(from, write, position, [&](int64_t i, const float* x, int64_t n) { convert(to + i, x, n); });
   }
+  memcpy(to + rotated, from + rotated, (write.head_dim - rotated) * sizeof(T));
   for (int64_t i = write.head_dim; i < padded; i++) to[i] = T{};
 }
 

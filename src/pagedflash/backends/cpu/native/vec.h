@@ -75,13 +75,17 @@ PAGEDFLASH_INLINE Vec exp2(Vec x) {
   return mul_pow2(y, n);
 }
 
-template <class T>
-PAGEDFLASH_INLINE void widen_row(float* to, const T* from, int64_t size) {
-  for (int64_t i = 0; i < size; i += LANES) store_part(to + i, load_part(from + i, size - i), size - i);
-}
-template <class T>
-PAGEDFLASH_INLINE void narrow_row(T* to, const float* from, int64_t size) {
-  for (int64_t i = 0; i < size; i += LANES) store_part(to + i, load_part(from + i, size - i), size - i);
+// n elements, n any number, from one type to another. Nothing behind them is touched.
+template <class To, class From>
+PAGEDFLASH_INLINE void convert(To* to, const From* from, int64_t n) {
+  const int64_t whole = n / 8 * 8, rest = n % 8;
+  for (int64_t i = 0; i < whole; i += LANES) store_part(to + i, load_part(from + i, whole - i), whole - i);
+  if (!rest) return;
+  From padded[8] = {};
+  To converted[8];
+  memcpy(padded, from + whole, rest * sizeof(From));
+  for (int64_t i = 0; i < 8; i += LANES) store_part(converted + i, load_part(padded + i, 8), 8);
+  memcpy(to + whole, converted, rest * sizeof(To));
 }
 
 }  // namespace PAGEDFLASH_ISA
