@@ -11,6 +11,7 @@ import metalsim
 import torch
 from torch import Tensor
 
+import pagedflash
 from pagedflash.backends import metal
 from pagedflash.testing import PagedProblem, paged_problem
 
@@ -54,6 +55,22 @@ def kernels_on(device: str, core_count: int | None = None) -> Iterator[list[Laun
     compile_shader = metalsim.compile_shader if device == "cpu" else torch.mps.compile_shader
     with metal.use_compiler(lambda source: _RecordedLibrary(compile_shader(source), launches), core_count):
         yield launches
+
+
+def sources_of(run: Callable[[], object]) -> dict[str, list[str]]:
+    """Kernel -> the sources that ``run`` has compiled for it. The kernels do nothing."""
+    sources: dict[str, list[str]] = {}
+
+    class Library(NamedTuple):
+        source: str
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            sources.setdefault(name, []).append(self.source)
+            return lambda *arguments, threads, group_size: None
+
+    with metal.use_compiler(lambda source: Library(source), core_count=40), pagedflash.use_backend("metal"):
+        run()
+    return sources
 
 
 def paged_decode(

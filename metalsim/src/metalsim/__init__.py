@@ -4,6 +4,7 @@ from .counters import Counters, Dispatch
 from .errors import CompileError, KernelError, LaunchError, MetalError
 from .library import Kernel, Library, compile_shader
 from .settings import ORDERS, Order, Simulation, in_every_order, simulate
+from .stack import stack_arrays
 
 __all__ = [
     "ORDERS",
@@ -20,4 +21,5 @@ __all__ = [
     "compile_shader",
     "in_every_order",
     "simulate",
+    "stack_arrays",
 ]

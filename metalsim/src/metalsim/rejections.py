@@ -32,6 +32,15 @@ def reject(preprocessed: str) -> None:
     """
     tokens = Tokens(preprocessed)
     found = [*_forbidden_words(tokens), *_missing_spaces(tokens)]
+    diagnostics, tree = parse(preprocessed)
+    found += _mixed_spaces(diagnostics)
+    found += tree.rejections()
+    if found:
+        raise CompileError("\n".join(dict.fromkeys(found)))
+
+
+def parse(preprocessed: str) -> tuple[str, SyntaxTree]:
+    """Clang's messages and syntax tree, with address spaces."""
     translation = translate(preprocessed, keep_spaces=True)
     source = f'#include "{MSL / "prelude.h"}"\n{translation.source}'
     done = run_clang(
@@ -47,10 +56,7 @@ def reject(preprocessed: str) -> None:
         ],
         source,
     )
-    found += _mixed_spaces(done.stderr)
-    found += _SyntaxTree(done.stdout).rejections()
-    if found:
-        raise CompileError("\n".join(dict.fromkeys(found)))
+    return done.stderr, SyntaxTree(done.stdout)
 
 
 def _forbidden_words(tokens: Tokens) -> Iterator[str]:
@@ -153,11 +159,13 @@ _CALLEE = re.compile(r"(?:Function|CXXMethod) (0x[0-9a-f]+)|(?:->|\.)[\w~]+ (0x[
 _FUNCTIONS = ("FunctionDecl", "CXXMethodDecl", "CXXConstructorDecl", "CXXConversionDecl")
 
 
-class _SyntaxTree:
+class SyntaxTree:
     """Clang's dump of the syntax tree, read line by line."""
 
     def __init__(self, dump: str) -> None:
         self.found: list[str] = []
+        self.choices: list[int] = []
+        """Lines with ``condition ? array[i] : array[j]`` for an array of a thread."""
         self.calls: dict[str, set[str]] = {}
         self.names: dict[str, tuple[str, int]] = {}
         self.same: dict[str, str] = {}  # a redeclaration's first declaration
@@ -170,6 +178,7 @@ class _SyntaxTree:
     def _read(self, dump: str) -> None:
         file, line = "", 0
         kinds: dict[int, str] = {}
+        choices: dict[int, bool] = {}  # by depth: whether a node is a choice between values in thread memory
         functions: list[tuple[int, str]] = []
         globals_without_space: dict[int, str] = {}  # by depth, until an annotation speaks for them
         for text in dump.splitlines():
@@ -186,6 +195,8 @@ class _SyntaxTree:
                 begin = line if begin is None else begin
             begin = line if begin is None else begin
             kinds[depth] = kind
+            is_choice = kind == "ConditionalOperator" and rest.endswith("lvalue") and "address_space" not in rest
+            choices[depth] = is_choice or (kind == "ParenExpr" and choices.get(depth - 2, False))
             while functions and functions[-1][0] >= depth:
                 functions.pop()
             for d in [d for d in globals_without_space if d >= depth]:
@@ -205,6 +216,8 @@ class _SyntaxTree:
                     self.calls.setdefault(functions[-1][1], set()).add(callee[1] or callee[2])
             elif kind == "VarDecl":
                 self._variable(depth, kinds.get(depth - 2, ""), rest, begin, globals_without_space)
+            elif kind == "ArraySubscriptExpr" and choices.get(depth - 2):
+                self.choices.append(begin)
             elif kind.endswith("CastExpr"):
                 self._cast(kind, rest, begin)
         self.found += globals_without_space.values()

@@ -114,6 +114,7 @@ _PARTS = {
         "library.py",
         "t*.py",
         "rejections.py",
+        "stack.py",
         "msl/*.h",
         "msl/headers/*",
         "runtime/api.h",

@@ -37,8 +37,8 @@ struct TransposedSum {
         float half_of_them[N / 2];
         UNROLL
         for (int i = 0; i < N / 2; i++) {
-            const float kept = upper ? values[i + N / 2] : values[i];
-            const float sent = upper ? values[i] : values[i + N / 2];
+            const float first = values[i], second = values[i + N / 2];  // loaded before the choice: arrays stay registers
+            const float kept = upper ? second : first, sent = upper ? first : second;
             half_of_them[i] = kept + simd_shuffle_xor(sent, ushort(N / 2 * SPACING));
         }
         return TransposedSum<N / 2, SPACING>::of(half_of_them, lane);
