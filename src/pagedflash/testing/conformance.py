@@ -80,7 +80,7 @@ class BackendConformance:
 
     def test_long_sequences(self) -> None:
         """Hundreds of keys and more, which are split, and up to as many queries."""
-        options = dict(max_keys=2000, max_queries=200, head_dims=(64,), groups=(1, 4))
+        options: dict[str, Any] = dict(max_keys=2000, max_queries=200, head_dims=(64,), groups=(1, 4))
         for layout in ("paged", "paged varlen"):
             for problem in self.draw("long", layout=layout, count=20 * self.problems, **options):
                 if max(key_lengths(problem), default=0) > 400:  # few that are drawn are
