@@ -22,8 +22,8 @@ from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import pagedflash.transformers
-from pagedflash.cli.bench import describe_device, ratio
 from pagedflash.cli.generate import PAGE_SIZE, find_model, load, quiet_transformers
+from pagedflash.cli.measure import describe_device, ratio
 
 IMPLEMENTATIONS = ("pagedflash", "sdpa")
 
@@ -101,8 +101,8 @@ def add_rows(table: Table, length: int, runs: dict[str, list[Run]]) -> None:
             name,
             f"{statistics.median(r.prefill for r in ours):.2f}",
             f"{1 / statistics.median(r.decode for r in ours):.1f}",
-            f"{ratio([r.prefill for r in theirs], [r.prefill for r in ours]).median:.2f}",
-            f"{ratio([r.decode for r in theirs], [r.decode for r in ours]).median:.2f}",
+            f"{ratio([r.prefill for r in theirs], [r.prefill for r in ours]):.2f}",
+            f"{ratio([r.decode for r in theirs], [r.decode for r in ours]):.2f}",
             f"{sum(a == b for a, b in tokens)} of {len(tokens)}",
         )
 

@@ -39,6 +39,15 @@ class PackedProblem(NamedTuple):
         pairs = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(self.lengths_q, self.lengths_k))
         return 4 * pairs * self.q.shape[1] * self.q.shape[2]
 
+    def gathered(self) -> PackedProblem:
+        """The same on packed keys."""
+        if self.block_table is None:
+            return self
+        page_size = self.k.shape[1]
+        rows = [pages[: -(-n // page_size)].long() for pages, n in zip(self.block_table, self.lengths_k)]
+        k, v = (torch.cat([x[row].flatten(0, 1)[:n] for row, n in zip(rows, self.lengths_k)]) for x in (self.k, self.v))
+        return self._replace(k=k, v=v, block_table=None)
+
     def int32(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.q.device)
 

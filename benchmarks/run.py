@@ -24,7 +24,7 @@ sys.path[0] = str(ROOT)  # instead of this file's folder
 
 import torch  # noqa: E402
 
-from benchmarks.suite import SUITES, Options, Row, Suite, left_out  # noqa: E402
+from benchmarks.suite import SUITES, Options, Row, Suite, left_out, not_wanted  # noqa: E402
 from benchmarks.suites import cpu, cuda, generate, metal, overhead  # noqa: E402, F401 (register theirs)
 from pagedflash.cli.bench import draw_lines  # noqa: E402
 from pagedflash.cli.measure import best_device, describe_device  # noqa: E402
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.suites:
         list_suites()
         return 0
+    not_wanted.extend(options.without)
     chosen = choose(options.suites)
     torch.manual_seed(0)
     facts = machine()
@@ -65,6 +66,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--check", action="store_true", help="exit with 1 if contenders disagree or a count is not what the docs state"
+    )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave out baselines of other packages whose names begin so",
     )
     parser.add_argument("--rounds", type=int, metavar="N", help="instead of the suite's own number")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")

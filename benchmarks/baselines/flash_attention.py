@@ -8,7 +8,6 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.problems import PackedProblem
@@ -49,10 +48,7 @@ def fa3_decode(problem: PagedProblem) -> Contender:
 def fa3_prefill(problem: PackedProblem) -> Contender:
     """Its keys gathered beforehand."""
     function = _fa3().flash_attn_varlen_func
-    q, k, v, lengths_q, lengths_k, table = problem
-    if table is not None:
-        rows = [_contiguous(cache, table, lengths_k) for cache in (k, v)]
-        k, v = (torch.cat([row[:n] for row, n in zip(cache, lengths_k)]) for cache in rows)
+    q, k, v, lengths_q, lengths_k, _ = problem.gathered()
     cu_q, cu_k, longest = problem.cu_seqlens_q, problem.cu_seqlens_k, (max(lengths_q), max(lengths_k))
     return Contender(lambda: function(q, k, v, cu_q, cu_k, *longest, causal=True), _out)
 

@@ -5,13 +5,13 @@ Decode and plain causal prompts are in :mod:`pagedflash.cli.bench`, which measur
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.problems import PackedProblem
 from pagedflash.cli.measure import Contender
 from pagedflash.testing import PagedProblem
 
@@ -56,15 +56,21 @@ def window_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, block: int, r
     return Contender(run, lambda outs: torch.cat(outs, 2).transpose(1, 2))
 
 
-def one_kernel(prompts: Iterable[tuple[Tensor, Tensor, Tensor]], kernel: SDPBackend) -> Contender:
-    """Causal prompts ``q, k, v (S, H, D)``, as many queries as keys, one after another with one of SDPA's kernels.
-
-    Returns packed outputs ``(total, H, D)``. SDPA aligns its causal mask to the top left: a chunk is not for it.
-    """
-    turned = [tuple(x.transpose(0, 1).unsqueeze(0) for x in prompt) for prompt in prompts]
+def one_kernel(problem: PackedProblem, kernel: SDPBackend) -> Contender:
+    """The sequences one after another with one of SDPA's kernels, their keys gathered beforehand."""
+    q, k, v, lengths_q, lengths_k, _ = problem.gathered()
+    sequences = []
+    for rows in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)):
+        queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in rows)
+        whole = queries.shape[2] == keys.shape[2]
+        mask = None if whole else causal_lower_right(queries.shape[2], keys.shape[2])
+        sequences.append((queries, keys, values, mask, whole))
 
     def run() -> list[Tensor]:
         with sdpa_kernel(kernel):
-            return [scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in turned]
+            return [
+                scaled_dot_product_attention(queries, keys, values, mask, is_causal=whole, enable_gqa=True)
+                for queries, keys, values, mask, whole in sequences
+            ]
 
     return Contender(run, lambda outs: torch.cat([out[0].transpose(0, 1) for out in outs]))

@@ -106,13 +106,13 @@ def prefill_peers(problem: PackedProblem) -> dict[str, Contender]:
         f"FlashInfer, {variant}": partial(flashinfer.prefill, problem, variant) for variant in flashinfer.PREFILL_VARIANTS
     }
     peers["FA2"] = partial(flash_attention.fa2_prefill, problem)
-    contiguous = problem.block_table is None
-    peers["FA3" if contiguous else "FA3 on contiguous keys"] = partial(flash_attention.fa3_prefill, problem)
     peers["FA4"] = partial(flash_attention.fa4_prefill, problem)
-    if contiguous:
-        sequences = list(zip(*(x.split(problem.lengths_k) for x in (problem.q, problem.k, problem.v))))
-        peers["SDPA flash"] = partial(sdpa.one_kernel, sequences, SDPBackend.FLASH_ATTENTION)
-        peers["cuDNN"] = partial(sdpa.one_kernel, sequences, SDPBackend.CUDNN_ATTENTION)
+    where = "" if problem.block_table is None else " on contiguous keys"
+    peers[f"FA3{where}"] = partial(flash_attention.fa3_prefill, problem)
+    if len(problem.lengths_q) < 10:  # it takes them one by one
+        peers[f"SDPA flash{where}"] = partial(sdpa.one_kernel, problem, SDPBackend.FLASH_ATTENTION)
+        if problem.lengths_q == problem.lengths_k:
+            peers[f"cuDNN{where}"] = partial(sdpa.one_kernel, problem, SDPBackend.CUDNN_ATTENTION)
     return that_run(peers)
 
 

@@ -70,6 +70,11 @@ class WallClock:
             getattr(torch, self.device).synchronize()
 
 
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    """How many times as long as ours their rounds take: the median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
 class Measured(NamedTuple):
     """What :func:`interleave` found, by the contenders' names."""
 
@@ -82,7 +87,7 @@ class Measured(NamedTuple):
 
     def ratio(self, theirs: str, ours: str) -> float:
         """How many times as long as ``ours`` ``theirs`` takes."""
-        return statistics.median(a / b for a, b in zip(self.seconds[theirs], self.seconds[ours], strict=True))
+        return ratio(self.seconds[theirs], self.seconds[ours])
 
     def fastest(self) -> dict[str, str]:
         """Each contender, and the name of its fastest variant: ``"SDPA, folded"`` is a variant of ``"SDPA"``."""

@@ -36,8 +36,13 @@ def assert_matches_reference(problem: AttentionProblem, run: Run) -> None:
     assert lse.dtype == torch.float32 and lse.shape == problem.lse_shape, message
     _assert_close("out", out, want_out, OUT_TOLERANCE[dtype], message)
     _assert_close("lse", lse, want_lse, (ROTARY_LSE_TOLERANCE if rotary else LSE_TOLERANCE)[dtype], message)
+    assert_same_caches(problem, expected)
+
+
+def assert_same_caches(problem: AttentionProblem, expected: AttentionProblem) -> None:
+    """All memory that the caches lie in must be the same bit for bit, except that rotated keys may round differently."""
+    rotary = expected.append is not None and expected.append.rotary_cos is not None
     for name, cache, want in zip("kv", problem.cache[:2], expected.cache[:2]):
-        # Bit for bit, except that rotated keys may round differently.
         step = torch.finfo(cache.dtype).eps if rotary else 0.0
         torch.testing.assert_close(
             _whole_storage(cache),
@@ -45,7 +50,7 @@ def assert_matches_reference(problem: AttentionProblem, run: Run) -> None:
             rtol=2 * step,
             atol=step,
             equal_nan=True,
-            msg=f"{name}: {message}",
+            msg=f"{name}: {describe(expected)}",
         )
 
 
