@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from ... import interface
-from . import gate, hooks
+from . import gate, hooks, refusals
 from .gate import is_open as decode_fast_path_is_open
 from .hooks import NAME
 
@@ -62,6 +62,7 @@ def enable(decode_fast_path_for: Iterable[str] = ()) -> None:
         try:
             _add_implementation()
             _allow_where_sinks_are_listed()
+            _refuse_unsupported_models()
         except (AttributeError, ImportError, KeyError) as error:
             disable()
             _refuse_version(error)
@@ -85,8 +86,10 @@ def _add_implementation() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-        hooks.register(functions, NAME, functions["flash_attention_2"])
+    from . import attention, masks
+
+    hooks.register(ALL_ATTENTION_FUNCTIONS, NAME, attention.forward)
+    hooks.register(ALL_MASK_ATTENTION_FUNCTIONS, NAME, masks.visible_keys)
     if hooks.PAGED_PREFIX + "flash_attention_2" in ALL_ATTENTION_FUNCTIONS:
         paged_forward = ALL_ATTENTION_FUNCTIONS[hooks.PAGED_PREFIX + "flash_attention_2"]
         hooks.register(ALL_ATTENTION_FUNCTIONS, hooks.PAGED_PREFIX + NAME, _refusing_what_is_dropped(paged_forward))
@@ -123,6 +126,21 @@ def _allow_where_sinks_are_listed() -> None:
         return check_elsewhere(self, attn_implementation, *args, **kwargs)
 
     hooks.replace(PreTrainedModel, "_check_and_adjust_attn_implementation", check)
+
+
+def _refuse_unsupported_models() -> None:
+    """Question 3, the other way round: what transformers asks of "flash_attention_2" alone."""
+    from transformers import PreTrainedModel
+
+    correct_elsewhere = PreTrainedModel.get_correct_attn_implementation
+
+    @functools.wraps(correct_elsewhere)
+    def correct(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
+        if hooks.base_name(requested_attention) == NAME:
+            refusals.check_model(self)
+        return correct_elsewhere(self, requested_attention, *args, **kwargs)
+
+    hooks.replace(PreTrainedModel, "get_correct_attn_implementation", correct)
 
 
 def _refusing_what_is_dropped(paged_forward: Callable[..., Any]) -> Callable[..., Any]:
