@@ -70,13 +70,14 @@ def forward(
         packing = masks.Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return _packed(q, k, v, packing, dropout, options), None
     if attention_mask is None:
-        _refuse_packed_positions(kwargs.get("position_ids"), q)
         return flash_attn_func(q, k, v, dropout, **options), None
 
     window = sliding_window or None
     key_mask = masks.key_mask_of(attention_mask, causal, window, q.shape[1], k.shape[1])
     options |= {"causal": key_mask.causal, "window_size": key_mask.window_size}
     where = key_mask.where(q.shape[0], q.device)
+    if where is None:
+        return flash_attn_func(q, k, v, dropout, **options), None
     if isinstance(where, masks.Packing):
         return _packed(q, k, v, where, dropout, options), None
     if dropout:
@@ -119,21 +120,3 @@ def _decode_from_pages(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any],
         cache_seqlens=lengths, block_table=kwargs["block_table"], **options,
     )  # fmt: skip
     return out.squeeze(1).unsqueeze(0)
-
-
-def _refuse_packed_positions(position_ids: Tensor | None, q: Tensor) -> None:
-    """Several sequences in one row, told by their positions alone, where the model's mask is that of one sequence."""
-    if position_ids is None or q.shape[0] != 1 or position_ids.shape != q.shape[:2] or q.shape[1] == 1:
-        return
-    one_sequence = getattr(position_ids, "_pagedflash_one_sequence", None)
-    if one_sequence is None:
-        one_sequence = (position_ids.diff() == 1).all()
-        if torch.compiler.is_compiling():
-            torch._assert_async(one_sequence, "pagedflash: packed sequences need use_cache=False or cu_seq_lens_q")
-            one_sequence = True
-        position_ids._pagedflash_one_sequence = bool(one_sequence)
-    if not one_sequence:
-        refuse(
-            "position_ids of several sequences in one row, with a mask of one sequence",
-            "without use_cache=False transformers lets them see each other",
-        )

@@ -1,9 +1,9 @@
 """The mask function of "pagedflash": which keys each query sees, said in lengths instead of a matrix.
 
 transformers asks an implementation's mask function once a forward pass and hands what it returns to every layer. Ours returns
-None where every query sees all keys (or, if causal, all up to itself), else a ``(batch, keys)`` bool tensor that is True for
-keys that may be seen. The tensor carries a :class:`KeyMask`, which knows what the tensor cannot say (causal or not, window,
-packed sequences) and works out once, not once a layer, how to say it to a kernel.
+a ``(batch, keys)`` bool tensor that is True for keys that may be seen. The tensor carries a :class:`KeyMask`, which knows what
+the tensor cannot say (causal or not, window, packed sequences) and works out once, not once a layer, how to say it to a kernel.
+It does not rely on what layers say of themselves: some models' layers say that they are causal, and their masks are not.
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ def visible_keys(
     local_size: int | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor:
     """What transformers' ``ALL_MASK_ATTENTION_FUNCTIONS`` calls, with the arguments of its ``sdpa_mask``.
 
     Returns:
-        ``(batch_size, kv_length)`` bool with a :class:`KeyMask`, or None.
+        ``(batch_size, kv_length)`` bool with a :class:`KeyMask`.
     """
+    if hasattr(attention_mask, _ATTRIBUTE):
+        return attention_mask  # an outer model's mask comes to the model inside, where transformers leaves 4D masks as they are
     causal = mask_function is not bidirectional_mask_function and "allow_is_bidirectional_skip" not in kwargs
     first_query = q_offset - kv_offset
     end = first_query + q_length if causal else kv_length
@@ -69,15 +71,12 @@ def visible_keys(
         or kwargs.get("allow_is_bidirectional_skip", False)
     )
     padding = _padding(attention_mask, kv_offset, kv_length)
-    filled = isinstance(end, int) and end >= kv_length
-    if trusted and filled and padding is None and window is None:
-        return None
-
-    visible = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device) if padding is None else padding
-    if not filled:
-        visible = visible & (torch.arange(kv_length, device=visible.device) < end)
+    if padding is None:
+        visible = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     else:
-        visible = visible.clone()  # an attribute of the caller's mask would outlive this forward pass
+        visible = padding.clone()  # the caller's mask may come again, in another pass
+    if not (isinstance(end, int) and end >= kv_length):
+        visible &= torch.arange(kv_length, device=visible.device) < end
     key_mask = KeyMask(causal, window, first_query, q_length, kv_length, padding)
     if not trusted:
         key_mask.unknown = MaskFunction(mask_function, q_offset, kv_offset, batch_size, visible.device)
@@ -136,6 +135,7 @@ class KeyMask:
     padding: Tensor | None  # (B, keys) bool, False = padding
     unknown: MaskFunction | None = None
     _where: KeyRanges | Packing | None = None
+    _found: bool = False
 
     @property
     def window_size(self) -> tuple[int, int]:
@@ -144,20 +144,22 @@ class KeyMask:
             return -1, -1
         return (self.window - 1, 0) if self.causal else (self.window, self.window)
 
-    def where(self, batch_size: int, device: torch.device) -> KeyRanges | Packing:
-        """The keys of each sequence, as a kernel wants to know it. Worked out once.
+    def where(self, batch_size: int, device: torch.device) -> KeyRanges | Packing | None:
+        """The keys of each sequence, as a kernel wants to know it; None = all of them. Worked out once.
 
         Raises:
             ValueError: flash attention cannot express this mask.
         """
-        if self._where is None:
-            self._where = self._find(batch_size, device)
+        if not self._found:
+            self._where, self._found = self._find(batch_size, device), True
         return self._where
 
-    def _find(self, batch_size: int, device: torch.device) -> KeyRanges | Packing:
+    def _find(self, batch_size: int, device: torch.device) -> KeyRanges | Packing | None:
         if self.unknown is not None and (first_keys := self._check(self.unknown)) is not None:
             return _packed(first_keys)
         end = self.first_query + self.queries if self.causal else self.keys
+        if self.padding is None and isinstance(end, int) and end == self.keys:
+            return None
         ends = torch.zeros(batch_size, dtype=torch.int32, device=device) + end
         if self.padding is None:
             return self._ranges(ends, None)
