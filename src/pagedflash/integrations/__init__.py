@@ -1,0 +1,1 @@
+"""pagedflash inside other libraries."""

@@ -1,0 +1,183 @@
+"""Hugging Face transformers on pagedflash, for ``generate()`` and for continuous batching (``generate_batch()``).
+
+>>> import pagedflash.transformers
+>>> pagedflash.transformers.enable()
+>>> model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="pagedflash")
+
+On the way to an attention kernel transformers (5.17 to 5.23 read) asks four questions. :func:`enable` answers them for the
+name "pagedflash", leaves every other name to transformers, and needs no ``kernels`` library:
+
+1. Is the name known, and which mask does it want? It is registered beside "flash_attention_2", with the same wrappers.
+2. Where are its functions? In this package.
+3. Does the model allow it? Models with attention sinks list the flash kernels that have them; pagedflash has them too.
+4. May continuous batching decode through block tables? Yes, on every device; transformers alone says yes on CUDA and XPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from ... import interface
+from . import gate, hooks, refusals
+from .gate import is_open as decode_fast_path_is_open
+from .hooks import NAME
+
+__all__ = ["NAME", "decode_fast_path_is_open", "disable", "enable", "is_enabled"]
+
+# Where transformers' modeling_flash_attention_utils keeps the functions of the last implementation; None at first.
+_LOADED_FUNCTIONS = (
+    "_loaded_implementation",
+    "_flash_fn",
+    "_flash_varlen_fn",
+    "_flash_with_kvcache_fn",
+    "_pad_fn",
+    "_unpad_fn",
+    "_process_flash_kwargs_fn",
+    "_process_with_kvcache_kwargs_fn",
+)
+
+
+def enable(decode_fast_path_for: Iterable[str] = ()) -> None:
+    """Make ``attn_implementation="pagedflash"`` known to transformers. Calling it again changes nothing.
+
+    Args:
+        decode_fast_path_for: further implementations that continuous batching shall decode through block tables with, on
+            any device: Hub names, such as ``"kernels-community/metal-flash-sdpa"`` loaded from what ``pagedflash hub``
+            writes. One without ``flash_attn_with_kvcache`` still gets no fast path. Names of several calls add up.
+
+    Warns:
+        RuntimeWarning: this transformers decides elsewhere whether to decode through block tables. Generation works, but
+            decodes through ``flash_attn_varlen_func``.
+
+    Raises:
+        ImportError: transformers is not installed.
+        RuntimeError: this transformers has no place left where an attention implementation can be added.
+    """
+    if isinstance(decode_fast_path_for, str):
+        raise TypeError("pagedflash: decode_fast_path_for is of type str, expected several names, as a list or tuple")
+    if not is_enabled():
+        _require_transformers()
+        try:
+            _add_implementation()
+            _allow_where_sinks_are_listed()
+            _refuse_unsupported_models()
+        except (AttributeError, ImportError, KeyError) as error:
+            disable()
+            _refuse_version(error)
+        gate.open_gate()
+    gate.allow((*decode_fast_path_for, NAME))
+
+
+def disable() -> None:
+    """Put everything in transformers back as it was before :func:`enable`."""
+    hooks.undo_all()
+
+
+def is_enabled() -> bool:
+    """Whether :func:`enable` is in force."""
+    return hooks.any_made()
+
+
+def _add_implementation() -> None:
+    """Questions 1 and 2."""
+    from transformers import modeling_flash_attention_utils as flash
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from . import attention, masks
+
+    hooks.register(ALL_ATTENTION_FUNCTIONS, NAME, attention.forward)
+    hooks.register(ALL_MASK_ATTENTION_FUNCTIONS, NAME, masks.visible_keys)
+    if hooks.PAGED_PREFIX + "flash_attention_2" in ALL_ATTENTION_FUNCTIONS:
+        paged_forward = ALL_ATTENTION_FUNCTIONS[hooks.PAGED_PREFIX + "flash_attention_2"]
+        hooks.register(ALL_ATTENTION_FUNCTIONS, hooks.PAGED_PREFIX + NAME, _refusing_what_is_dropped(paged_forward))
+
+    find_elsewhere = flash._lazy_imports
+
+    @functools.wraps(find_elsewhere)
+    def find(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        if hooks.base_name(implementation) != NAME:
+            return find_elsewhere(implementation, *args, **kwargs)
+        return (
+            interface.flash_attn_func,
+            interface.flash_attn_varlen_func,
+            interface.flash_attn_with_kvcache,
+            flash._pad_input,
+            flash._unpad_input,
+        )
+
+    hooks.on_undo(functools.partial(_forget_loaded_functions, flash))
+    hooks.replace(flash, "_lazy_imports", find)
+
+
+def _allow_where_sinks_are_listed() -> None:
+    """Question 3: a list of flash kernels gets one more name; a list of other kernels (block-sparse) is left alone."""
+    from transformers import PreTrainedModel
+
+    check_elsewhere = PreTrainedModel._check_and_adjust_attn_implementation
+
+    @functools.wraps(check_elsewhere)
+    def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        listed = self._compatible_flash_implementations or ()
+        if hooks.base_name(attn_implementation) == NAME and any("flash" in name for name in listed):
+            self._compatible_flash_implementations = [*listed, NAME]
+        return check_elsewhere(self, attn_implementation, *args, **kwargs)
+
+    hooks.replace(PreTrainedModel, "_check_and_adjust_attn_implementation", check)
+
+
+def _refuse_unsupported_models() -> None:
+    """Question 3, the other way round: what transformers asks of "flash_attention_2" alone."""
+    from transformers import PreTrainedModel
+
+    correct_elsewhere = PreTrainedModel.get_correct_attn_implementation
+
+    @functools.wraps(correct_elsewhere)
+    def correct(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
+        if hooks.base_name(requested_attention) == NAME:
+            refusals.check_model(self)
+        return correct_elsewhere(self, requested_attention, *args, **kwargs)
+
+    hooks.replace(PreTrainedModel, "get_correct_attn_implementation", correct)
+
+
+def _refusing_what_is_dropped(paged_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Up to 5.17 continuous batching has a wrapper of its own, which drops softcap (Gemma 2), and windows that are not an
+    attribute of the module (Mistral): wrong tokens, silently. Refuse instead."""
+
+    @functools.wraps(paged_forward)
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        dropped = {"softcap": kwargs.get("softcap")}
+        if not getattr(module, "sliding_window", None):
+            dropped["sliding_window"] = kwargs.get("sliding_window")
+        for name, value in dropped.items():
+            if value:
+                raise ValueError(
+                    f"pagedflash: {name} is {value}, but continuous batching of transformers {hooks.version()} drops it; "
+                    "use generate(), or a newer transformers"
+                )
+        return paged_forward(module, *args, **kwargs)
+
+    return forward
+
+
+def _forget_loaded_functions(flash: Any) -> None:
+    if hooks.base_name(flash._loaded_implementation) == NAME:
+        for name in _LOADED_FUNCTIONS:
+            if hasattr(flash, name):
+                setattr(flash, name, None)
+
+
+def _require_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError("pagedflash: transformers is not installed; pip install 'transformers>=5.17'") from error
+
+
+def _refuse_version(error: Exception) -> NoReturn:
+    raise RuntimeError(
+        f"pagedflash: transformers {hooks.version()} has no place for it ({error}); 5.17 to 5.23 are known to have one"
+    ) from error

@@ -1,0 +1,122 @@
+"""The attention function of "pagedflash": what transformers calls in every layer, and the one call of ours it becomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.continuous_batching import PagedAttentionCache
+
+from ...interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from . import masks
+from .refusals import refuse
+
+_CHANGES_SCORES = ("position_bias", "attention_bias", "head_mask", "indices", "block_indices")
+"""Arguments of some models' layers that add to the scores or pick keys one by one."""
+
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    cache: object = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, with the arguments of transformers' ``ALL_ATTENTION_FUNCTIONS``.
+
+    Args:
+        module: the attention layer. ``is_causal`` is read from it where the argument is None.
+        query: ``(B, Hq, Sq, D)``.
+        key: ``(B, Hkv, Sk, D)``, from the cache if there is one.
+        value: ``(B, Hkv, Sk, Dv)``.
+        attention_mask: what :func:`masks.visible_keys` returned, or a padding mask ``(B, Sk)`` that the model made.
+        cache: in continuous batching, the cache of all requests, which is updated here.
+        kwargs: with all of ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k`` sequences are packed
+            into one row; with ``block_table``, ``k_cache`` and ``v_cache`` they decode from pages.
+
+    Returns:
+        ``(B, Sq, Hq, Dv)`` and None: there are no attention weights.
+
+    Raises:
+        ValueError: flash attention cannot do this; says what to use instead.
+    """
+    for name in _CHANGES_SCORES:
+        if kwargs.get(name) is not None:
+            refuse(f"{name} of {type(module).__name__}", "flash attention has no place for it")
+    if isinstance(cache, PagedAttentionCache) and isinstance(kwargs.get("cu_seq_lens_k"), dict):
+        key, value = cache.update(key, value, module.layer_idx, kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    q, k, v = (tensor.transpose(1, 2) for tensor in _of_one_dtype(query, key, value))
+    options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "s_aux": s_aux, "causal": causal}
+    if sliding_window:
+        options["window_size"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
+
+    if kwargs.get("block_table") is not None:
+        return _decode_from_pages(q, k, v, options, kwargs), None
+    if all(kwargs.get(name) is not None for name in _PACKED):
+        cu_seqlens_q, cu_seqlens_k, *longest = (kwargs[name] for name in _PACKED)
+        max_seqlen_q, max_seqlen_k = (int(n.item()) if isinstance(n, Tensor) else n for n in longest)
+        packing = masks.Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return _packed(q, k, v, packing, dropout, options), None
+    if attention_mask is None:
+        return flash_attn_func(q, k, v, dropout, **options), None
+
+    window = sliding_window or None
+    key_mask = masks.key_mask_of(attention_mask, causal, window, q.shape[1], k.shape[1])
+    options |= {"causal": key_mask.causal, "window_size": key_mask.window_size}
+    where = key_mask.where(q.shape[0], q.device)
+    if where is None:
+        return flash_attn_func(q, k, v, dropout, **options), None
+    if isinstance(where, masks.Packing):
+        return _packed(q, k, v, where, dropout, options), None
+    if dropout:
+        refuse(f"dropout of {dropout}", "there is no backward yet")
+    return flash_attn_with_kvcache(q, k, v, cache_seqlens=where.ends, cache_leftpad=where.starts, **options), None
+
+
+def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast its dtype; where a norm or rotary embedding left float32 behind, that of the values."""
+    device = query.device.type
+    autocast = query.dtype is torch.float32 and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, packing: masks.Packing, dropout: float, options: dict[str, Any]) -> Tensor:
+    """Sequences packed into the rows of a batch. Queries that are none of them get 0."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused, rows_q, rows_k = packing
+    batch, length, *_ = q.shape
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    if rows_k is not None:
+        k, v = k[rows_k], v[rows_k]
+    rows = q if rows_q is None else q[rows_q]
+    out = flash_attn_varlen_func(
+        rows, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout,
+        seqused_q=seqused, seqused_k=seqused, **options,
+    )  # fmt: skip
+    if rows_q is not None:
+        out = q.new_zeros(len(q), *out.shape[1:]).index_copy(0, rows_q, out)
+    return out.unflatten(0, (batch, length))
+
+
+def _decode_from_pages(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], kwargs: dict[str, Any]) -> Tensor:
+    """Continuous batching, one token of each request: written into its page, then attended to with the others."""
+    cu_seqlens_k, requests = kwargs["cu_seq_lens_k"], q.shape[1]
+    lengths = cu_seqlens_k[1 : requests + 1] - cu_seqlens_k[:requests] - 1
+    q, k, v = (tensor[0].unsqueeze(1) for tensor in (q, k, v))
+    out = flash_attn_with_kvcache(
+        q, kwargs["k_cache"], kwargs["v_cache"], k, v,
+        cache_seqlens=lengths, block_table=kwargs["block_table"], **options,
+    )  # fmt: skip
+    return out.squeeze(1).unsqueeze(0)

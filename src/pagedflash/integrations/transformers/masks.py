@@ -1,0 +1,270 @@
+"""The mask function of "pagedflash": which keys each query sees, said in lengths instead of a matrix.
+
+transformers asks an implementation's mask function once a forward pass and hands what it returns to every layer. Ours returns
+a ``(batch, keys)`` bool tensor that is True for keys that may be seen. The tensor carries a :class:`KeyMask`, which knows what
+the tensor cannot say (causal or not, window, packed sequences) and works out once, not once a layer, how to say it to a kernel.
+It does not rely on what layers say of themselves: some models' layers say that they are causal, and their masks are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from .refusals import refuse
+
+_ATTRIBUTE = "_pagedflash_key_mask"
+
+
+class KeyRanges(NamedTuple):
+    """Every sequence sees one range of its keys, where they lie: a call of ``flash_attn_with_kvcache``."""
+
+    ends: Tensor  # (B,) int32
+    starts: Tensor | None  # (B,) int32; None = 0
+
+
+class Packing(NamedTuple):
+    """Sequences within the tokens of all rows, one after another: a call of ``flash_attn_varlen_func``."""
+
+    cu_seqlens_q: Tensor  # (sequences + 1,) int32
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    seqused: Tensor | None = None  # (sequences,) int32, used queries and keys of each; None = all
+    rows_q: Tensor | None = None  # rows of the flattened (B * Sq) queries that are used; None = all
+    rows_k: Tensor | None = None  # the same of the keys
+
+
+def visible_keys(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor:
+    """What transformers' ``ALL_MASK_ATTENTION_FUNCTIONS`` calls, with the arguments of its ``sdpa_mask``.
+
+    Returns:
+        ``(batch_size, kv_length)`` bool with a :class:`KeyMask`.
+    """
+    if hasattr(attention_mask, _ATTRIBUTE):
+        return attention_mask  # an outer model's mask comes to the model inside, where transformers leaves 4D masks as they are
+    causal = mask_function is not bidirectional_mask_function and "allow_is_bidirectional_skip" not in kwargs
+    first_query = q_offset - kv_offset
+    end = first_query + q_length if causal else kv_length
+    window = local_size if local_size is not None and kv_length > local_size else None
+    # transformers forbids the shortcut where the mask is more than causal or bidirectional with a window.
+    trusted = (
+        mask_function is causal_mask_function
+        or mask_function is bidirectional_mask_function
+        or kwargs.get("allow_is_causal_skip", False)
+        or kwargs.get("allow_is_bidirectional_skip", False)
+    )
+    padding = _padding(attention_mask, kv_offset, kv_length)
+    if padding is None:
+        visible = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    else:
+        visible = padding.clone()  # the caller's mask may come again, in another pass
+    if not (isinstance(end, int) and end >= kv_length):
+        visible &= torch.arange(kv_length, device=visible.device) < end
+    key_mask = KeyMask(causal, window, first_query, q_length, kv_length, padding)
+    if not trusted:
+        key_mask.unknown = MaskFunction(mask_function, q_offset, kv_offset, batch_size, visible.device)
+    setattr(visible, _ATTRIBUTE, key_mask)
+    return visible
+
+
+def key_mask_of(mask: Tensor, causal: bool, window: int | None, queries: int, keys: int) -> KeyMask:
+    """The :class:`KeyMask` of a mask as it came to a layer.
+
+    ``causal`` and ``window`` are what the layer says of itself: they count only for masks that models make on their own.
+    """
+    known: KeyMask | None = getattr(mask, _ATTRIBUTE, None)
+    if known is not None:
+        any_queries = not known.causal and known.window is None
+        if known.keys != keys or not (any_queries or known.queries == queries):
+            made_for = f"{known.queries} queries and {known.keys} keys"
+            refuse(f"a mask made for {made_for} with {queries} queries and {keys} keys", "it cannot be cut to fit")
+        return known
+    if mask.dim() != 2:
+        refuse(f"a mask of shape {tuple(mask.shape)}", "flash attention takes padding masks of shape (batch, keys)")
+    padding = mask[:, -keys:].bool()
+    if (missing := keys - padding.shape[1]) > 0:  # slots of a static cache that are not written yet
+        padding = torch.nn.functional.pad(padding, (0, missing))
+    return KeyMask(causal, window, mask[:, -keys:].shape[1] - queries, queries, keys, padding)
+
+
+@dataclass
+class MaskFunction:
+    """A mask function of transformers that is more than causal or bidirectional, at the positions it will be called with."""
+
+    function: Callable[..., Any]
+    q_offset: int | Tensor
+    kv_offset: int
+    batch_size: int
+    device: torch.device
+
+    def __call__(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """``(B, Sq, n)`` bool: whether each of ``queries (Sq,)`` sees its ``keys ((B,) Sq, n)``, all counted from key 0."""
+        rows = torch.arange(self.batch_size, device=self.device)[:, None, None]
+        queries = queries[:, None] + self.kv_offset
+        seen = self.function(rows, torch.zeros_like(rows), queries, keys + self.kv_offset)
+        return torch.as_tensor(seen).expand(self.batch_size, queries.shape[0], keys.shape[-1])
+
+
+@dataclass
+class KeyMask:
+    """Which keys each query sees. Query ``i`` sits at key slot ``first_query + i``; it sees keys that are not padding, up to
+    its own slot if causal, and none further away than the window allows."""
+
+    causal: bool
+    window: int | None  # keys that a query sees with itself (causal), or to either side (bidirectional)
+    first_query: int | Tensor
+    queries: int
+    keys: int
+    padding: Tensor | None  # (B, keys) bool, False = padding
+    unknown: MaskFunction | None = None
+    _where: KeyRanges | Packing | None = None
+    _found: bool = False
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """As the functions take it."""
+        if self.window is None:
+            return -1, -1
+        return (self.window - 1, 0) if self.causal else (self.window, self.window)
+
+    def where(self, batch_size: int, device: torch.device) -> KeyRanges | Packing | None:
+        """The keys of each sequence, as a kernel wants to know it; None = all of them. Worked out once.
+
+        Raises:
+            ValueError: flash attention cannot express this mask.
+        """
+        if not self._found:
+            self._where, self._found = self._find(batch_size, device), True
+        return self._where
+
+    def _find(self, batch_size: int, device: torch.device) -> KeyRanges | Packing | None:
+        if self.unknown is not None and (first_keys := self._check(self.unknown)) is not None:
+            return _packed(first_keys)
+        end = self.first_query + self.queries if self.causal else self.keys
+        if self.padding is None and isinstance(end, int) and end == self.keys:
+            return None
+        ends = torch.zeros(batch_size, dtype=torch.int32, device=device) + end
+        if self.padding is None:
+            return self._ranges(ends, None)
+
+        slots = torch.arange(self.keys, device=device)
+        seen = self.padding & (slots < end)
+        counts = seen.sum(-1, dtype=torch.int32)
+        lasts = torch.where(seen, slots + 1, 0).amax(-1).to(torch.int32)
+        firsts = torch.where(seen, slots, self.keys).amin(-1).to(torch.int32).minimum(lasts)
+        in_one_piece = (lasts - firsts == counts).all()
+        if torch.compiler.is_compiling():
+            torch._assert_async(in_one_piece, "pagedflash: attention_mask has padding between tokens; do not compile")
+        elif not in_one_piece:
+            return self._without_holes(seen, counts)
+        if self.causal:  # padding behind the last token is seen by padding only
+            return self._ranges(ends, firsts.minimum(ends))
+        return self._ranges(lasts, firsts)
+
+    def _ranges(self, ends: Tensor, starts: Tensor | None) -> KeyRanges | Packing:
+        if self.causal or self.window is None:
+            return KeyRanges(ends, starts)
+        # A window to both sides is counted from the last key, so padding behind it would move every query.
+        if not isinstance(self.first_query, int) or self.first_query or self.queries != self.keys:
+            refuse("a window to both sides over a cache", "flash attention aligns queries with the last key")
+        return _packed_ranges(ends, torch.zeros_like(ends) if starts is None else starts, self.keys)
+
+    def _without_holes(self, seen: Tensor, counts: Tensor) -> Packing:
+        """Padding between tokens: the keys are packed, and of causal queries those that are tokens."""
+        if self.window is not None:
+            refuse("a mask with padding between tokens and a sliding window", "the window would count packed tokens only")
+        rows_k, max_k = seen.flatten().nonzero()[:, 0], int(counts.max())
+        if not self.causal:
+            rows = torch.arange(len(counts) + 1, dtype=torch.int32, device=seen.device) * self.queries
+            return Packing(rows, _cumulative(counts), self.queries, max_k, None, None, rows_k)
+        first = int(self.first_query)
+        tokens = seen[:, first : first + self.queries]
+        lengths = tokens.sum(-1, dtype=torch.int32)
+        rows_q = tokens.flatten().nonzero()[:, 0]
+        return Packing(_cumulative(lengths), _cumulative(counts), int(lengths.max()), max_k, None, rows_q, rows_k)
+
+    def _check(self, function: MaskFunction) -> Tensor | None:
+        """Ask a mask function at the edges of what this mask says.
+
+        Returns:
+            ``(B, queries)``, the first key of each query's sequence, if there are several; None if it is as this mask says.
+        """
+        queries = torch.arange(self.queries, device=function.device) + self.first_query
+        as_said = self._agrees(function, queries, torch.zeros_like(queries)[None])
+        if torch.compiler.is_compiling():
+            torch._assert_async(as_said, "pagedflash: packed sequences need cu_seq_lens_q, cu_seq_lens_k and max lengths here")
+            return None
+        if as_said:
+            return None
+        if self.causal and self.padding is None and self.queries == self.keys:
+            before = (queries - 1).clamp(min=0)
+            starts = ~function(queries, before[:, None])[..., 0]
+            first_keys = torch.where(starts, queries, 0).cummax(-1).values
+            if self._agrees(function, queries, first_keys):
+                return first_keys
+        refuse("a mask function of its own", "flash attention takes causal masks, windows, padding and packed sequences")
+
+    def _agrees(self, function: MaskFunction, queries: Tensor, first_keys: Tensor) -> Tensor:
+        """Whether ``function`` shows each query the keys from ``first_keys (1 or B, queries)`` on that this mask does."""
+        left, right = self.window_size
+        low = first_keys if left < 0 else first_keys.maximum(queries - left)
+        high = torch.full_like(low, self.keys - 1)
+        if self.causal:
+            high = high.minimum(queries)
+        elif right >= 0:
+            high = high.minimum(queries + right)
+        ends = torch.zeros_like(low), torch.full_like(low, self.keys - 1)
+        keys = torch.stack((low - 1, low, high, high + 1, *ends), -1).clamp(0, self.keys - 1)
+        expected = (keys >= low[..., None]) & (keys <= high[..., None])
+        return (function(queries, keys) == expected).all()
+
+
+def _padding(attention_mask: Tensor | None, kv_offset: int, kv_length: int) -> Tensor | None:
+    """The columns of a padding mask that belong to the keys, or None if none of them is padding."""
+    if attention_mask is None:
+        return None
+    padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if (missing := kv_length - padding.shape[1]) > 0:  # slots of a static cache that are not written yet
+        return torch.nn.functional.pad(padding, (0, missing))
+    return None if not torch.compiler.is_compiling() and padding.all() else padding
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _packed(first_keys: Tensor) -> Packing:
+    """Sequences packed into rows: ``first_keys (B, S)`` changes where one begins, and rows do not share one."""
+    batch, length = first_keys.shape
+    begins = torch.ones_like(first_keys, dtype=torch.bool)
+    begins[:, 1:] = first_keys.diff(dim=-1) != 0
+    offsets = begins.flatten().nonzero()[:, 0]
+    cu_seqlens = torch.nn.functional.pad(offsets, (0, 1), value=batch * length).to(torch.int32)
+    longest = int(cu_seqlens.diff().max())
+    return Packing(cu_seqlens, cu_seqlens, longest, longest)
+
+
+def _packed_ranges(ends: Tensor, starts: Tensor, length: int) -> Packing:
+    """Each row of ``length`` tokens as two sequences, the padding before the first token and the rest, of which only the
+    tokens are used."""
+    rows = torch.arange(len(ends), dtype=torch.int32, device=ends.device) * length
+    cu_seqlens = torch.nn.functional.pad(torch.stack((rows, rows + starts), -1).flatten(), (0, 1), value=len(ends) * length)
+    seqused = torch.stack((torch.zeros_like(ends), ends - starts), -1).flatten()
+    return Packing(cu_seqlens, cu_seqlens, length, length, seqused)
