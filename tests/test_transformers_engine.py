@@ -148,3 +148,174 @@ def test_every_step_goes_through_pages(family: str, steps: list[list[int]]) -> N
     assert any(1 in step and max(step) > 1 for step in steps) and 0 < decoding < len(steps)
     others = LAYERS * (len(steps) - decoding)
     assert layouts(calls) == {"paged": LAYERS * decoding, "paged varlen": others, "write": others}
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_pages_that_left_the_window_are_given_back(
+    family: str, caches: list[PagedAttentionCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No request holds more than a window and a chunk, and in the end none holds anything."""
+    held: list[int] = []
+    allocate = windows.WindowPages.allocate_cache_to_request
+
+    def record(self: Any, request_id: str, past_length: int, query_length: int) -> None:
+        allocate(self, request_id, past_length, query_length)
+        live = [block for block in self.block_table[request_id] if block != windows.GONE]
+        held.append(len(live) * PAGE_SIZE - query_length)
+
+    monkeypatch.setattr(windows.WindowPages, "allocate_cache_to_request", record)
+    model = random_model(family)
+    assert tokens(batched(model, PROMPTS)) == expected_tokens(model, PROMPTS)
+    assert len(PROMPTS[1]) > 5 * WINDOW and max(held) <= WINDOW + 2 * PAGE_SIZE
+    (cache,) = caches
+    assert_all_free(cache)
+
+
+def assert_all_free(cache: PagedAttentionCache) -> None:
+    """Every block is back in the pool, once those kept for prefixes are evicted, and nothing is remembered of a request."""
+    cache.evict_cached_blocks()
+    assert cache.compute_free_capacity() == 1
+    for allocator in cache.cache_allocators.values():
+        free = [block for blocks in cache.pool._free_blocks[allocator.index].trees.values() for block in blocks]
+        assert len(free) == len(set(free)) and 0 not in free
+        assert not allocator.block_table and not allocator.ledger.shared_ref_counts
+        if isinstance(allocator, windows.WindowPages):
+            assert not allocator.first_live and not allocator.hashes
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_shared_prefixes(family: str, steps: list[list[int]], caches: list[PagedAttentionCache]) -> None:
+    """Prompts that begin alike compute the beginning once, in models with windows too."""
+    prefix = list(range(5, 45))
+    prompts = [[*prefix, 50 + i, *range(60, 60 + i)] for i in range(4)]
+    model = random_model(family)
+    expected = expected_tokens(model, prompts)
+    assert tokens(batched(model, prompts, allow_block_sharing=False)) == expected
+    alone = sum(map(sum, steps))
+    steps.clear()
+    assert tokens(batched(model, prompts, max_requests_per_batch=1)) == expected
+    assert sum(map(sum, steps)) <= alone - 3 * (len(prefix) - PAGE_SIZE)
+    for cache in caches:
+        assert_all_free(cache)
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_several_answers_to_a_prompt(family: str, sharing: bool, caches: list[PagedAttentionCache]) -> None:
+    """A request is forked after its prompt; sampling one of one token, all answers are the greedy one."""
+    model = random_model(family)
+    sampling = GenerationConfig(
+        do_sample=True, top_k=1, num_return_sequences=3, max_new_tokens=NEW_TOKENS, eos_token_id=2, pad_token_id=0
+    )
+    outputs = model.generate_batch(
+        PROMPTS,
+        generation_config=sampling,
+        continuous_batching_config=configuration(allow_block_sharing=sharing),
+        warmup=False,
+    )
+    expected = [answer for answer in expected_tokens(model, PROMPTS) for _ in range(3)]
+    assert tokens(list(outputs.values())) == expected
+    assert_all_free(caches[0])
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_preempted_requests(
+    family: str, offload: bool, caches: list[PagedAttentionCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache too small for all: requests lose their pages, are computed again or copied back, and end as eager's."""
+    preempted = 0
+    manager = offloading_manager.OffloadingManager
+    offload_requests = manager.offload_requests
+
+    def count(self: Any) -> bool:
+        nonlocal preempted
+        active = len(self.scheduler.active_requests)
+        done = offload_requests(self)
+        preempted += active - len(self.scheduler.active_requests)
+        return done
+
+    monkeypatch.setattr(manager, "offload_requests", count)
+    monkeypatch.setattr(offloading_manager.torch, "empty", without_pinning(torch.empty))
+    model = random_model(family)
+    prompts = [prompt * 2 for prompt in PROMPTS]
+    options = dict(num_blocks=8 if family == "mistral" else 34, cpu_offload_space=0.01 if offload else 0.0)
+    outputs = batched(model, prompts, new_tokens=40, **options)
+    assert tokens(outputs) == expected_tokens(model, prompts, 40)
+    assert preempted > 0
+    assert_all_free(caches[0])
+
+
+def without_pinning(empty: Any) -> Any:
+    """torch.empty on a machine without a GPU, where memory cannot be pinned."""
+    return lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs)
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_cancelled_requests(family: str, caches: list[PagedAttentionCache]) -> None:
+    model = random_model(family)
+    expected = expected_tokens(model, PROMPTS, 40)
+    with model.continuous_batching_context_manager(
+        generation_config=greedy(model, 40), continuous_batching_config=configuration(), warmup=False
+    ) as manager:
+        ids = manager.add_requests(PROMPTS, max_new_tokens=40, streaming=True)
+        done: dict[str, list[int]] = {}
+        while len(done) < len(PROMPTS) - 1:
+            output = manager.get_result(timeout=5)
+            assert output is not None and output.error is None
+            if output.request_id == ids[1]:
+                manager.cancel_request(ids[1])
+            elif output.is_finished():
+                done[output.request_id] = output.generated_tokens
+    assert [done[i] for i in ids if i in done] == [answer for i, answer in zip(ids, expected) if i in done]
+    assert_all_free(caches[0])
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_log_probabilities(family: str, gathers: Counter[str]) -> None:
+    model = random_model(family)
+    ours = batched(model, PROMPTS, return_logprobs=True)
+    assert not gathers
+    with implementation(model, "sdpa"):
+        theirs = batched(model, PROMPTS, return_logprobs=True, auto_switch_to_flash=False)
+    gathers.clear()
+    assert tokens(ours) == tokens(theirs)
+    for mine, other in zip(ours, theirs):
+        torch.testing.assert_close(torch.tensor(mine.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("enabled")
+def test_requests_longer_than_decoding_was_planned_for() -> None:
+    """Tables grow: a request of more pages than ``max_blocks_per_request`` decodes through its table as any other."""
+    model = random_model("llama")
+    with pagedflash.count_calls() as calls:
+        assert tokens(batched(model, PROMPTS, max_blocks_per_request=1)) == expected_tokens(model, PROMPTS)
+    assert layouts(calls)["paged"] > layouts(calls)["paged varlen"] > 0
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("path", ["varlen_compile_config", "decode_compile_config"])
+def test_compiled_steps(family: str, path: str) -> None:
+    """Compiled models get padded inputs, as those in CUDA graphs do: rows that are no request, tokens that are none."""
+    model = random_model(family)
+    compiling = CompileConfig(backend="eager", fullgraph=False, mode=None, dynamic=True)
+    outputs = batched(model, PROMPTS, **{path: compiling}, q_padding_interval_size=16)
+    assert tokens(outputs) == expected_tokens(model, PROMPTS)
+
+
+@pytest.mark.usefixtures("enabled")
+def test_a_chunk_that_the_cache_cannot_hold_is_cut(steps: list[list[int]], caches: list[PagedAttentionCache]) -> None:
+    """A window needs few pages, a long chunk of a prompt many: where they are not to be had, the chunk is shorter."""
+    model = random_model("mistral")
+    outputs = batched(model, PROMPTS, num_blocks=6, max_batch_tokens=64)
+    assert tokens(outputs) == expected_tokens(model, PROMPTS)
+    assert max(map(len, PROMPTS)) > 6 * PAGE_SIZE > max(map(sum, steps))
+    assert_all_free(caches[0])
+
