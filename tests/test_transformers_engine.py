@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 import torch
 from models import SIZES, enabled, greedy, implementation, layouts, padded  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -24,8 +25,9 @@ if hooks.version_numbers() < engine.FIRST_VERSION:
     pytest.skip("transformers before 5.19 batches in its own way", allow_module_level=True)
 
 from transformers.generation.continuous_batching import cache as cache_module
-from transformers.generation.continuous_batching import input_outputs, offloading_manager
 from transformers.generation.continuous_batching import initialization as gate
+from transformers.generation.continuous_batching import input_outputs, offloading_manager
+from transformers.generation.continuous_batching import scheduler as scheduler_module
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cache_allocators import (
     FullAttentionCacheAllocator,
@@ -228,25 +230,24 @@ def test_preempted_requests(
     family: str, offload: bool, caches: list[PagedAttentionCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache too small for all: requests lose their pages, are computed again or copied back, and end as eager's."""
-    preempted = 0
+    preempted, copied = 0, 0
     manager = offloading_manager.OffloadingManager
-    offload_requests = manager.offload_requests
+    copy_elsewhere = manager._offload_to_cpu
 
-    def count(self: Any) -> bool:
-        nonlocal preempted
-        active = len(self.scheduler.active_requests)
-        done = offload_requests(self)
-        preempted += active - len(self.scheduler.active_requests)
-        return done
+    def count(self: Any, victims: list[Any], tables: Any) -> set[str]:
+        nonlocal preempted, copied
+        ids = copy_elsewhere(self, victims, tables)
+        preempted, copied = preempted + len(victims), copied + len(ids)
+        return ids
 
-    monkeypatch.setattr(manager, "offload_requests", count)
+    monkeypatch.setattr(manager, "_offload_to_cpu", count)
     monkeypatch.setattr(offloading_manager.torch, "empty", without_pinning(torch.empty))
     model = random_model(family)
-    prompts = [prompt * 2 for prompt in PROMPTS]
-    options = dict(num_blocks=8 if family == "mistral" else 34, cpu_offload_space=0.01 if offload else 0.0)
+    prompts = [[5 + i, 7, 11] for i in range(8)]
+    options = dict(num_blocks=14 if family == "mistral" else 34, cpu_offload_space=0.01 if offload else 0.0)
     outputs = batched(model, prompts, new_tokens=40, **options)
     assert tokens(outputs) == expected_tokens(model, prompts, 40)
-    assert preempted > 0
+    assert preempted > 0 and copied == (preempted if offload else 0)
     assert_all_free(caches[0])
 
 
@@ -316,6 +317,128 @@ def test_a_chunk_that_the_cache_cannot_hold_is_cut(steps: list[list[int]], cache
     model = random_model("mistral")
     outputs = batched(model, PROMPTS, num_blocks=6, max_batch_tokens=64)
     assert tokens(outputs) == expected_tokens(model, PROMPTS)
-    assert max(map(len, PROMPTS)) > 6 * PAGE_SIZE > max(map(sum, steps))
+    assert max(map(len, PROMPTS)) > 6 * PAGE_SIZE >= max(map(sum, steps))
     assert_all_free(caches[0])
 
+
+@pytest.mark.usefixtures("enabled")
+def test_tables_are_built_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers get views of what was built for the step, share it, and read nothing on the host."""
+    seen: list[engine.StepTables] = []
+    attend = engine.paged_attention
+
+    def record(query: Any, key: Any, value: Any, kwargs: Any, **options: Any) -> Any:
+        seen.append(kwargs["block_table"])
+        with no_host_reads():
+            return attend(query, key, value, kwargs, **options)
+
+    monkeypatch.setattr(engine, "paged_attention", record)
+    model = random_model("llama")
+    batched(model, PROMPTS)
+    first, second = seen[::LAYERS], seen[1::LAYERS]
+    assert len(seen) > LAYERS and all(a is b for a, b in zip(first, second))
+    assert len({tables.block_table.data_ptr() for tables in seen}) == 1, "static storage"
+    assert all(tables.block_table.is_contiguous() for tables in seen), "or a copy would be made in each layer"
+
+
+@contextmanager
+def no_host_reads() -> Iterator[None]:
+    """What waits for a device to read a tensor on the host raises."""
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert function is not torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        yield
+
+
+@pytest.mark.usefixtures("enabled")
+def test_inputs_prepared_on_the_host_reach_the_device(steps: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As asynchronous batching has it: one set of inputs is filled, and transferred to the one that the model sees."""
+    transfers = 0
+    get_model_kwargs = inputs.PagedInputs.get_model_kwargs
+
+    def transfer(self: Any, use_padding: bool = False) -> Any:
+        nonlocal transfers
+        if not hasattr(self, "device_inputs"):
+            self.device_inputs = ContinuousBatchingIOs(**self.arguments)
+        self._transfer_inputs(self.device_inputs, stream=None)
+        transfers += 1
+        return get_model_kwargs(self.device_inputs, use_padding)
+
+    def initialize(self: Any, **arguments: Any) -> None:
+        self.arguments = arguments
+        original(self, **arguments)
+
+    original = ContinuousBatchingIOs.__init__
+    with monkeypatch.context() as patch:  # undone before disable() undoes what it has replaced
+        patch.setattr(ContinuousBatchingIOs, "__init__", initialize)
+        patch.setattr(inputs.PagedInputs, "get_model_kwargs", transfer)
+        for family in ("llama", "gemma3"):
+            model = random_model(family)
+            assert tokens(batched(model, PROMPTS, max_blocks_per_request=1)) == expected_tokens(model, PROMPTS)
+    assert transfers == len(steps)
+
+
+def places() -> list[dict[str, Any]]:
+    """Everything of continuous batching that enable() could touch."""
+    owners = (ContinuousBatchingIOs, PagedAttentionCache, FullAttentionCacheAllocator, SlidingAttentionCacheAllocator)
+    modules = (gate, cache_module, input_outputs, scheduler_module)
+    schedulers = scheduler_module.SCHEDULER_MAPPING.values()
+    return [*(dict(vars(owner)) for owner in (*owners, *modules, *schedulers)), dict(cache_module.ATTN_TYPE_TO_ALLOCATOR)]
+
+
+def test_disable_puts_everything_back() -> None:
+    before = places()
+    integration.enable()
+    assert places() != before
+    batched(random_model("mistral"), PROMPTS)
+    integration.disable()
+    assert places() == before
+
+
+@pytest.mark.usefixtures("enabled")
+def test_other_implementations_are_left_alone(caches: list[PagedAttentionCache], gathers: Counter[str]) -> None:
+    model = random_model("gemma3", "sdpa")
+    assert tokens(batched(model, PROMPTS, auto_switch_to_flash=False)) == expected_tokens(model, PROMPTS)
+    assert type(caches[0].cache_allocators["sliding_attention"]) is SlidingAttentionCacheAllocator
+    assert gathers and caches[0].max_decode_fast_path_length == 0
+    gathers.clear()
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_without_block_tables_transformers_gathers(family: str, gathers: Counter[str]) -> None:
+    """max_blocks_per_request=0 is how a user turns them off."""
+    model = random_model(family)
+    with pagedflash.count_calls() as calls:
+        assert tokens(batched(model, PROMPTS, max_blocks_per_request=0)) == expected_tokens(model, PROMPTS)
+    assert set(layouts(calls)) == {"varlen"} and gathers
+    gathers.clear()
+
+
+@pytest.mark.parametrize("moved", ["gone", "other parameters", "other update", "other allocators"])
+def test_a_version_with_other_places_goes_on_as_it_is(
+    moved: str, monkeypatch: pytest.MonkeyPatch, gathers: Counter[str]
+) -> None:
+    if moved == "gone":
+        monkeypatch.delattr(ContinuousBatchingIOs, "_get_num_sequences")
+    elif moved == "other parameters":
+        monkeypatch.setattr(ContinuousBatchingIOs, "prepare_batch_tensors", lambda self, batch: None)
+    elif moved == "other update":
+        monkeypatch.setattr(PagedAttentionCache, "update", lambda self, key, value, layer, kwargs: (key, value))
+    else:
+        monkeypatch.setitem(cache_module.ATTN_TYPE_TO_ALLOCATOR, "sliding_attention", FullAttentionCacheAllocator)
+    before = places()
+    with pytest.warns(RuntimeWarning, match="prepares its batches elsewhere") as caught:
+        integration.enable()
+    assert len(caught) == 1 and str(caught[0].message).count(". ") == 0 and caught[0].filename == __file__
+    after = places()
+    assert [a for a, b in zip(after, before) if a != b] == [vars(gate)]
+    monkeypatch.undo()
+    model = random_model("llama")
+    with pagedflash.count_calls() as calls:
+        assert tokens(batched(model, PROMPTS)) == expected_tokens(model, PROMPTS)
+    assert set(layouts(calls)) == {"paged", "varlen"}

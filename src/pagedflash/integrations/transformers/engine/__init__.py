@@ -19,7 +19,7 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -47,16 +47,15 @@ def install() -> Mapping[str, Any]:
         support block tables. Empty if nothing was changed.
 
     Warns:
-        RuntimeWarning: a newer transformers has moved the places this needs. Continuous batching works as transformers has it.
+        RuntimeWarning: a newer transformers has moved the places this needs; its own continuous batching goes on.
     """
     if hooks.version_numbers() < FIRST_VERSION:
         return {}
     try:
         from . import inputs, windows
 
-        _check_places()
-        inputs.install()
-        return windows.install()
+        for check in (_check_update, inputs.check_places, windows.check_places):
+            check()
     except (AttributeError, ImportError, KeyError, TypeError) as error:
         warnings.warn(
             f"pagedflash: transformers {hooks.version()} prepares its batches elsewhere ({error}), so continuous batching "
@@ -65,9 +64,11 @@ def install() -> Mapping[str, Any]:
             stacklevel=3,
         )
         return {}
+    inputs.install()
+    return windows.install()
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def paged_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: Mapping[str, Any], **options: Any) -> Tensor:
     """One layer of a step: write the new keys and values into their pages, then attend through the block table.
 
@@ -118,7 +119,7 @@ def paged_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: Mapping[s
             block_table=tables.block_table,
             **options,
         )
-    return out.view(1, *q.shape[:2], -1)
+    return cast(Tensor, out).view(1, *q.shape[:2], -1)
 
 
 def is_paged(kwargs: Mapping[str, Any]) -> bool:
@@ -126,7 +127,7 @@ def is_paged(kwargs: Mapping[str, Any]) -> bool:
     return isinstance(kwargs.get("block_table"), StepTables)
 
 
-def _check_places() -> None:
+def _check_update() -> None:
     """That ``PagedAttentionCache.update`` still hands on the layer's entry of ``block_table`` and the layer's pages.
 
     Raises:

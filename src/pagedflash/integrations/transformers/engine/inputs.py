@@ -20,13 +20,17 @@ USED = ("_setup_static_tensors", "prepare_batch_tensors", "get_model_kwargs", "_
 """Methods of transformers' that :class:`PagedInputs` calls or replaces."""
 
 
-def install() -> None:
-    """Batches for "pagedflash" are prepared by :class:`PagedInputs`.
+def check_places() -> None:
+    """That transformers still has what is replaced here.
 
     Raises:
-        AttributeError: transformers prepares them in another way.
+        AttributeError: it has not.
     """
     check_methods(ContinuousBatchingIOs, PagedInputs, USED)
+
+
+def install() -> None:
+    """Batches for "pagedflash" are prepared by :class:`PagedInputs`."""
     initialize = ContinuousBatchingIOs.__init__
 
     @functools.wraps(initialize)
@@ -46,8 +50,12 @@ class PagedInputs(ContinuousBatchingIOs):  # type: ignore[misc]  # no types ther
     same static storage; the index of what to gather is not built, stored or transferred.
     """
 
+    block_table: Tensor
+    """``(groups of layers, max_requests, max_pages)`` int32, static."""
     cache_seqlens: Tensor
     """``(max_requests,)`` int32, static: the tokens of each request before the step."""
+    read_index_storage: Tensor
+    graphs: Any
 
     def _setup_static_tensors(self, logit_processor: Any) -> None:
         super()._setup_static_tensors(logit_processor)

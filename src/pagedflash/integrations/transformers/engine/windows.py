@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers.generation.continuous_batching.cache import ATTN_TYPE_TO_ALLOCATOR
@@ -12,6 +13,7 @@ from transformers.generation.continuous_batching.cache_allocators import (
     SlidingAttentionCacheAllocator,
 )
 from transformers.generation.continuous_batching.cache_allocators.cache_allocator import compute_block_hash
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
 from .. import hooks
 from . import check_methods
@@ -26,28 +28,55 @@ USED = (
 """Methods of transformers' that :class:`WindowPages` calls or replaces."""
 
 
-def install() -> Mapping[str, Any]:
-    """Caches of sliding-window layers for "pagedflash" are :class:`WindowPages`.
-
-    Returns:
-        As :func:`pagedflash.integrations.transformers.engine.install`.
+def check_places() -> None:
+    """That transformers still has what is replaced here.
 
     Raises:
-        AttributeError, KeyError: transformers allocates them in another way.
+        AttributeError, KeyError: it has not.
     """
     check_methods(FullAttentionCacheAllocator, WindowPages, USED)
     kind = WindowPages.layer_type
     if ATTN_TYPE_TO_ALLOCATOR[kind] is not SlidingAttentionCacheAllocator:
         raise AttributeError(f"the allocator of {kind} layers is {ATTN_TYPE_TO_ALLOCATOR[kind]}")
+    for scheduler in SCHEDULER_MAPPING.values():
+        if list(inspect.signature(scheduler.schedule_batch).parameters) != ["self", "token_budget", "cache_budget"]:
+            raise AttributeError(f"{scheduler.__name__}.schedule_batch takes something else")
 
-    @functools.wraps(SlidingAttentionCacheAllocator, updated=())
+
+def install() -> Mapping[str, Any]:
+    """Caches of sliding-window layers for "pagedflash" are :class:`WindowPages`.
+
+    Returns:
+        As :func:`pagedflash.integrations.transformers.engine.install`.
+    """
+    kind = WindowPages.layer_type
+
     def allocator(*, config: Any, **kwargs: Any) -> Any:
         ours = hooks.base_name(config._attn_implementation) == hooks.NAME
         return (WindowPages if ours else SlidingAttentionCacheAllocator)(config=config, **kwargs)
 
-    allocator.supports_block_table = SlidingAttentionCacheAllocator.supports_block_table
+    allocator.supports_block_table = SlidingAttentionCacheAllocator.supports_block_table  # type: ignore[attr-defined]
     hooks.replace_item(ATTN_TYPE_TO_ALLOCATOR, kind, allocator)
+    for scheduler in SCHEDULER_MAPPING.values():
+        hooks.replace(scheduler, "schedule_batch", _cutting_chunks(scheduler.schedule_batch))
     return {"ATTN_TYPE_TO_ALLOCATOR": {**ATTN_TYPE_TO_ALLOCATOR, kind: WindowPages}}
+
+
+def _cutting_chunks(schedule: Callable[..., Any]) -> Callable[..., Any]:
+    """A ring of slots takes a chunk of any length, pages by position one that fits them. Where none does, cut it."""
+
+    @functools.wraps(schedule)
+    def schedule_batch(self: Any, token_budget: int, cache_budget: int) -> Any:
+        batch, *rest = schedule(self, token_budget, cache_budget)
+        if any(isinstance(allocator, WindowPages) for allocator in self.cache.cache_allocators.values()):
+            if batch is None and self.cache.evict_cached_blocks():
+                batch, *rest = schedule(self, token_budget, cache_budget)
+            while batch is None and token_budget > 1:
+                token_budget //= 2
+                batch, *rest = schedule(self, token_budget, cache_budget)
+        return batch, *rest
+
+    return schedule_batch
 
 
 class WindowPages(FullAttentionCacheAllocator):  # type: ignore[misc]  # no types there
@@ -73,7 +102,7 @@ class WindowPages(FullAttentionCacheAllocator):  # type: ignore[misc]  # no type
         """Blocks needed for ``query_length`` more tokens, after giving back those that they do not see."""
         self._let_go(request_id, past_length)
         allocated = max(len(self.block_table.get(request_id, ())), self._gone(past_length))
-        return self._compute_blocks_needed(allocated, past_length, query_length)
+        return int(self._compute_blocks_needed(allocated, past_length, query_length))
 
     def allocate_cache_to_request(self, request_id: str, past_length: int, query_length: int) -> None:
         if request_id not in self.block_table:  # new, or back after it was offloaded
@@ -90,7 +119,7 @@ class WindowPages(FullAttentionCacheAllocator):  # type: ignore[misc]  # no type
     def _gone(self, past_length: int) -> int:
         """Whole pages before the window of the next query, and of the one before: that one may be asked again when a
         request is offloaded while it is under way."""
-        return max(0, past_length - self.sliding_window) // self.tokens_per_page
+        return int(max(0, past_length - self.sliding_window) // self.tokens_per_page)
 
     def _let_go(self, request_id: str, past_length: int) -> None:
         table = self.block_table.get(request_id, [])
@@ -104,11 +133,9 @@ class WindowPages(FullAttentionCacheAllocator):  # type: ignore[misc]  # no type
 
     def count_shareable_blocks(self, source_request_id: str, past_length: int) -> int:
         shareable = super().count_shareable_blocks(source_request_id, past_length)
-        return max(shareable, self.first_live.get(source_request_id, 0))
+        return max(int(shareable), self.first_live.get(source_request_id, 0))
 
-    def fork_blocks(
-        self, source_request_id: str, dest_request_id: str, past_length: int
-    ) -> tuple[list[int], list[int]]:
+    def fork_blocks(self, source_request_id: str, dest_request_id: str, past_length: int) -> tuple[list[int], list[int]]:
         table, live = self.block_table[source_request_id], self.first_live.get(source_request_id, 0)
         shared = self.count_shareable_blocks(source_request_id, past_length)
         for block in table[live:shared]:
