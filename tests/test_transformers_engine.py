@@ -303,8 +303,9 @@ def test_requests_longer_than_decoding_was_planned_for() -> None:
 @pytest.mark.usefixtures("enabled")
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("path", ["varlen_compile_config", "decode_compile_config"])
-def test_compiled_steps(family: str, path: str) -> None:
+def test_compiled_steps(family: str, path: str, request: pytest.FixtureRequest) -> None:
     """Compiled models get padded inputs, as those in CUDA graphs do: rows that are no request, tokens that are none."""
+    request.addfinalizer(torch._dynamo.reset)
     model = random_model(family)
     compiling = CompileConfig(backend="eager", fullgraph=False, mode=None, dynamic=True)
     outputs = batched(model, PROMPTS, **{path: compiling}, q_padding_interval_size=16)
@@ -327,10 +328,10 @@ def test_tables_are_built_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[engine.StepTables] = []
     attend = engine.paged_attention
 
-    def record(query: Any, key: Any, value: Any, kwargs: Any, **options: Any) -> Any:
+    def record(q: Any, k: Any, v: Any, kwargs: Any, **options: Any) -> Any:
         seen.append(kwargs["block_table"])
         with no_host_reads():
-            return attend(query, key, value, kwargs, **options)
+            return attend(q, k, v, kwargs, **options)
 
     monkeypatch.setattr(engine, "paged_attention", record)
     model = random_model("llama")

@@ -69,13 +69,13 @@ def install() -> Mapping[str, Any]:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def paged_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: Mapping[str, Any], **options: Any) -> Tensor:
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], **options: Any) -> Tensor:
     """One layer of a step: write the new keys and values into their pages, then attend through the block table.
 
     Args:
-        query: ``(1, Hq, total, D)``, the new tokens of all requests, one after another.
-        key: ``(1, Hkv, total, D)``.
-        value: as key.
+        q: ``(1, total, Hq, D)``, the new tokens of all requests, one after another.
+        k: ``(1, total, Hkv, D)``.
+        v: as k.
         kwargs: the layer's keyword arguments as ``PagedAttentionCache.update`` leaves them, with :class:`StepTables` as
             ``block_table``.
         options: ``softmax_scale``, ``causal``, ``window_size``, ``softcap`` and ``s_aux`` of
@@ -86,7 +86,7 @@ def paged_attention(query: Tensor, key: Tensor, value: Tensor, kwargs: Mapping[s
     """
     tables: StepTables = kwargs["block_table"]
     k_cache, v_cache = kwargs["k_cache"], kwargs["v_cache"]
-    q, k, v = (x[0].transpose(0, 1).to(k_cache.dtype) for x in (query, key, value))  # (total, heads, D)
+    q, k, v = (tensor[0].to(k_cache.dtype) for tensor in (q, k, v))
     if tables.slots is None:
         out = interface.flash_attn_with_kvcache(
             q.unsqueeze(1),
