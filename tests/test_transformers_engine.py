@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen3": ("qwen3", {}),
     "qwen2-moe": ("qwen2_moe", dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16, **EXPERTS)),
-    "gpt-neox": ("gpt_neox", dict(num_key_value_heads=4)),
+    "olmo2": ("olmo2", dict(num_key_value_heads=4)),
     "mistral": ("mistral", dict(sliding_window=WINDOW)),
     "phi3": ("phi3", dict(sliding_window=WINDOW)),
     "qwen2 with windows": ("qwen2", dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)),
