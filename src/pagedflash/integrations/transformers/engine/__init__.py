@@ -31,12 +31,19 @@ FIRST_VERSION = (5, 19)
 """Before it transformers keeps its batches elsewhere, and continuous batching stays as transformers does it."""
 
 
+class Slots(NamedTuple):
+    """Places of tokens, one by one, as :func:`~pagedflash.kv_paged_write` takes sequences of one token."""
+
+    pages: Tensor  # (total, 1) int32
+    offsets: Tensor  # (total,) int32
+
+
 class StepTables(NamedTuple):
     """Where the keys and values of a step lie, for one group of layers (full attention, or sliding windows)."""
 
     block_table: Tensor  # (B, max_pages) int32, in pages of each layer's own view; -1 behind the last page
     cache_seqlens: Tensor  # (B,) int32, tokens of each request before this step; -1 = a row of padding
-    slots: Tensor | None  # (total,) int64, where each new token goes: page * page_size + offset; None = one token a row
+    slots: Slots | None  # where the new tokens go; None if each request has one: behind its others
 
 
 def install() -> Mapping[str, Any]:
@@ -99,15 +106,7 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], 
             **options,
         )
     else:
-        page_size = k_cache.shape[1]
-        interface.kv_paged_write(
-            k.unsqueeze(1),
-            v.unsqueeze(1),
-            k_cache,
-            v_cache,
-            block_table=(tables.slots // page_size).unsqueeze(1),
-            seq_lens=tables.slots % page_size,
-        )
+        interface.kv_paged_write(k.unsqueeze(1), v.unsqueeze(1), k_cache, v_cache, *tables.slots)
         out = interface.flash_attn_varlen_func(
             q,
             k_cache,
