@@ -10,12 +10,13 @@ pytest.importorskip("transformers")
 
 import torch
 from models import SIZES, batched, enabled, implementation, layouts, padded  # noqa: F401
-from pagedflash.call import AttentionCall
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import pagedflash
 from pagedflash import dispatch
+from pagedflash.integrations.transformers import engine, hooks
+from pagedflash.problem import AttentionProblem
 
 EXPERTS = dict(num_experts_per_tok=2)
 WINDOW = 5
@@ -35,6 +36,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # transformers 5.17 loses softcap and Mistral's window on the way from continuous batching to a flash kernel.
 OLD_BATCHING = "paged|flash_attention_2" in ALL_ATTENTION_FUNCTIONS
+EVERY_STEP_IS_PAGED = hooks.version_numbers() >= engine.FIRST_VERSION
 REFUSED_BY_OLD_BATCHING = ("mistral", "gemma2", "gemma2 without windows")
 WITH_WINDOWS = ("mistral", "gemma2", "gpt-oss")
 PROMPTS = [[5, 7, 11], [13] * 3 + [17, 19, 23, 29, 31, 37, 41], [43, 47], [53, 59, 61, 67, 71, 73] * 4]
@@ -48,32 +50,32 @@ def random_model(family: str, name: str) -> Any:
 
 
 @pytest.fixture
-def described(monkeypatch: pytest.MonkeyPatch) -> list[AttentionCall]:
+def described(monkeypatch: pytest.MonkeyPatch) -> list[AttentionProblem]:
     """Every call that reaches dispatch."""
-    seen: list[AttentionCall] = []
+    seen: list[AttentionProblem] = []
     run = dispatch.attention
 
-    def record(call: AttentionCall) -> Any:
-        seen.append(call)
-        return run(call)
+    def record(problem: AttentionProblem, *args: Any) -> Any:
+        seen.append(problem)
+        return run(problem, *args)
 
     monkeypatch.setattr(dispatch, "attention", record)
     return seen
 
 
-def assert_options_arrived(family: str, calls: list[AttentionCall]) -> None:
+def assert_options_arrived(family: str, calls: list[AttentionProblem]) -> None:
     assert calls
-    assert all(call.window_right == 0 for call in calls), "every one of these models is causal"
-    assert {call.softcap for call in calls} == ({1.5} if family.startswith("gemma2") else {0.0})
-    assert all((call.sinks is not None) == family.startswith("gpt-oss") for call in calls)
-    windows = {call.window_left for call in calls}
+    assert all(call.scores.window_right == 0 for call in calls), "every one of these models is causal"
+    assert {call.scores.softcap for call in calls} == ({1.5} if family.startswith("gemma2") else {0.0})
+    assert all((call.scores.sinks is not None) == family.startswith("gpt-oss") for call in calls)
+    windows = {call.scores.window_left for call in calls}
     layers_differ = family in ("gemma2", "gpt-oss")
     assert windows == ({-1} if family not in WITH_WINDOWS else {WINDOW - 1, -1} if layers_differ else {WINDOW - 1})
 
 
 @pytest.mark.usefixtures("enabled")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_as_eager(family: str, described: list[AttentionCall]) -> None:
+def test_logits_as_eager(family: str, described: list[AttentionProblem]) -> None:
     """One left-padded batch: varlen. One prompt alone: dense."""
     model = random_model(family, "pagedflash")
     assert model.config._attn_implementation == "pagedflash"
@@ -95,8 +97,8 @@ def test_logits_as_eager(family: str, described: list[AttentionCall]) -> None:
 
 @pytest.mark.usefixtures("enabled")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_continuous_batching_as_eager(family: str, described: list[AttentionCall]) -> None:
-    """Block tables for full attention; varlen where transformers keeps no tables, which is for sliding windows."""
+def test_continuous_batching_as_eager(family: str, described: list[AttentionProblem]) -> None:
+    """Block tables in every step; before transformers 5.19 for steps that only decode, in models without windows."""
     model = random_model(family, "pagedflash")
     with implementation(model, "eager"):
         expected = [padded(model, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
@@ -108,7 +110,9 @@ def test_continuous_batching_as_eager(family: str, described: list[AttentionCall
         assert batched(model, PROMPTS, max_new_tokens=12, page_size=4, num_blocks=24) == expected
     assert_options_arrived(family, described)
     counts = layouts(calls)
-    if family in WITH_WINDOWS:
+    if EVERY_STEP_IS_PAGED:
+        assert set(counts) == {"paged", "paged varlen", "write"} and counts["paged"] > counts["paged varlen"]
+    elif family in WITH_WINDOWS:
         assert set(counts) == {"varlen"}
     else:
         assert set(counts) == {"paged", "varlen"} and counts["paged"] > counts["varlen"]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from ... import interface
-from . import gate, hooks, refusals
+from . import engine, gate, hooks, refusals
 from .gate import is_open as decode_fast_path_is_open
 from .hooks import NAME
 
@@ -66,7 +66,7 @@ def enable(decode_fast_path_for: Iterable[str] = ()) -> None:
         except (AttributeError, ImportError, KeyError) as error:
             disable()
             _refuse_version(error)
-        gate.open_gate()
+        gate.open_gate(seen=engine.install())
     gate.allow((*decode_fast_path_for, NAME))
 
 

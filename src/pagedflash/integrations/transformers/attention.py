@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ...interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from . import masks
+from . import engine, masks
 from .refusals import refuse
 
 _CHANGES_SCORES = ("position_bias", "attention_bias", "head_mask", "indices", "block_indices")
@@ -62,6 +62,8 @@ def forward(
     if sliding_window:
         options["window_size"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
 
+    if engine.is_paged(kwargs):
+        return engine.paged_attention(q, k, v, kwargs, **options), None
     if kwargs.get("block_table") is not None:
         return _decode_from_pages(q, k, v, options, kwargs), None
     if all(kwargs.get(name) is not None for name in _PACKED):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from . import hooks
@@ -12,8 +12,11 @@ from . import hooks
 _decodes_through_block_tables: set[str] = set()
 
 
-def open_gate() -> None:
+def open_gate(seen: Mapping[str, Any]) -> None:
     """Replace transformers' check by itself, its other conditions included, with one answer in it changed.
+
+    Args:
+        seen: what else the check sees for "pagedflash" in place of globals of its module.
 
     Warns:
         RuntimeWarning: this transformers decides elsewhere.
@@ -24,14 +27,16 @@ def open_gate() -> None:
         decide_on_any_device = hooks.with_globals(
             decide_elsewhere, is_flash_attention_requested=_yes, is_torch_xpu_available=_yes
         )
+        decide_for_us = hooks.with_globals(decide_on_any_device, **seen)
     except (AttributeError, ImportError, TypeError):
         _warn_closed()
         return
 
     @functools.wraps(decide_elsewhere)
     def decide(config: Any, *args: Any, **kwargs: Any) -> None:
-        ours = hooks.base_name(config._attn_implementation) in _decodes_through_block_tables
-        (decide_on_any_device if ours else decide_elsewhere)(config, *args, **kwargs)
+        name = hooks.base_name(config._attn_implementation)
+        on_any_device = decide_for_us if name == hooks.NAME else decide_on_any_device
+        (on_any_device if name in _decodes_through_block_tables else decide_elsewhere)(config, *args, **kwargs)
 
     allow((hooks.NAME,))
     hooks.replace(module, "ensure_decode_fast_path_is_available", decide)

@@ -43,6 +43,13 @@ def replace(owner: Any, name: str, value: object) -> None:
     on_undo(lambda: setattr(owner, name, original))
 
 
+def replace_item(table: Any, key: str, value: object) -> None:
+    """``table[key]`` becomes ``value``."""
+    original = table[key]
+    table[key] = value
+    on_undo(lambda: table.__setitem__(key, original))
+
+
 def register(functions: Any, name: str, function: Callable[..., Any]) -> None:
     """``function`` gets a name in one of transformers' tables of functions."""
     functions.register(name, function)
@@ -65,3 +72,9 @@ def version() -> str:
     import transformers
 
     return str(transformers.__version__)
+
+
+def version_numbers() -> tuple[int, int]:
+    """The version of transformers, its first two numbers."""
+    major, minor, *_ = version().split(".")
+    return int(major), int(minor)
