@@ -96,9 +96,9 @@ def test_other_devices_check_values_when_asked_to(monkeypatch):
     class Elsewhere:
         device = torch.device("meta")
 
-    assert dispatch._values_wanted(Q) and not dispatch._values_wanted(Elsewhere)
+    assert dispatch.values_wanted(Q) and not dispatch.values_wanted(Elsewhere)
     monkeypatch.setenv(dispatch.CHECK_VARIABLE, "1")
-    assert dispatch._values_wanted(Elsewhere)
+    assert dispatch.values_wanted(Elsewhere)
 
 
 def runs_on() -> str:

@@ -11,6 +11,12 @@ from .interface import (
     kv_paged_write,
     merge_attention_states,
 )
+from .qkvpacked import (
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 __version__ = "0.1.0"
 
@@ -19,7 +25,11 @@ __all__ = [
     "availability",
     "count_calls",
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "kv_paged_write",
     "merge_attention_states",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import plan_cache
-from .errors import ATTENTION_NAMES, KVCACHE_NAMES, Names, reject, reject_type
+from .errors import ATTENTION_NAMES, KVCACHE_NAMES, SLOT_NAMES, WRITE_NAMES, Names, reject, reject_type
 from .plan_cache import Entry
 from .problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
 
@@ -30,14 +30,16 @@ def dense(
     k: Given,
     v: Given,
     dropout_p: Given,
+    num_splits: Given,
     *scores: Given,
 ) -> tuple[AttentionProblem, Names]:
     """The problem of ``flash_attn_func``, and its names."""
     options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
     names = _names(ATTENTION_NAMES, learnable_sink)
+    num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
     _reject_dropout(dropout_p)
     tensors = (q, None, None, k, v, *_NONE[:9], alibi_slopes, s_aux)
-    entry = plan_cache.entry_of_arguments(tensors, ("dense", *options))
+    entry = plan_cache.entry_of_arguments(tensors, ("dense", num_splits, *options))
     if (problem := _known(AttentionProblem, entry, tensors)) is not None:
         return problem, names
 
@@ -48,6 +50,7 @@ def dense(
         KVCache(_inner_contiguous(k), _inner_contiguous(v), max_seqlen_k=k.shape[1]),
         None,
         _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink)),
+        num_splits,
     )
     return _keep(entry, tensors, problem), names
 
@@ -65,11 +68,13 @@ def packed(
     page_table: Given,
     seqused_q: Given,
     seqused_k: Given,
+    num_splits: Given,
     *scores: Given,
 ) -> tuple[AttentionProblem, Names]:
     """The problem of ``flash_attn_varlen_func``, and its names."""
     options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
     names = _names(ATTENTION_NAMES, learnable_sink, page_table)
+    num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
     _reject_dropout(dropout_p)
     table = _one_of("block_table", block_table, "page_table", page_table)
     max_seqlen_q, max_seqlen_k = _integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)
@@ -80,7 +85,7 @@ def packed(
     entry = None
     if not torch.compiler.is_compiling() and isinstance(max_seqlen_k, int):
         seqlens = max_seqlen_q, plan_cache.round_hint(max_seqlen_k)
-        entry = plan_cache.entry_of_arguments(tensors, ("packed", *seqlens, *options))
+        entry = plan_cache.entry_of_arguments(tensors, ("packed", *seqlens, num_splits, *options))
     if (problem := _known(AttentionProblem, entry, tensors)) is not None:
         problem.numbers = (max_seqlen_q, max_seqlen_k, *problem.numbers[2:])
         return problem, names
@@ -107,6 +112,7 @@ def packed(
         ),
         None,
         _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink)),
+        num_splits,
     )
     return _keep(entry, tensors, problem), names
 
@@ -168,12 +174,16 @@ def cached(
     return _keep(entry, tensors, problem), names
 
 
-def write(k: Given, v: Given, k_cache: Given, v_cache: Given, block_table: Given, seq_lens: Given) -> CacheWrite:
-    """The write of ``kv_paged_write``."""
+def write(
+    k: Given, v: Given, k_cache: Given, v_cache: Given, block_table: Given, seq_lens: Given, slot_mapping: Given
+) -> tuple[CacheWrite, Names]:
+    """The write of ``kv_paged_write``, and its names."""
+    if slot_mapping is not None:
+        return _write_to_slots(k, v, k_cache, v_cache, block_table, seq_lens, slot_mapping), SLOT_NAMES
     tensors = (k_cache, v_cache, block_table, None, None, seq_lens, None, k, v, None, None)
     entry = plan_cache.entry_of_arguments(tensors, ("write",))
     if (problem := _known(CacheWrite, entry, tensors)) is not None:
-        return problem
+        return problem, WRITE_NAMES
     for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         _require_axes(name, tensor, 4)
     problem = CacheWrite.of(
@@ -185,7 +195,73 @@ def write(k: Given, v: Given, k_cache: Given, v_cache: Given, block_table: Given
         ),
         Append(_inner_contiguous(k), _inner_contiguous(v)),
     )
-    return _keep(entry, tensors, problem)
+    return _keep(entry, tensors, problem), WRITE_NAMES
+
+
+def _write_to_slots(
+    k: Given, v: Given, k_cache: Given, v_cache: Given, block_table: Given, seq_lens: Given, slot_mapping: Given
+) -> CacheWrite:
+    """Packed tokens, each to a slot of its own: sequences of one token, whose table is the page of that slot."""
+    for name, other in (("block_table", block_table), ("seq_lens", seq_lens)):
+        if other is not None:
+            reject("slot_mapping", f"given together with {name}", "one of the two: a slot mapping already says where")
+    for name, tensor, axes in (("k", k, 3), ("v", v, 3), ("k_cache", k_cache, 4), ("v_cache", v_cache, 4)):
+        _require_axes(name, tensor, axes)
+    _require_axes("slot_mapping", slot_mapping, 1)
+    if slot_mapping.dtype not in (torch.int32, torch.int64):
+        reject_type("slot_mapping", "of dtype {dtype}", "torch.int32 or torch.int64", dtype=slot_mapping.dtype)
+    _require_tokens("k", k, len(slot_mapping), k_cache)
+    _require_tokens("v", v, len(slot_mapping), v_cache)
+    page_size = max(k_cache.shape[1], 1)
+    pages = slot_mapping.div(page_size, rounding_mode="floor")
+    offsets = torch.where(slot_mapping < 0, slot_mapping, slot_mapping - pages * page_size)
+    return CacheWrite.of(
+        KVCache(k_cache, v_cache, _int32("slot_mapping", pages).unsqueeze(1), seqused_k=_int32("slot_mapping", offsets)),
+        Append(_inner_contiguous(k).unsqueeze(1), _inner_contiguous(v).unsqueeze(1)),
+    )
+
+
+def packed_append(
+    k_new: Given,
+    v_new: Given,
+    k_cache: Given,
+    v_cache: Given,
+    cu_seqlens_q: Given,
+    cu_seqlens_k: Given,
+    seqused_k: Given,
+    block_table: Given,
+) -> tuple[Tensor, Tensor]:
+    """Where ``flash_attn_varlen_func`` writes the new tokens of packed sequences, as many as queries.
+
+    Returns:
+        ``(slot_mapping, seqused_k)``: ``(total,)`` int64 slots, -1 for tokens behind the last sequence, and ``(B,)`` int32
+        keys of each sequence with the new ones. Nothing is read on the host.
+    """
+    if block_table is None:
+        reject("k_new", "given without {block_table}", "pages to append to")
+    if k_new is None or v_new is None:
+        reject("k_new" if k_new is None else "v_new", "None", "a tensor: k_new and v_new go together")
+    for name, tensor, axes in (("k_new", k_new, 3), ("v_new", v_new, 3), ("k", k_cache, 4), ("v", v_cache, 4)):
+        _require_axes(name, tensor, axes)
+    _require_axes("block_table", block_table, 2)
+    _require_tokens("k_new", k_new, len(k_new), k_cache)
+    _require_tokens("v_new", v_new, len(k_new), v_cache)
+    offsets = _tensor("cu_seqlens_q", cu_seqlens_q).long()
+    before = _tensor("cu_seqlens_k", cu_seqlens_k).diff() if seqused_k is None else _tensor("seqused_k", seqused_k)
+    table = _tensor("block_table", block_table)
+    if before.shape[:1] != table.shape[:1] or offsets.shape[0] != table.shape[0] + 1:
+        reject("block_table", "of {rows} rows", "one for each of the {b} sequences", rows=len(table), b=len(offsets) - 1)
+
+    total, page_size, width = k_new.shape[0], max(k_cache.shape[1], 1), table.shape[1]
+    token = torch.arange(total, device=table.device)
+    sequence = torch.bucketize(token, offsets[1:], right=True)
+    in_batch = sequence.clamp(max=max(table.shape[0] - 1, 0))
+    position = before[in_batch] + token - offsets[in_batch]
+    # A position that does not fit is left to the check of values: its sequence is longer than its table.
+    fits = (sequence < table.shape[0]) & (before[in_batch] >= 0) & (position < width * page_size)
+    page = table[in_batch, position.div(page_size, rounding_mode="floor").clamp(0, max(width - 1, 0))].long()
+    slot_mapping = torch.where(fits & (page >= 0), page * page_size + position % page_size, -1)
+    return slot_mapping, torch.where(before < 0, before, before + offsets.diff()).to(torch.int32)
 
 
 # A step of a generation is mostly like the one before, and short: how arguments became a problem is kept with their
@@ -324,6 +400,23 @@ def _require_axes(name: str, tensor: Given, axes: int) -> None:
         reject_type(name, "of type {type}", "a torch.Tensor of {axes} axes", type=type(tensor).__name__, axes=axes)
     if tensor.dim() != axes:
         reject(name, "of shape {shape}", "{axes} axes", shape=tuple(tensor.shape), axes=axes)
+
+
+def _require_tokens(name: str, tokens: Tensor, total: int, cache: Tensor) -> None:
+    """Packed tokens that fit the pages they go to."""
+    expected = (total, *cache.shape[2:])
+    if tokens.shape != expected:
+        reject(name, "of shape {shape}", "(total, Hkv, D) = {wanted}", shape=tuple(tokens.shape), wanted=expected)
+
+
+def reject_unsupported(scheduler_metadata: Given, qv: Given, attention_chunk: Given) -> None:
+    """Arguments of FlashAttention-3 that are accepted only where they ask for nothing."""
+    if scheduler_metadata is not None:
+        reject("scheduler_metadata", "given", "None: work is scheduled on the device, without metadata")
+    if qv is not None:
+        reject("qv", "given", "None: a second query is not supported")
+    if attention_chunk != 0:
+        reject("attention_chunk", "{chunk}", "0: chunked masks are not supported", chunk=attention_chunk)
 
 
 def _reject_dropout(dropout_p: Given) -> None:

@@ -22,7 +22,7 @@ from .backends import reference
 from .backends.protocol import Backend, Support
 from .problem import K_NEW, AttentionProblem, CacheWrite, K, V
 from .scoped import Scoped
-from .validate import validate, validate_write
+from .validate import validate, validate_out, validate_write
 from .validate_values import check_values, check_write_values
 
 CHECK_VARIABLE = "PAGEDFLASH_CHECK"
@@ -46,12 +46,15 @@ class CallKind(NamedTuple):
     device: str
 
 
+OUT_ALIGNMENT = 16
+"""Bytes. Kernels store the output in pieces of this size."""
+
 _forced = Scoped[str]("pagedflash_backend")
 _counters: list[Counter[CallKind]] = []
 
 
-def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """Validate a problem and run it on its device's backend: ``(out, lse)``."""
+def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Validate a problem and run it on its device's backend: ``(out, lse)``. ``out`` may have any strides."""
     q = problem.tensors[0]
     assert q is not None
     backend, entry = backend_for(q), problem.entry
@@ -63,14 +66,25 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
             backend = reference
         elif entry is not None:
             entry.ready_for = backend
-    if not backend.CAPABILITIES.checks_values and _values_wanted(q):
+    if not backend.CAPABILITIES.checks_values and values_wanted(q):
         check_values(problem)
     if _counters:
         _count(CallKind(problem.layout, backend.NAME, q.device.type))
-    results = backend.attention(problem)
+    results = backend.attention(problem) if out is None else _attention_into(problem, backend, out)
     if problem.tensors[K_NEW] is not None:
         _bump_versions(problem.tensors[K], problem.tensors[V])
     return results
+
+
+def _attention_into(problem: AttentionProblem, backend: Backend, out: Tensor) -> tuple[Tensor, Tensor]:
+    validate_out(problem, out)
+    if out.is_contiguous() and out.data_ptr() % OUT_ALIGNMENT == 0:
+        _, lse = backend.attention(problem, out)
+        increment_version(out)
+    else:
+        result, lse = backend.attention(problem)
+        out.copy_(result)
+    return out, lse
 
 
 def kv_write(write: CacheWrite) -> None:
@@ -82,7 +96,7 @@ def kv_write(write: CacheWrite) -> None:
         validate_write(write, backend.CAPABILITIES)
         if entry is not None:
             entry.ready_for = backend
-    if not backend.CAPABILITIES.checks_values and _values_wanted(k_cache):
+    if not backend.CAPABILITIES.checks_values and values_wanted(k_cache):
         check_write_values(write)
     if _counters:
         _count(CallKind("write", backend.NAME, k_cache.device.type))
@@ -187,5 +201,6 @@ def _warn_once(name: str, reason: str) -> None:
     warnings.warn(f"pagedflash: the slow reference runs instead of {name}: {reason}", RuntimeWarning, stacklevel=2)
 
 
-def _values_wanted(tensor: Tensor) -> bool:
+def values_wanted(tensor: Tensor) -> bool:
+    """Whether lengths and tables are checked on the device of ``tensor``."""
     return tensor.device.type == "cpu" or os.environ.get(CHECK_VARIABLE) == "1"

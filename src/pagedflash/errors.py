@@ -19,6 +19,7 @@ KVCACHE_NAMES: Names = {
     "seqused_k": "cache_seqlens",
 }
 WRITE_NAMES: Names = {**KVCACHE_NAMES, "seqused_k": "seq_lens"}
+SLOT_NAMES: Names = {**KVCACHE_NAMES, "seqused_k": "slot_mapping", "block_table": "slot_mapping"}
 
 
 class _FieldNames(dict[str, Any]):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import arguments, ops
 from .backends import reference
-from .errors import WRITE_NAMES, Names
+from .errors import Names
 from .problem import AttentionProblem
 from .validate import validate_shape, validate_tensor
 
@@ -45,6 +45,11 @@ def flash_attn_func(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
+    num_splits: int = 0,
+    scheduler_metadata: None = None,
+    qv: None = None,
+    attention_chunk: int = 0,
+    out: Tensor | None = None,
 ) -> Output:
     """Attention of dense queries over dense keys.
 
@@ -64,6 +69,12 @@ def flash_attn_func(
         s_aux: ``(Hq,)`` attention sinks: one extra logit per head in the softmax denominator (gpt-oss). Counted in the LSE.
         learnable_sink: another name of ``s_aux``.
         return_softmax_lse: return ``(out, lse)``.
+        num_splits: splits of the keys (split-KV, "Flash-Decoding"); 0 = chosen for you.
+        scheduler_metadata: accepted for compatibility with FlashAttention-3; must be None.
+        qv: FlashAttention-3's second query; must be None.
+        attention_chunk: FlashAttention-3's chunked mask; must be 0.
+        out: tensor of the output's shape and dtype, its last axis contiguous, that the output is written into. Not where
+            gradients are tracked.
 
     Returns:
         ``out (B, Sq, Hq, Dv)`` in q's dtype, or a tuple with ``lse (B, Hq, Sq)``: float32, the natural logarithm of the
@@ -74,10 +85,11 @@ def flash_attn_func(
 
     Source: Dao, "FlashAttention-2" (2023); flash-attn's ``flash_attn_func``.
     """
+    arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk)
     problem, names = arguments.dense(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink
+        q, k, v, dropout_p, num_splits, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink
     )
-    return _run(problem, names, return_attn_probs, return_softmax_lse)
+    return _run(problem, names, out, return_attn_probs, return_softmax_lse)
 
 
 def flash_attn_varlen_func(
@@ -104,6 +116,13 @@ def flash_attn_varlen_func(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     return_softmax_lse: bool = False,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    num_splits: int = 0,
+    scheduler_metadata: None = None,
+    qv: None = None,
+    attention_chunk: int = 0,
+    out: Tensor | None = None,
 ) -> Output:
     """Attention of sequences of different lengths packed one after another, over packed or paged keys.
 
@@ -121,18 +140,29 @@ def flash_attn_varlen_func(
         page_table: another name of ``block_table`` (FlashAttention-3).
         seqused_q: ``(B,)``: only the first ``seqused_q[b]`` queries of sequence ``b`` are used; the others give 0.
         seqused_k: ``(B,)``: only the first ``seqused_k[b]`` keys of sequence ``b`` are used.
+        k_new: ``(total_q, Hkv, D)`` to append to the pages before attention, as many new tokens as queries: those of
+            sequence ``b`` behind its keys, which ``seqused_k`` or ``cu_seqlens_k`` then count before the append.
+        v_new: ``(total_q, Hkv, Dv)``.
 
     The other arguments, errors and source: see :func:`flash_attn_func`.
 
     Returns:
         ``out (total_q, Hq, Dv)`` in q's dtype, or a tuple with ``lse (Hq, total_q)`` float32.
     """
+    arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk)
+    slot_mapping = None
+    if k_new is not None or v_new is not None:
+        table = block_table if page_table is None else page_table
+        slot_mapping, seqused_k = arguments.packed_append(k_new, v_new, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, table)
     problem, names = arguments.packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        block_table, page_table, seqused_q, seqused_k,
+        block_table, page_table, seqused_q, seqused_k, num_splits,
         softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
     )  # fmt: skip
-    return _run(problem, names, return_attn_probs, return_softmax_lse)
+    if slot_mapping is not None:
+        ops.check(problem, names, out)  # before anything is written
+        ops.write_cache(*arguments.write(k_new, v_new, k, v, None, None, slot_mapping))
+    return _run(problem, names, out, return_attn_probs, return_softmax_lse)
 
 
 def flash_attn_with_kvcache(
@@ -159,6 +189,10 @@ def flash_attn_with_kvcache(
     page_table: Tensor | None = None,
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
+    scheduler_metadata: None = None,
+    qv: None = None,
+    attention_chunk: int = 0,
+    out: Tensor | None = None,
 ) -> Output:
     """Append new keys and values to a cache in place, then attend to the cache including them.
 
@@ -180,7 +214,6 @@ def flash_attn_with_kvcache(
         block_table: ``(B, max_pages)`` int32 or int64: slot ``t`` of sequence ``b`` is in page
             ``block_table[b, t // page_size]`` at ``t % page_size``. Entries that the length does not reach may be anything.
         rotary_interleaved: True rotates pairs (0, 1), (2, 3), ... (GPT-J), False the two halves (GPT-NeoX, Llama).
-        num_splits: parts to split the keys into (split-KV, "Flash-Decoding"); 0 = chosen for you.
         return_softmax_lse: return ``(out, lse)``.
         page_table: another name of ``block_table`` (FlashAttention-3).
 
@@ -195,33 +228,43 @@ def flash_attn_with_kvcache(
 
     Source: flash-attn's ``flash_attn_with_kvcache``; Kwon et al., "PagedAttention" (2023); Su et al., "RoFormer" (2021).
     """
+    arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk)
     problem, names = arguments.cached(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
         block_table, page_table, rotary_interleaved, num_splits,
         softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
     )  # fmt: skip
-    return _run(problem, names, False, return_softmax_lse)
+    return _run(problem, names, out, False, return_softmax_lse)
 
 
 def kv_paged_write(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: int | Tensor
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None = None,
+    seq_lens: int | Tensor | None = None,
+    *,
+    slot_mapping: Tensor | None = None,
 ) -> None:
     """Write new keys and values into their pages, in place: what ``flash_attn_with_kvcache`` does before it attends.
 
     Args:
-        k: ``(B, S_new, Hkv, D)``.
-        v: ``(B, S_new, Hkv, Dv)``.
+        k: ``(B, S_new, Hkv, D)``, or with ``slot_mapping`` packed ``(total, Hkv, D)``.
+        v: as k, with ``Dv``.
         k_cache: pages ``(num_pages, page_size, Hkv, D)`` of k's dtype, any strides with a contiguous last axis.
         v_cache: pages ``(num_pages, page_size, Hkv, Dv)``.
         block_table: ``(B, max_pages)`` int32 or int64.
         seq_lens: int or ``(B,)`` int32 or int64: tokens each sequence has *before* the write; -1 writes nothing. Token
             ``i`` goes to page ``block_table[b, t // page_size]``, slot ``t % page_size``, with ``t = seq_lens[b] + i``.
+        slot_mapping: ``(total,)`` int32 or int64, in place of a table and lengths: where each token goes, as
+            ``page * page_size + offset``; -1 writes nothing (vLLM's ``reshape_and_cache_flash``).
 
     Raises:
         TypeError, ValueError: naming the argument; the caches are untouched then. Lengths and table entries are checked
             on a CPU always, on other devices under ``PAGEDFLASH_CHECK=1``.
     """
-    ops.write_cache(arguments.write(k, v, k_cache, v_cache, block_table, seq_lens), WRITE_NAMES)
+    ops.write_cache(*arguments.write(k, v, k_cache, v_cache, block_table, seq_lens, slot_mapping))
 
 
 def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,8 +299,10 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
     return reference.combine(torch.stack((out_a, out_b)), torch.stack((lse_a, lse_b)))
 
 
-def _run(problem: AttentionProblem, names: Names, return_attn_probs: bool, return_softmax_lse: bool) -> Output:
-    out, lse = ops.attention(problem, names)
+def _run(
+    problem: AttentionProblem, names: Names, out: Tensor | None, return_attn_probs: bool, return_softmax_lse: bool
+) -> Output:
+    out, lse = ops.attention(problem, names, out)
     if return_attn_probs:
         return out, lse, out.new_empty(0)
     return (out, lse) if return_softmax_lse else out

@@ -18,7 +18,8 @@ from . import dispatch
 from .errors import InvalidArgument, Names
 from .plan_cache import Entry
 from .problem import K_NEW, AttentionProblem, CacheWrite, _Field, _Flat
-from .validate import validate, validate_write
+from .validate import validate, validate_out, validate_write
+from .validate_values import check_values
 
 NAMESPACE = __name__.rpartition(".")[0]
 """The package's own name: "pagedflash", or that of a copy written by ``pagedflash hub``, so that both can be loaded."""
@@ -33,16 +34,35 @@ NO_FORWARD_AD = (
 NO_VMAP_OF_WRITES = "pagedflash: torch.vmap over a write to a cache is not possible; write all sequences in one call"
 
 
-def attention(problem: AttentionProblem, names: Names) -> tuple[Tensor, Tensor]:
-    """Run a problem: ``(out, lse)``. Errors name fields as ``names`` says."""
+def attention(problem: AttentionProblem, names: Names, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Run a problem: ``(out, lse)``, into ``out`` if it is given. Errors name fields as ``names`` says."""
     try:
         if not torch.compiler.is_compiling():
-            if _may_pass_by(problem.entry):
-                return dispatch.attention(problem)
+            if _may_pass_by(problem.entry) and (out is None or out.__class__ is Tensor):
+                return dispatch.attention(problem, out)
             # Before the operator's schema turns away what is no tensor.
             validate(problem, dispatch.backend_for(problem.queries.q).CAPABILITIES)
-        out, lse = (_ATTENTION if problem.tensors[K_NEW] is None else _ATTENTION_WITH_APPEND)(*problem.flat)
+            if out is not None:
+                validate_out(problem, out)
+        appends = problem.tensors[K_NEW] is not None
+        if out is not None:
+            return out, (_ATTENTION_WITH_APPEND_INTO if appends else _ATTENTION_INTO)(*problem.flat, out)
+        out, lse = (_ATTENTION_WITH_APPEND if appends else _ATTENTION)(*problem.flat)
         return out, lse
+    except InvalidArgument as error:
+        raise error.renamed(names) from None
+
+
+def check(problem: AttentionProblem, names: Names, out: Tensor | None) -> None:
+    """Raise what :func:`attention` would raise, for a call that writes something before."""
+    if torch.compiler.is_compiling():
+        return
+    try:
+        validate(problem, dispatch.backend_for(problem.queries.q).CAPABILITIES)
+        if out is not None:
+            validate_out(problem, out)
+        if dispatch.values_wanted(problem.queries.q):
+            check_values(problem)
     except InvalidArgument as error:
         raise error.renamed(names) from None
 
@@ -80,7 +100,9 @@ def _schema(fields: Sequence[_Field], mutates: dict[str, str]) -> str:
 
 
 def _define(name: str, problem: type[_Flat], returns: str, kernel: Any, fake: Any, mutates: dict[str, str]) -> Any:
-    fields = (*problem.TENSOR_FIELDS, *problem.NUMBER_FIELDS)
+    fields = [*problem.TENSOR_FIELDS, *problem.NUMBER_FIELDS]
+    if "out" in mutates:
+        fields.append(_Field("out", Tensor))
     _library.define(f"{name}({_schema(fields, mutates)}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -92,6 +114,18 @@ def _define(name: str, problem: type[_Flat], returns: str, kernel: Any, fake: An
 
 def _attention(*flat: Any) -> tuple[Tensor, Tensor]:
     return dispatch.attention(AttentionProblem.from_flat(flat))
+
+
+def _attention_into(*flat_and_out: Any) -> Tensor:
+    *flat, out = flat_and_out
+    return dispatch.attention(AttentionProblem.from_flat(tuple(flat)), out)[1]
+
+
+def _attention_into_fake(*flat_and_out: Any) -> Tensor:
+    *flat, out = flat_and_out
+    _, lse = _attention_fake(*flat)
+    validate_out(AttentionProblem.from_flat(tuple(flat)), out)
+    return lse
 
 
 def _attention_fake(*flat: Any) -> tuple[Tensor, Tensor]:
@@ -164,6 +198,11 @@ _CACHES = {"k": "a", "v": "b"}
 _ATTENTION = _define("attention", AttentionProblem, "(Tensor, Tensor)", _attention, _attention_fake, {})
 _ATTENTION_WITH_APPEND = _define(
     "attention_with_append", AttentionProblem, "(Tensor, Tensor)", _attention, _attention_fake, _CACHES
+)
+_OUT = {"out": "c"}
+_ATTENTION_INTO = _define("attention_into", AttentionProblem, "Tensor", _attention_into, _attention_into_fake, _OUT)
+_ATTENTION_WITH_APPEND_INTO = _define(
+    "attention_with_append_into", AttentionProblem, "Tensor", _attention_into, _attention_into_fake, _CACHES | _OUT
 )
 _WRITE_CACHE = _define("write_cache", CacheWrite, "()", _write, _write_fake, _CACHES)
 

@@ -65,6 +65,19 @@ def validate_write(write: CacheWrite, capabilities: Capabilities) -> None:
         validate_shape(field, tensor, shape, dims)
 
 
+def validate_out(problem: AttentionProblem, out: Tensor) -> None:
+    """The tensor for the output of a valid problem."""
+    q = problem.queries.q
+    dims = "B, Sq, Hq, Dv" if q.dim() == 4 else "total_q, Hq, Dv"
+    validate_tensor("out", out, dims, q, (q.dtype,))
+    validate_shape("out", out, problem.out_shape, dims)
+    _validate_last_axis("out", out)
+    if out.is_neg():
+        reject("out", "a lazily negated view", "a tensor as it lies in memory")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*problem.tensors, out)):
+        reject("out", "given where gradients are tracked", "none, or a call under torch.no_grad()")
+
+
 def validate_tensor(field: str, tensor: object, dims: str, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """``tensor`` must be a strided tensor with one axis per word of ``dims``, on ``like``'s device, of one of ``dtypes``."""
     if not isinstance(tensor, Tensor):

@@ -29,7 +29,7 @@ def supports(problem: AttentionProblem) -> Support:
     return Support(True)
 
 
-def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend sequence by sequence. Returns ``(out, lse)`` of the shapes the problem gives."""
     q, cache = problem.queries.q, problem.cache
     lengths = key_lengths(problem)
@@ -37,7 +37,7 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         kv_write(problem.write)
         lengths = [n + problem.num_new_tokens if n >= 0 else n for n in lengths]
 
-    out = q.new_zeros(problem.out_shape)
+    out = q.new_zeros(problem.out_shape) if out is None else out.zero_()
     lse = torch.full(problem.lse_shape, float("inf"), dtype=_working_dtype(q), device=q.device)
     for b, length in enumerate(lengths):
         if length < 0:

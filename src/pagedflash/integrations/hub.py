@@ -28,6 +28,7 @@ VARIANTS = {"cpu": "cpu", "cuda": "triton", "metal": "metal"}
 
 MODULES = (
     "arguments.py",
+    "bert_padding.py",
     "dispatch.py",
     "errors.py",
     "geometry.py",
@@ -35,6 +36,7 @@ MODULES = (
     "ops.py",
     "plan_cache.py",
     "problem.py",
+    "qkvpacked.py",
     "scoped.py",
     "validate.py",
     "validate_values.py",

@@ -79,7 +79,7 @@ def supports(problem: AttentionProblem) -> Support:
     return Support(True)
 
 
-def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend: ``(out, lse)``. Nothing waits for the GPU."""
     target = current_target()
     tensors: tuple[Any, ...] = problem.tensors
@@ -88,7 +88,8 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     offset = (q.storage_offset() | tensors[_K].storage_offset() | tensors[_V].storage_offset()) % LOAD_BYTES
     plan = problem.plan(("metal", target, offset), lambda signature: _plan_attention(signature, target, offset))
     device = q.device
-    results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.results]
+    results = [] if out is None else [out]
+    results += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.results[len(results) :]]
     _run(plan, (*tensors, *results))
     return results[0], results[1]
 

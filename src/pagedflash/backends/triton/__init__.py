@@ -36,11 +36,11 @@ def supports(problem: AttentionProblem) -> Support:
     return Support(True)
 
 
-def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend: ``(out, lse)`` of the problem's ``out_shape`` and ``lse_shape``."""
     from . import launch
 
-    return launch.attention(problem)
+    return launch.attention(problem, out)
 
 
 def kv_write(write: CacheWrite) -> None:

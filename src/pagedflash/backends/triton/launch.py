@@ -68,19 +68,20 @@ class _Plan(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend with ``decode`` (and ``combine``) or ``prefill``."""
     tensors: Values = problem.tensors
     q = cast(Tensor, tensors[0])
     dtype, device = q.dtype, q.device
     if _is_elsewhere(device):
         with torch.cuda.device(device):
-            return attention(problem)
+            return attention(problem, out)
     addresses, aligned = addresses_of(tensors)
     precision = _precision(dtype)
     plan = problem.plan(("triton", aligned, precision), lambda signature: _plan_attention(signature, aligned, precision))
 
-    out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
+    if out is None:
+        out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
     lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
     if plan.kv_write is not None:
         plan.kv_write(tensors[_WRITE], addresses[_WRITE])
