@@ -119,8 +119,8 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Append (if asked) and attend. Lengths and tables are validated natively before anything is written."""
     native = library()
     plan = problem.plan("cpu", make_plan)
-    out = torch.empty(plan.out_shape, dtype=plan.dtype, device=_CPU)
-    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=_CPU)
+    out = torch.empty(*plan.out_shape, dtype=plan.dtype, device=_CPU)
+    lse = torch.empty(*plan.lse_shape, dtype=torch.float32, device=_CPU)
     status = native.run_attention(plan.shape, pack_addresses(*problem.tensors, out, lse), _isa(native))
     if status != _OK:
         if status == _INVALID_VALUES:
