@@ -75,12 +75,12 @@ class Library:
         self.isa = self._chosen_isa()
 
     def _chosen_isa(self) -> int:
-        wanted = os.environ.get(ISA_VARIABLE)
-        if wanted is None:
+        name = os.environ.get(ISA_VARIABLE)
+        if name is None:
             return next(iter(self.isas.values()))
-        if wanted not in self.isas:
-            raise Unavailable(f"{ISA_VARIABLE} is {wanted}, expected one of {', '.join(self.isas)}")
-        return self.isas[wanted]
+        if name not in self.isas:
+            raise Unavailable(f"{ISA_VARIABLE} is {name}, expected one of {', '.join(self.isas)}")
+        return self.isas[name]
 
 
 @cache
