@@ -56,7 +56,7 @@ def test_all_options(isa: str, rng: random.Random, rounds, layout: str, dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_long_sequences_are_split_and_merged(isa: str, rng: random.Random, rounds, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def test_long_sequences_are_split_and_reduced(isa: str, rng: random.Random, rounds, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     """Thousands of keys: several tasks a sequence, for decode (few rows) and prefill (many)."""
     for _ in range(rounds(2)):
         for layout in ("paged", "paged varlen"):
@@ -80,7 +80,7 @@ def test_every_number_of_rows(isa: str, queries: int, group: int) -> None:
 
 @pytest.mark.parametrize("num_splits", (0, 1, 2, 7, 1000))
 @pytest.mark.parametrize("queries", (1, 24))
-def test_splits_do_not_change_the_answer(isa: str, num_splits: int, queries: int) -> None:
+def test_splits_do_not_change_the_output(isa: str, num_splits: int, queries: int) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(1, queries, 4, 64), torch.randn(1, 900, 2, 64), torch.randn(1, 900, 2, 64)
     out = pagedflash.flash_attn_with_kvcache(q, k, v, causal=True, num_splits=num_splits)
@@ -312,12 +312,12 @@ assert not cache.any()
 def test_the_same_bits_whatever_the_number_of_threads(rng: random.Random, threads: None) -> None:
     for layout in LAYOUTS:
         problem = random_problem(rng, layout=layout, max_keys=1500)
-        answers = []
+        results = []
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            answers.append(backend.attention(copy_of(problem)))
-        for out, lse in answers[1:]:
-            assert torch.equal(out, answers[0][0]) and torch.equal(lse, answers[0][1])
+            results.append(backend.attention(copy_of(problem)))
+        for out, lse in results[1:]:
+            assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
 def test_python_threads_may_call_at_once(rng: random.Random) -> None:

@@ -75,12 +75,12 @@ class Library:
         self.isa = self._chosen_isa()
 
     def _chosen_isa(self) -> int:
-        wanted = os.environ.get(ISA_VARIABLE)
-        if wanted is None:
+        name = os.environ.get(ISA_VARIABLE)
+        if name is None:
             return next(iter(self.isas.values()))
-        if wanted not in self.isas:
-            raise Unavailable(f"{ISA_VARIABLE} is {wanted}, expected one of {', '.join(self.isas)}")
-        return self.isas[wanted]
+        if name not in self.isas:
+            raise Unavailable(f"{ISA_VARIABLE} is {name}, expected one of {', '.join(self.isas)}")
+        return self.isas[name]
 
 
 @cache
@@ -120,8 +120,8 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     native = library()
     plan = problem.plan("cpu", make_plan)
     if out is None:
-        out = torch.empty(plan.out_shape, dtype=plan.dtype, device=_CPU)
-    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=_CPU)
+        out = torch.empty(*plan.out_shape, dtype=plan.dtype, device=_CPU)
+    lse = torch.empty(*plan.lse_shape, dtype=torch.float32, device=_CPU)
     status = native.run_attention(plan.shape, pack_addresses(*problem.tensors, out, lse), _isa(native))
     if status != _OK:
         if status == _INVALID_VALUES:

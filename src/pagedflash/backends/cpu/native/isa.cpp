@@ -52,7 +52,7 @@ struct Cpu {
   }
 };
 
-const Cpu CPU;  // asked once, when the library is loaded: CPUID is slow on a virtual machine
+const Cpu CPU;  // read once, when the library is loaded: CPUID is slow on a virtual machine
 
 bool has_avx2() { return CPU.avx2; }
 bool has_avx512() { return CPU.avx512; }
