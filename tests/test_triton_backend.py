@@ -63,10 +63,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     seen = Launches([], [])
     original = compiled.CompiledLaunch.__call__
 
-    def spy(self, tensors, addresses):  # type: ignore[no-untyped-def]
+    def spy(self, *arguments):  # type: ignore[no-untyped-def]
         seen.kernels.append(self.kernel.__name__)
         seen.ctas.append(self.grid[0])
-        original(self, tensors, addresses)
+        original(self, *arguments)
 
     monkeypatch.setattr(compiled.CompiledLaunch, "__call__", spy)
     yield seen
@@ -269,9 +269,9 @@ def _launch_twice(run: object, monkeypatch: pytest.MonkeyPatch) -> _Kernel:
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
     monkeypatch.setattr(compiled.triton.runtime, "driver", driver)
     kernel = _Kernel(run)
-    twice = compiled.CompiledLaunch(kernel, (5, 1, 1), lambda values: ((16,), values), torch.device("cuda", 0), aligned=True)
+    twice = compiled.CompiledLaunch(kernel, (5, 1, 1), torch.device("cuda", 0), aligned=True)
     for _ in range(2):
-        twice(("out", "lse"), (1024, 2048))
+        twice(((16,), (1024, 2048)), lambda: ((16,), ("out", "lse")))
     return kernel
 
 

@@ -35,18 +35,11 @@ class CompiledLaunch:
     """
 
     def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        bind: Callable[[Values], Values],
-        device: torch.device,
-        aligned: bool,
-        **options: object,
+        self, kernel: Any, grid: tuple[int, int, int], device: torch.device, aligned: bool, **options: object
     ) -> None:
-        """``bind`` puts values into the kernel's records, as plain tuples; ``options`` are Triton's launch options."""
+        """``options`` are Triton's launch options."""
         self.kernel = kernel
         self.grid = grid
-        self._bind = bind
         self._options = options
         self._device_index = device.index
         self._reusable = aligned and not INTERPRETED
@@ -54,15 +47,19 @@ class CompiledLaunch:
         self._compiled: tuple[Any, ...] = ()
         self._current_stream: Any = None
 
-    def __call__(self, tensors: Values, addresses: Values) -> None:
-        """Launch on the current stream. ``addresses`` are those of ``tensors``."""
+    def __call__(self, arguments: Values, with_tensors: Callable[[], Values]) -> None:
+        """Launch on the current stream.
+
+        ``arguments`` are the kernel's records as plain tuples, with addresses; ``with_tensors()`` are the same with the
+        tensors, whose types Triton's own launch looks at.
+        """
         if self._launcher is not None:
             stream = self._current_stream(self._device_index)
-            self._launcher(*self.grid, stream, *self._compiled, *self._bind(addresses))
+            self._launcher(*self.grid, stream, *self._compiled, *arguments)
             return
         records = self.kernel.fn.__annotations__.values()
-        arguments = [name_fields(record, values) for record, values in zip(records, self._bind(tensors))]
-        compiled = self.kernel[self.grid](*arguments, **self._options)
+        named = [name_fields(record, values) for record, values in zip(records, with_tensors())]
+        compiled = self.kernel[self.grid](*named, **self._options)
         if self._reusable:
             self._launcher = known_launcher(compiled)
             self._reusable = self._launcher is not None
@@ -116,7 +113,8 @@ def addresses_of(tensors: Values) -> tuple[Values, bool]:
     addresses = tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
     bits = 0
     for address in addresses:
-        bits |= address or 0
+        if address is not None:
+            bits |= address
     return addresses, bits % 16 == 0
 
 

@@ -20,7 +20,17 @@ from .compiled import CompiledLaunch, Values, addresses_of, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
-from .kernels.params import AppendParams, CacheParams, DecodeTile, PrefillTile, QueryParams, ScoreParams, Strides, WriteTile
+from .kernels.params import (
+    AppendParams,
+    CacheParams,
+    DecodeTile,
+    PrefillTile,
+    QueryParams,
+    ScoreParams,
+    Scratch,
+    Strides,
+    WriteTile,
+)
 from .kernels.prefill import prefill
 from .semaphores import semaphores
 from .tiling import block_width, decode_tiling, power_of_two, prefill_tiling, stride_factor
@@ -48,6 +58,20 @@ FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 """Lengths that a CTA of ``decode`` looks at together: what one warp holds, or for larger batches all four."""
 
 
+Bind = Callable[[Values], Values]
+"""Puts tensors, or their addresses, into the records of a kernel (as plain tuples), in front of the plan's numbers."""
+
+
+class _WritePlan(NamedTuple):
+    """What writes of one signature share."""
+
+    launch: CompiledLaunch
+    bind: Bind
+
+    def run(self, tensors: Values, addresses: Values) -> None:
+        self.launch(self.bind(addresses), lambda: self.bind(tensors))
+
+
 class _Plan(NamedTuple):
     """What problems of one signature share."""
 
@@ -55,7 +79,8 @@ class _Plan(NamedTuple):
     out_strides: tuple[int, ...]
     lse_shape: tuple[int, ...]
     lse_strides: tuple[int, ...]
-    kv_write: CompiledLaunch | None = None  # of more new tokens than ``decode`` appends itself
+    write: _WritePlan | None = None  # of more new tokens than ``decode`` appends itself
+    bind: Bind = lambda values: values
     attend: CompiledLaunch | None = None  # ``decode`` or ``prefill``; None where there is nothing to attend to
     partials: int = 0  # float32 elements of splits
     semaphores: int = 0  # where ``decode`` reduces splits itself
@@ -81,8 +106,8 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
     out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
     lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
-    if plan.kv_write is not None:
-        plan.kv_write(tensors[_WRITE], addresses[_WRITE])
+    if plan.write is not None:
+        plan.write.run(tensors[_WRITE], addresses[_WRITE])
     if plan.attend is None:
         return out.zero_(), lse.fill_(math.inf)
     counters = partials = counters_at = partials_at = None
@@ -92,11 +117,14 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         if plan.semaphores:
             counters = semaphores(device, plan.semaphores)
             counters_at = counters.data_ptr()
-    tensors = (*tensors, out, lse, counters, partials)
-    addresses = (*addresses, out.data_ptr(), lse.data_ptr(), counters_at, partials_at)
-    plan.attend(tensors, addresses)
+    arguments = plan.bind((*addresses, out.data_ptr(), lse.data_ptr(), counters_at, partials_at))
+
+    def with_tensors() -> Values:
+        return plan.bind((*tensors, out, lse, counters, partials))
+
+    plan.attend(arguments, with_tensors)
     if plan.combine is not None:
-        plan.combine(tensors, addresses)
+        plan.combine(arguments, with_tensors)
     return out, lse
 
 
@@ -108,9 +136,9 @@ def kv_write(write: CacheWrite) -> None:
         with torch.cuda.device(device):
             return kv_write(write)
     addresses, aligned = addresses_of(tensors)
-    launch = write.plan(("triton", aligned), lambda signature: _plan_write(signature, aligned))
-    if launch is not None:
-        launch(tensors, addresses)
+    plan = write.plan(("triton", aligned), lambda signature: _plan_write(signature, aligned))
+    if plan is not None:
+        plan.run(tensors, addresses)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -127,29 +155,31 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str) ->
     fused_tokens = problem.num_new_tokens
     if problem.append is not None and (is_empty or not is_decode or fused_tokens > MAX_FUSED_TOKENS):
         fused_tokens = 0
-        plan = plan._replace(kv_write=_plan_write(problem.write, aligned))
+        plan = plan._replace(write=_plan_write(problem.write, aligned))
     if is_empty:
         return plan
-    bind_problem = _bind_problem(problem, aligned, precision)
+    numbers = _problem_numbers(problem, aligned, precision)
     if is_decode:
-        return _with_decode(plan, problem, bind_problem, aligned, fused_tokens)
-    return plan._replace(attend=_plan_prefill(problem, bind_problem, aligned))
+        return _with_decode(plan, problem, numbers, aligned, fused_tokens)
+    return _with_prefill(plan, problem, numbers, aligned)
 
 
-def _plan_prefill(problem: AttentionProblem, bind_problem: Callable[[Values], Values], aligned: bool) -> CompiledLaunch:
+def _with_prefill(plan: _Plan, problem: AttentionProblem, numbers: _ProblemNumbers, aligned: bool) -> _Plan:
     q, _, _, max_seqlen_q = problem.queries
     tiling = prefill_tiling(max_seqlen_q, block_width(q.shape[-1]), q.element_size())
     tile = PrefillTile(tiling.block_m, tiling.block_n)
-    grid = (q.shape[-2], problem.batch_size, max(1, -(-max_seqlen_q // tiling.block_m)))
+    queries, cache, append, score = numbers
 
     def bind(values: Values) -> Values:
-        return bind_problem(values), values[_OUTPUT], tile
+        problem = values[_QUERIES] + queries, values[_CACHE] + cache, values[_APPEND] + append, values[_SCORE] + score
+        return problem, values[_OUTPUT], tile
 
-    return CompiledLaunch(prefill, grid, bind, q.device, aligned, **tiling.options)
+    grid = (q.shape[-2], problem.batch_size, max(1, -(-max_seqlen_q // tiling.block_m)))
+    return plan._replace(bind=bind, attend=CompiledLaunch(prefill, grid, q.device, aligned, **tiling.options))
 
 
 def _with_decode(
-    plan: _Plan, problem: AttentionProblem, bind_problem: Callable[[Values], Values], aligned: bool, fused_tokens: int
+    plan: _Plan, problem: AttentionProblem, numbers: _ProblemNumbers, aligned: bool, fused_tokens: int
 ) -> _Plan:
     q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
     device, batch_size, kv_heads = q.device, problem.batch_size, k.shape[-2]
@@ -183,12 +213,15 @@ def _with_decode(
         REDUCE_SPLITS=max(1, min(splits_together, values_together // (reduce_rows * block_dv))),
         PDL=pdl,
     )
-    scratch_numbers = (num_ctas if split_kv else None,)
+    queries, cache, append, score = numbers
+    scratch = _numbers(Scratch, num_ctas=num_ctas if split_kv else None)
 
     def bind(values: Values) -> Values:
-        return bind_problem(values), values[_OUTPUT], values[_SCRATCH] + scratch_numbers, tile
+        problem = values[_QUERIES] + queries, values[_CACHE] + cache, values[_APPEND] + append, values[_SCORE] + score
+        return problem, values[_OUTPUT], values[_SCRATCH] + scratch, tile
 
-    plan = plan._replace(attend=CompiledLaunch(decode, (num_ctas, 1, 1), bind, device, aligned, **tiling.options))
+    attend = CompiledLaunch(decode, (num_ctas, 1, 1), device, aligned, **tiling.options)
+    plan = plan._replace(bind=bind, attend=attend)
     if not split_kv:
         return plan
     plan = plan._replace(partials=(work_tiles + num_ctas) * rows * (block_dv + 2))
@@ -196,10 +229,10 @@ def _with_decode(
         return plan._replace(semaphores=work_tiles)
     grid = (kv_heads * rows // reduce_rows, batch_size, 1)
     options: dict[str, object] = dict(num_warps=4, num_stages=1, **(dict(launch_pdl=True) if pdl else {}))
-    return plan._replace(combine=CompiledLaunch(combine, grid, bind, device, aligned, **options))
+    return plan._replace(combine=CompiledLaunch(combine, grid, device, aligned, **options))
 
 
-def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
+def _plan_write(write: CacheWrite, aligned: bool) -> _WritePlan | None:
     """None where there is nothing to write."""
     k_new, v_new = write.append[:2]
     if 0 in k_new.shape:
@@ -215,7 +248,8 @@ def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
 
     grid = (kv_heads, batch_size, -(-seqlen_new // tile.BLOCK_NEW))
     num_warps = 1 if tile.BLOCK_NEW == 1 else 4
-    return CompiledLaunch(kv_write_kernel, grid, bind, k_new.device, aligned, num_warps=num_warps, num_stages=1)
+    launch = CompiledLaunch(kv_write_kernel, grid, k_new.device, aligned, num_warps=num_warps, num_stages=1)
+    return _WritePlan(launch, bind)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -230,8 +264,16 @@ _WRITE = slice(_K, _ALIBI_SLOPES)
 _OUTPUT, _SCRATCH = slice(len(_FIELDS), len(_FIELDS) + 2), slice(len(_FIELDS) + 2, len(_FIELDS) + 4)
 
 
-def _bind_problem(problem: AttentionProblem, aligned: bool, precision: str) -> Callable[[Values], Values]:
-    """A function that puts the problem's numbers behind its tensors, record by record."""
+class _ProblemNumbers(NamedTuple):
+    """The numbers of each record of :class:`.kernels.params.Problem`."""
+
+    queries: Values
+    cache: Values
+    append: Values
+    score: Values
+
+
+def _problem_numbers(problem: AttentionProblem, aligned: bool, precision: str) -> _ProblemNumbers:
     q, _, _, max_seqlen_q = problem.queries
     new_tokens = [] if problem.append is None else list(problem.append[:2])
     align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
@@ -255,11 +297,7 @@ def _bind_problem(problem: AttentionProblem, aligned: bool, precision: str) -> C
         SLOPES_STRIDE=q.shape[-2] if slopes is not None and slopes.dim() == 2 else 0,
         PRECISION=precision,
     )
-
-    def bind(values: Values) -> Values:
-        return values[_QUERIES] + queries, values[_CACHE] + cache, values[_APPEND] + append, values[_SCORE] + score
-
-    return bind
+    return _ProblemNumbers(queries, cache, append, score)
 
 
 def _cache_numbers(problem: AttentionProblem | CacheWrite, align: int) -> Values:
