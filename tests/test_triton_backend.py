@@ -63,10 +63,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     seen = Launches([], [])
     original = compiled.CompiledLaunch.__call__
 
-    def spy(self, tensors, addresses):  # type: ignore[no-untyped-def]
+    def spy(self, *arguments):  # type: ignore[no-untyped-def]
         seen.kernels.append(self.kernel.__name__)
         seen.ctas.append(self.grid[0])
-        original(self, tensors, addresses)
+        original(self, *arguments)
 
     monkeypatch.setattr(compiled.CompiledLaunch, "__call__", spy)
     yield seen
@@ -222,15 +222,11 @@ def test_kv_write(device: str, new_tokens: int, rotary: bool) -> None:
 
 
 def test_records_have_the_tensors_of_a_problem_in_its_order() -> None:
-    """The launcher hands the kernels slices of a problem's tensors."""
-    fields = iter(field.name for field in AttentionProblem.TENSOR_FIELDS)
-    for record in params.Problem.__annotations__.values():
-        tensors = [name for name in record._fields if name in _TENSOR_NAMES]
-        assert list(record._fields[: len(tensors)]) == tensors == [next(fields) for _ in tensors]
-    assert not list(fields)
-
-
-_TENSOR_NAMES = {field.name for field in AttentionProblem.TENSOR_FIELDS}
+    """The launcher hands them on by position."""
+    for record, problem in ((params.Tensors, AttentionProblem), (params.WriteTensors, CacheWrite)):
+        names = tuple(field.name for field in problem.TENSOR_FIELDS)
+        assert record._fields[: len(names)] == names
+    assert AttentionProblem.TENSOR_FIELDS[launch._WRITE] == CacheWrite.TENSOR_FIELDS
 
 
 def test_no_kernel_or_device_function_has_more_than_20_parameters() -> None:
@@ -254,7 +250,7 @@ class _Kernel:
         if run is not None:
             self.compiled.run = run
 
-    fn = SimpleNamespace(__annotations__=dict(tile=params.WriteTile, output=params.Output))
+    fn = SimpleNamespace(__annotations__=dict(tensors=params.WriteTensors))
 
     def __getitem__(self, grid: object) -> Callable[..., object]:
         def launch_ordinarily(*arguments: object, **options: object) -> object:
@@ -264,14 +260,18 @@ class _Kernel:
         return launch_ordinarily
 
 
+_TENSORS, _ADDRESSES = tuple(torch.zeros(11)), tuple(range(1024, 1024 + 11 * 16, 16))
+_STRIDES = params.Strides(64, 32, None, ALIGN=8)
+
+
 def _launch_twice(run: object, monkeypatch: pytest.MonkeyPatch) -> _Kernel:
     monkeypatch.setattr(compiled, "INTERPRETED", False)
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
     monkeypatch.setattr(compiled.triton.runtime, "driver", driver)
     kernel = _Kernel(run)
-    twice = compiled.CompiledLaunch(kernel, (5, 1, 1), lambda values: ((16,), values), torch.device("cuda", 0), aligned=True)
+    twice = compiled.CompiledLaunch(kernel, (5, 1, 1), _STRIDES, params.WriteTile(16), torch.device("cuda", 0), aligned=True)
     for _ in range(2):
-        twice(("out", "lse"), (1024, 2048))
+        twice(_TENSORS, _ADDRESSES)
     return kernel
 
 
@@ -296,10 +296,10 @@ class _Launcher37(_Launcher36):
 def test_the_second_launch_reuses_what_the_first_compiled(launcher: type, monkeypatch: pytest.MonkeyPatch) -> None:
     run = launcher()
     kernel = _launch_twice(run, monkeypatch)
-    assert run.seen == [(5, 1, 1, 7, 11, (4, 1, 0), None, None, None, (16,), (1024, 2048))]
-    [(tile, output)] = kernel.ordinary
-    assert tile.BLOCK_NEW.value == 16
-    assert output == params.Output("out", "lse")
+    assert run.seen == [(5, 1, 1, 7, 11, (4, 1, 0), None, None, None, _ADDRESSES, _STRIDES, (16,))]
+    [(tensors, strides, tile)] = kernel.ordinary
+    assert tensors == params.WriteTensors(*_TENSORS)
+    assert (strides.batch, strides.head, strides.ALIGN.value, tile.BLOCK_NEW.value) == (64, None, 8, 16)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on the CPU's memory or a device's."""
 
-Values = tuple[Any, ...]
-"""Tensors, or their addresses; None for one that is not given."""
+Tensors = tuple[Tensor | None, ...]
+Addresses = tuple[int | None, ...]
 
 LAUNCHER_PARAMETERS = (
     "gridX", "gridY", "gridZ", "stream", "function",
@@ -26,7 +27,7 @@ LAUNCHER_PARAMETERS = (
 
 
 class CompiledLaunch:
-    """A launch of a Triton kernel, but for its tensors: the same for all calls of one plan.
+    """A launch of a Triton kernel, but for its tensors: the same for all calls of one signature.
 
     Triton's own launch types and hashes every argument of every call; here the first call does, and the others reuse what
     it compiled. The compiled code relies on pointers being multiples of 16 bytes where they were in that call: unless all
@@ -38,15 +39,17 @@ class CompiledLaunch:
         self,
         kernel: Any,
         grid: tuple[int, int, int],
-        bind: Callable[[Values], Values],
+        params: tuple[Any, ...],
+        tile: tuple[Any, ...],
         device: torch.device,
         aligned: bool,
         **options: object,
     ) -> None:
-        """``bind`` puts values into the kernel's records, as plain tuples; ``options`` are Triton's launch options."""
+        """``params`` and ``tile`` are the kernel's records (:mod:`.kernels.params`), ``options`` Triton's launch options."""
         self.kernel = kernel
         self.grid = grid
-        self._bind = bind
+        self._records = (params, tile)
+        self._plain_records = (plain(params), plain(tile))
         self._options = options
         self._device_index = device.index
         self._reusable = aligned and not INTERPRETED
@@ -54,15 +57,15 @@ class CompiledLaunch:
         self._compiled: tuple[Any, ...] = ()
         self._current_stream: Any = None
 
-    def __call__(self, tensors: Values, addresses: Values) -> None:
-        """Launch on the current stream. ``addresses`` are those of ``tensors``."""
+    def __call__(self, tensors: Tensors, addresses: Addresses) -> None:
+        """Launch on the current stream. ``addresses`` are those of ``tensors``, which come in the order of the kernel's."""
         if self._launcher is not None:
             stream = self._current_stream(self._device_index)
-            self._launcher(*self.grid, stream, *self._compiled, *self._bind(addresses))
+            self._launcher(*self.grid, stream, *self._compiled, addresses, *self._plain_records)
             return
-        records = self.kernel.fn.__annotations__.values()
-        arguments = [name_fields(record, values) for record, values in zip(records, self._bind(tensors))]
-        compiled = self.kernel[self.grid](*arguments, **self._options)
+        record = next(iter(self.kernel.fn.__annotations__.values()))
+        params, tile = (mark_constants(some) for some in self._records)
+        compiled = self.kernel[self.grid](record(*tensors), params, tile, **self._options)
         if self._reusable:
             self._launcher = known_launcher(compiled)
             self._reusable = self._launcher is not None
@@ -72,18 +75,20 @@ class CompiledLaunch:
             self._current_stream = triton.runtime.driver.active.get_current_stream
 
 
-def name_fields(record: Any, values: Values) -> Any:
-    """``values`` as the NamedTuple ``record``, and those of its fields that are records too; constants marked as such."""
-    fields = record.__annotations__.items()
-    return record(*[_as_field(name, kind, value) for (name, kind), value in zip(fields, values)])
+def mark_constants(record: Any) -> Any:
+    """A record of :mod:`.kernels.params` as Triton's own launch takes it: its fields in capitals are constants."""
+
+    def marked(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return mark_constants(value)
+        return tl.constexpr(value) if name.isupper() and value is not None else value
+
+    return type(record)(*[marked(name, value) for name, value in zip(record._fields, record)])
 
 
-def _as_field(name: str, kind: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    if hasattr(kind, "_fields"):
-        return name_fields(kind, value)
-    return tl.constexpr(value) if name.isupper() else value
+def plain(record: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A record and those in it as plain tuples, whose items C code gets without a detour through Python."""
+    return tuple([plain(value) if isinstance(value, tuple) else value for value in record])
 
 
 def known_launcher(compiled: Any) -> Callable[..., object] | None:
@@ -111,12 +116,13 @@ def _takes_known_parameters(launcher: Callable[..., object]) -> bool:
     return is_known and rest.kind is inspect.Parameter.VAR_POSITIONAL
 
 
-def addresses_of(tensors: Values) -> tuple[Values, bool]:
+def addresses_of(tensors: Tensors) -> tuple[Addresses, bool]:
     """(the address of each tensor, whether all are multiples of 16)"""
     addresses = tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
     bits = 0
     for address in addresses:
-        bits |= address or 0
+        if address is not None:
+            bits |= address
     return addresses, bits % 16 == 0
 
 

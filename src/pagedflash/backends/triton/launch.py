@@ -7,7 +7,6 @@ plan, and adds the addresses of its tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -16,15 +15,29 @@ from torch import Tensor
 
 from ...geometry import decode_rows, max_visible_keys, queries_rotate_by_position, strides
 from ...problem import Append, AttentionProblem, CacheWrite, fold_scores
-from .compiled import CompiledLaunch, Values, addresses_of, has_pdl, num_sms
+from .compiled import CompiledLaunch, addresses_of, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
-from .kernels.params import AppendParams, CacheParams, DecodeTile, PrefillTile, QueryParams, Strides, WriteTile
+from .kernels.params import (
+    AppendParams,
+    CacheParams,
+    DecodeTile,
+    PrefillTile,
+    ProblemParams,
+    QueryParams,
+    Strides,
+    WriteParams,
+    WriteTile,
+)
 from .kernels.prefill import prefill
 from .kernels.score import ScoreParams
 from .semaphores import semaphores
 from .tiling import block_width, decode_tiling, power_of_two, prefill_tiling, stride_factor
+
+_FIELDS = [field.name for field in AttentionProblem.TENSOR_FIELDS]
+_WRITE = slice(_FIELDS.index("k"), _FIELDS.index("alibi_slopes"))
+"""Where a problem's tensors are those of its :class:`~pagedflash.problem.CacheWrite`."""
 
 MAX_DECODE_ROWS = 64
 """Packed-GQA rows up to which a call goes to ``decode``, which holds them all in one tile."""
@@ -56,7 +69,7 @@ class _Plan(NamedTuple):
     out_strides: tuple[int, ...]
     lse_shape: tuple[int, ...]
     lse_strides: tuple[int, ...]
-    kv_write: CompiledLaunch | None = None  # of more new tokens than ``decode`` appends itself
+    write: CompiledLaunch | None = None  # of more new tokens than ``decode`` appends itself
     attend: CompiledLaunch | None = None  # ``decode`` or ``prefill``; None where there is nothing to attend to
     partials: int = 0  # float32 elements of splits
     semaphores: int = 0  # where ``decode`` reduces splits itself
@@ -70,7 +83,7 @@ class _Plan(NamedTuple):
 
 def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend with ``decode`` (and ``combine``) or ``prefill``."""
-    tensors: Values = problem.tensors
+    tensors = problem.tensors
     q = cast(Tensor, tensors[0])
     dtype, device = q.dtype, q.device
     if _is_elsewhere(device):
@@ -83,8 +96,8 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     if out is None:
         out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
     lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
-    if plan.kv_write is not None:
-        plan.kv_write(tensors[_WRITE], addresses[_WRITE])
+    if plan.write is not None:
+        plan.write(tensors[_WRITE], addresses[_WRITE])
     if plan.attend is None:
         return out.zero_(), lse.fill_(math.inf)
     counters = partials = counters_at = partials_at = None
@@ -94,8 +107,8 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
         if plan.semaphores:
             counters = semaphores(device, plan.semaphores)
             counters_at = counters.data_ptr()
-    tensors = (*tensors, out, lse, counters, partials)
-    addresses = (*addresses, out.data_ptr(), lse.data_ptr(), counters_at, partials_at)
+    tensors = (*tensors, out, lse, partials, counters)
+    addresses = (*addresses, out.data_ptr(), lse.data_ptr(), partials_at, counters_at)
     plan.attend(tensors, addresses)
     if plan.combine is not None:
         plan.combine(tensors, addresses)
@@ -104,8 +117,8 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
 
 def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
-    tensors: Values = write.tensors
-    device = tensors[0].device
+    tensors = write.tensors
+    device = cast(Tensor, tensors[0]).device
     if _is_elsewhere(device):
         with torch.cuda.device(device):
             return kv_write(write)
@@ -129,30 +142,24 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str) ->
     fused_tokens = problem.num_new_tokens
     if problem.append is not None and (is_empty or not is_decode or fused_tokens > MAX_FUSED_TOKENS):
         fused_tokens = 0
-        plan = plan._replace(kv_write=_plan_write(problem.write, aligned))
+        plan = plan._replace(write=_plan_write(problem.write, aligned))
     if is_empty:
         return plan
-    bind_problem = _bind_problem(problem, aligned, precision)
+    params = _params(problem, aligned, precision)
     if is_decode:
-        return _with_decode(plan, problem, bind_problem, aligned, fused_tokens)
-    return plan._replace(attend=_plan_prefill(problem, bind_problem, aligned))
+        return _with_decode(plan, problem, params, aligned, fused_tokens)
+    return plan._replace(attend=_plan_prefill(problem, params, aligned))
 
 
-def _plan_prefill(problem: AttentionProblem, bind_problem: Callable[[Values], Values], aligned: bool) -> CompiledLaunch:
+def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: bool) -> CompiledLaunch:
     q, _, _, max_seqlen_q = problem.queries
     tiling = prefill_tiling(max_seqlen_q, block_width(q.shape[-1]), q.element_size())
     tile = PrefillTile(tiling.block_m, tiling.block_n)
     grid = (q.shape[-2], problem.batch_size, max(1, -(-max_seqlen_q // tiling.block_m)))
-
-    def bind(values: Values) -> Values:
-        return bind_problem(values), values[_OUTPUT], tile
-
-    return CompiledLaunch(prefill, grid, bind, q.device, aligned, **tiling.options)
+    return CompiledLaunch(prefill, grid, params, tile, q.device, aligned, **tiling.options)
 
 
-def _with_decode(
-    plan: _Plan, problem: AttentionProblem, bind_problem: Callable[[Values], Values], aligned: bool, fused_tokens: int
-) -> _Plan:
+def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, aligned: bool, fused_tokens: int) -> _Plan:
     q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
     device, batch_size, kv_heads = q.device, problem.batch_size, k.shape[-2]
     block_dv = block_width(v.shape[-1])
@@ -184,13 +191,10 @@ def _with_decode(
         REDUCE_ROWS=reduce_rows,
         REDUCE_SPLITS=max(1, min(splits_together, values_together // (reduce_rows * block_dv))),
         PDL=pdl,
+        num_ctas=num_ctas,
     )
-    scratch_numbers = (num_ctas if split_kv else None,)
-
-    def bind(values: Values) -> Values:
-        return bind_problem(values), values[_OUTPUT], values[_SCRATCH] + scratch_numbers, tile
-
-    plan = plan._replace(attend=CompiledLaunch(decode, (num_ctas, 1, 1), bind, device, aligned, **tiling.options))
+    attend = CompiledLaunch(decode, (num_ctas, 1, 1), params, tile, device, aligned, **tiling.options)
+    plan = plan._replace(attend=attend)
     if not split_kv:
         return plan
     plan = plan._replace(partials=(work_tiles + num_ctas) * rows * (block_dv + 2))
@@ -198,7 +202,7 @@ def _with_decode(
         return plan._replace(semaphores=work_tiles)
     grid = (kv_heads * rows // reduce_rows, batch_size, 1)
     options: dict[str, object] = dict(num_warps=4, num_stages=1, **(dict(launch_pdl=True) if pdl else {}))
-    return plan._replace(combine=CompiledLaunch(combine, grid, bind, device, aligned, **options))
+    return plan._replace(combine=CompiledLaunch(combine, grid, params, tile, device, aligned, **options))
 
 
 def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
@@ -207,69 +211,50 @@ def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
     if 0 in k_new.shape:
         return None
     align = stride_factor((k_new, v_new, write.cache.k, write.cache.v), aligned)
-    cache = _cache_numbers(write, align)
-    append = _append_numbers(write.append, align)
+    params = WriteParams(_cache_params(write, align), _append_params(write.append, align))
     batch_size, seqlen_new, kv_heads, _ = k_new.shape
     tile = WriteTile(BLOCK_NEW=min(16, power_of_two(seqlen_new)))
-
-    def bind(values: Values) -> Values:
-        return values[: _K_NEW - _K] + cache, values[_K_NEW - _K :] + append, tile
-
     grid = (kv_heads, batch_size, -(-seqlen_new // tile.BLOCK_NEW))
     num_warps = 1 if tile.BLOCK_NEW == 1 else 4
-    return CompiledLaunch(kv_write_kernel, grid, bind, k_new.device, aligned, num_warps=num_warps, num_stages=1)
+    return CompiledLaunch(kv_write_kernel, grid, params, tile, k_new.device, aligned, num_warps=num_warps, num_stages=1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Arguments: the kernels' records, whose tensors come as the problem has them, and whose numbers the plan holds
+# What kernels are told of a signature
 # --------------------------------------------------------------------------------------------------------------------
 
-_FIELDS = [field.name for field in AttentionProblem.TENSOR_FIELDS]
-_K, _K_NEW, _ALIBI_SLOPES = map(_FIELDS.index, ("k", "k_new", "alibi_slopes"))
-_QUERIES, _CACHE, _APPEND = slice(_K), slice(_K, _K_NEW), slice(_K_NEW, _ALIBI_SLOPES)
-_SCORE = slice(_ALIBI_SLOPES, len(_FIELDS))
-_WRITE = slice(_K, _ALIBI_SLOPES)
-_OUTPUT, _SCRATCH = slice(len(_FIELDS), len(_FIELDS) + 2), slice(len(_FIELDS) + 2, len(_FIELDS) + 4)
 
-
-def _bind_problem(problem: AttentionProblem, aligned: bool, precision: str) -> Callable[[Values], Values]:
-    """A function that puts the problem's numbers behind its tensors, record by record."""
+def _params(problem: AttentionProblem, aligned: bool, precision: str) -> ProblemParams:
     q, _, _, max_seqlen_q = problem.queries
     new_tokens = [] if problem.append is None else list(problem.append[:2])
     align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
     folded, slopes = fold_scores(problem.scores), problem.scores.alibi_slopes
-    used = folded._asdict() | dict(
+    used: dict[str, Any] = folded._asdict() | dict(
         softcap=folded.softcap if folded.softcap > 0 else None,
         window_left=folded.window_left if folded.window_left >= 0 else None,
         window_right=folded.window_right if folded.window_right >= 0 else None,
     )
-    queries = _numbers(
-        QueryParams,
-        strides=_divided(q, align),
-        batch_size=problem.batch_size,
-        total_q=q.shape[0],
-        max_seqlen_q=max_seqlen_q,
-        GROUP=problem.group,
+    return ProblemParams(
+        QueryParams(
+            strides=_divided(q, align),
+            batch_size=problem.batch_size,
+            total_q=q.shape[0],
+            max_seqlen_q=max_seqlen_q,
+            GROUP=problem.group,
+        ),
+        _cache_params(problem, align),
+        _append_params(problem.append, align, queries_rotate_by_position(problem)),
+        ScoreParams(
+            **used,
+            SLOPES_STRIDE=None if slopes is None else q.shape[-2] if slopes.dim() == 2 else 0,
+            PRECISION=precision,
+        ),
     )
-    cache = _cache_numbers(problem, align)
-    append = _append_numbers(problem.append, align, queries_rotate_by_position(problem))
-    score = _numbers(
-        ScoreParams,
-        **used,
-        SLOPES_STRIDE=q.shape[-2] if slopes is not None and slopes.dim() == 2 else 0,
-        PRECISION=precision,
-    )
-
-    def bind(values: Values) -> Values:
-        return values[_QUERIES] + queries, values[_CACHE] + cache, values[_APPEND] + append, values[_SCORE] + score
-
-    return bind
 
 
-def _cache_numbers(problem: AttentionProblem | CacheWrite, align: int) -> Values:
+def _cache_params(problem: AttentionProblem | CacheWrite, align: int) -> CacheParams:
     k, v, block_table = problem.cache[:3]
-    return _numbers(
-        CacheParams,
+    return CacheParams(
         k_strides=_divided(k, align),
         v_strides=None if strides(v) == strides(k) else _divided(v, align),
         capacity=problem.capacity,
@@ -284,24 +269,19 @@ def _cache_numbers(problem: AttentionProblem | CacheWrite, align: int) -> Values
     )
 
 
-def _append_numbers(append: Append | None, align: int, queries_by_position: bool = True) -> Values:
-    rotary_cos = None if append is None else append.rotary_cos
-    return _numbers(
-        AppendParams,
-        k_strides=None if append is None else _divided(append.k_new, align),
-        v_strides=None if append is None else _divided(append.v_new, align),
-        seqlen_new=0 if append is None else append.k_new.shape[1],
-        rotary_len=None if rotary_cos is None else rotary_cos.shape[0],
-        ROTARY_DIM=None if rotary_cos is None else 2 * rotary_cos.shape[1],
-        INTERLEAVED=append is not None and append.rotary_interleaved,
+def _append_params(append: Append | None, align: int, queries_by_position: bool = True) -> AppendParams:
+    if append is None:
+        return AppendParams(None, None, 0, None, None, None, None)
+    cos = append.rotary_cos
+    return AppendParams(
+        k_strides=_divided(append.k_new, align),
+        v_strides=_divided(append.v_new, align),
+        seqlen_new=append.k_new.shape[1],
+        rotary_len=None if cos is None else cos.shape[0],
+        ROTARY_DIM=None if cos is None else 2 * cos.shape[1],
+        INTERLEAVED=append.rotary_interleaved,
         QUERIES_BY_POSITION=queries_by_position,
     )
-
-
-def _numbers(record: type[tuple[Any, ...]], **numbers: Any) -> Values:
-    """The numbers of a record, in its order."""
-    names = record._fields[-len(numbers) :]  # type: ignore[attr-defined]
-    return tuple(numbers[name] for name in names)
 
 
 def _divided(tensor: Tensor, align: int) -> Strides:

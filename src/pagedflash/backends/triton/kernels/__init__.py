@@ -1,4 +1,4 @@
 """The four kernels, and the stages they share.
 
-A kernel takes records (:mod:`.params`), one for each part of a problem, and hands them on to its stages.
+A kernel takes records (:mod:`.params`): the tensors of a call, the params of its problem, and how the work is tiled.
 """

@@ -11,14 +11,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from .output import store_output
-from .params import DecodeTile, Output, Problem, Scratch
+from .params import DecodeTile, ProblemParams, Tensors
 from .queries import output_rows
 from .schedule import count_active_ctas, cta_of, locate_sequence, sequence_work
 from .softmax import SoftmaxState, raise_max
 
 
 @triton.jit
-def combine(problem: Problem, output: Output, scratch: Scratch, tile: DecodeTile):
+def combine(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     """REDUCE_ROWS rows of one work tile. If PDL, it is launched while ``decode`` still runs."""
     kv_head = tl.program_id(0) % problem.cache.HEADS
     row = tl.program_id(0) // problem.cache.HEADS * tile.REDUCE_ROWS + tl.arange(0, tile.REDUCE_ROWS)
@@ -26,14 +26,14 @@ def combine(problem: Problem, output: Output, scratch: Scratch, tile: DecodeTile
 
     # ---- Which CTAs of decode have its splits ----
     work_tiles = problem.queries.batch_size * problem.cache.HEADS
-    first_tile, total_tiles, longest = locate_sequence(b, problem, tile)
-    tiles = sequence_work(b, b < problem.queries.batch_size, problem, tile).tiles
+    first_tile, total_tiles, longest = locate_sequence(tensors, problem, tile, b)
+    tiles = sequence_work(tensors, problem, tile, b, b < problem.queries.batch_size).tiles
     first_tile += kv_head * tiles
     work_tile = b * problem.cache.HEADS + kv_head
-    active_ctas = count_active_ctas(total_tiles, longest, work_tiles, scratch.num_ctas)
+    active_ctas = count_active_ctas(total_tiles, longest, work_tiles, tile.num_ctas)
     first = work_tile + cta_of(first_tile, active_ctas, total_tiles)
     last = work_tile + cta_of(first_tile + tiles - 1, active_ctas, total_tiles)
-    first_row, owned_rows = output_rows(b, problem.queries)
+    first_row, owned_rows = output_rows(tensors, problem, b)
 
     # ---- The splits, some at a time ----
     if tile.PDL:
@@ -44,14 +44,14 @@ def combine(problem: Problem, output: Output, scratch: Scratch, tile: DecodeTile
     acc = tl.zeros([tile.REDUCE_ROWS, problem.cache.BLOCK_DV], tl.float32)
     row_max = tl.full([tile.REDUCE_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([tile.REDUCE_ROWS], tl.float32)
-    maxima, sums = split_states(problem, scratch, tile)
+    maxima, sums = split_states(tensors, problem, tile)
     for start in range(first, last + 1, tile.REDUCE_SPLITS):
         split = start + tl.arange(0, tile.REDUCE_SPLITS)
         there = (split <= last)[:, None]
         rows = split.to(tl.int64)[:, None] * tile.ROWS + row[None, :]
         split_max = tl.load(maxima + rows, there, other=float("-inf"))
         split_sum = tl.load(sums + rows, there, other=0.0)
-        pointers = scratch.partials + rows[:, :, None] * problem.cache.BLOCK_DV + d[None, None, :]
+        pointers = tensors.partials + rows[:, :, None] * problem.cache.BLOCK_DV + d[None, None, :]
         split_acc = tl.load(pointers, there[:, :, None], other=0.0)
 
         row_max, subtrahend, alpha = raise_max(row_max, tl.max(split_max, 0), True)
@@ -62,7 +62,7 @@ def combine(problem: Problem, output: Output, scratch: Scratch, tile: DecodeTile
     i = row // problem.queries.GROUP
     head = kv_head * problem.queries.GROUP + row % problem.queries.GROUP
     state = SoftmaxState(acc, row_max, row_sum)
-    store_output(problem, output, state, b, first_row, i, head, i < owned_rows)
+    store_output(tensors, problem, state, b, first_row, i, head, i < owned_rows)
 
 
 @triton.jit
@@ -76,14 +76,14 @@ def is_last(semaphore, others):
 
 
 @triton.jit
-def reduce_few(problem, scratch, tile, first, last):
+def reduce_few(tensors, problem, tile, first, last):
     """The state of all ROWS rows from splits ``first`` to ``last``, of which REDUCE_SPLITS are loaded together."""
     row = tl.arange(0, tile.ROWS)
     d = tl.arange(0, problem.cache.BLOCK_DV)
     acc = tl.zeros([tile.ROWS, problem.cache.BLOCK_DV], tl.float32)
     row_max = tl.full([tile.ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([tile.ROWS], tl.float32)
-    maxima, sums = split_states(problem, scratch, tile)
+    maxima, sums = split_states(tensors, problem, tile)
     for start in range(first, last + 1, tile.REDUCE_SPLITS):
         for step in tl.static_range(tile.REDUCE_SPLITS):
             split = start + step
@@ -92,7 +92,7 @@ def reduce_few(problem, scratch, tile, first, last):
             # Past the L1 cache: other SMs have just written them.
             split_max = tl.load(maxima + rows, there, other=float("-inf"), cache_modifier=".cg")
             split_sum = tl.load(sums + rows, there, other=0.0, cache_modifier=".cg")
-            pointers = scratch.partials + rows[:, None] * problem.cache.BLOCK_DV + d[None, :]
+            pointers = tensors.partials + rows[:, None] * problem.cache.BLOCK_DV + d[None, :]
             split_acc = tl.load(pointers, there[:, None], other=0.0, cache_modifier=".cg")
 
             row_max, subtrahend, alpha = raise_max(row_max, split_max, True)
@@ -103,21 +103,21 @@ def reduce_few(problem, scratch, tile, first, last):
 
 
 @triton.jit
-def split_states(problem, scratch, tile):
+def split_states(tensors, problem, tile):
     """Where the maxima and the sums lie, behind the accumulators ``(splits, ROWS, BLOCK_DV)`` of one buffer."""
-    splits = problem.queries.batch_size * problem.cache.HEADS + scratch.num_ctas
-    maxima = scratch.partials + tl.cast(splits, tl.int64) * tile.ROWS * problem.cache.BLOCK_DV
+    splits = problem.queries.batch_size * problem.cache.HEADS + tile.num_ctas
+    maxima = tensors.partials + tl.cast(splits, tl.int64) * tile.ROWS * problem.cache.BLOCK_DV
     return maxima, maxima + splits * tile.ROWS
 
 
 @triton.jit
-def store_split(problem, scratch, tile, split, state):
+def store_split(tensors, problem, tile, split, state):
     """Leave a softmax state to be reduced."""
     row = tl.arange(0, tile.BLOCK_M)
     d = tl.arange(0, problem.cache.BLOCK_DV)
     real = row < tile.ROWS
     rows = split.to(tl.int64) * tile.ROWS + row
-    maxima, sums = split_states(problem, scratch, tile)
-    tl.store(scratch.partials + rows[:, None] * problem.cache.BLOCK_DV + d[None, :], state.acc, real[:, None])
+    maxima, sums = split_states(tensors, problem, tile)
+    tl.store(tensors.partials + rows[:, None] * problem.cache.BLOCK_DV + d[None, :], state.acc, real[:, None])
     tl.store(maxima + rows, state.row_max, real)
     tl.store(sums + rows, state.row_sum, real)

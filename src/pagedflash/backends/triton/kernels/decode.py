@@ -20,7 +20,7 @@ from .kv_format import load_keys, load_values
 from .kv_write import append_tokens
 from .output import clear_rows_behind, store_output
 from .paging import load_pages, view_kv
-from .params import DecodeTile, Output, Problem, Scratch
+from .params import DecodeTile, ProblemParams, Tensors
 from .queries import load_queries, output_rows
 from .schedule import count_active_ctas, cta_of, first_tile_of, locate_sequence, sequence_of, sequence_work
 from .score import RowScores, row_scores
@@ -28,7 +28,7 @@ from .softmax import SoftmaxState, attend_tile
 
 
 @triton.jit
-def decode(problem: Problem, output: Output, scratch: Scratch, tile: DecodeTile):
+def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     """A CTA takes the KV tiles ``[tile_index, tile_end)``, work tile by work tile."""
     GROUP: tl.constexpr = problem.queries.GROUP
     KV_HEADS: tl.constexpr = problem.cache.HEADS
@@ -38,19 +38,19 @@ def decode(problem: Problem, output: Output, scratch: Scratch, tile: DecodeTile)
     if tile.PDL:
         gdc_launch_dependents()  # combine may be set up while this runs
 
-    if problem.queries.cu_seqlens_q is not None:
-        clear_rows_behind(problem, output, cta, tl.num_programs(0))
+    if tensors.cu_seqlens_q is not None:
+        clear_rows_behind(tensors, problem, cta, tl.num_programs(0))
 
     # ---- This CTA's KV tiles, and the sequence of the first ----
     if tile.SPLIT_KV:
-        _, total_tiles, longest = locate_sequence(0, problem, tile)
-        active_ctas = count_active_ctas(total_tiles, longest, batch_size * KV_HEADS, scratch.num_ctas)
+        _, total_tiles, longest = locate_sequence(tensors, problem, tile, 0)
+        active_ctas = count_active_ctas(total_tiles, longest, batch_size * KV_HEADS, tile.num_ctas)
         tile_index = first_tile_of(cta, active_ctas, total_tiles)
         tile_end = first_tile_of(cta + 1, active_ctas, total_tiles)
-        b, sequence_begin = sequence_of(tile_index, problem, tile)
+        b, sequence_begin = sequence_of(tensors, problem, tile, tile_index)
     else:
         b = cta // KV_HEADS
-        tiles = sequence_work(b, b < batch_size, problem, tile).tiles
+        tiles = sequence_work(tensors, problem, tile, b, b < batch_size).tiles
         sequence_begin = 0
         tile_index = cta % KV_HEADS * tiles
         tile_end = tile_index + tiles
@@ -59,7 +59,7 @@ def decode(problem: Problem, output: Output, scratch: Scratch, tile: DecodeTile)
     row = tl.arange(0, tile.BLOCK_M)
     i = row // GROUP
     while tile_index < tile_end:
-        work = sequence_work(b, b < batch_size, problem, tile)
+        work = sequence_work(tensors, problem, tile, b, b < batch_size)
         kv_head = (tile_index - sequence_begin) // work.tiles
         work_begin = sequence_begin + kv_head * work.tiles
         work_end = work_begin + work.tiles
@@ -67,18 +67,18 @@ def decode(problem: Problem, output: Output, scratch: Scratch, tile: DecodeTile)
         count = tl.minimum(work_end, tile_end) - tile_index
 
         # The pages of a tile are looked up one tile ahead; those of the first one while the queries are on their way.
-        kv = view_kv(problem.cache, b, kv_head, work.begin, work.end)
-        pages = load_pages(problem.cache, kv, first_tile, tile.BLOCK_N)
+        kv = view_kv(tensors, problem, b, kv_head, work.begin, work.end)
+        pages = load_pages(problem, kv, first_tile, tile.BLOCK_N)
 
         # The rows: query i of the sequence for query head `head`.
         head = kv_head * GROUP + row % GROUP
-        first_row, owned_rows = output_rows(b, problem.queries)
+        first_row, owned_rows = output_rows(tensors, problem, b)
         used = (i < work.seqlen_q) & (work.seqlen_k >= 0)
         rows = row_scores(
-            problem, b, head, i, used, work.seqlen_q, work.seqlen_k, work.begin, tl.maximum(work.seqlen_k, 0)
+            tensors, problem, b, head, i, used, work.seqlen_q, work.seqlen_k, work.begin, tl.maximum(work.seqlen_k, 0)
         )  # fmt: skip
         cached_rows = RowScores(rows.position, rows.first, tl.minimum(rows.last, work.end - 1), rows.slope)
-        q_tile = load_queries(problem, b, first_row, i, head, used)
+        q_tile = load_queries(tensors, problem, b, first_row, i, head, used)
 
         # The keys.
         state = SoftmaxState(
@@ -87,11 +87,11 @@ def decode(problem: Problem, output: Output, scratch: Scratch, tile: DecodeTile)
             tl.zeros([tile.BLOCK_M, tile.BLOCK_N], tl.float32),
         )
         for kv_tile in range(first_tile, first_tile + count):
-            k_tile = load_keys(problem.cache, kv, pages, kv_tile, tile.BLOCK_N, True)
-            v_tile = load_values(problem.cache, kv, pages, kv_tile, tile.BLOCK_N, True)
-            pages = load_pages(problem.cache, kv, kv_tile + 1, tile.BLOCK_N)
+            k_tile = load_keys(problem, kv, pages, kv_tile, tile.BLOCK_N, True)
+            v_tile = load_values(problem, kv, pages, kv_tile, tile.BLOCK_N, True)
+            pages = load_pages(problem, kv, kv_tile + 1, tile.BLOCK_N)
             slots = kv_tile * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
-            state = attend_tile(state, q_tile, k_tile, v_tile, slots, cached_rows, problem.score, True, True)
+            state = attend_tile(problem, state, q_tile, k_tile, v_tile, slots, cached_rows, True, True)
         total = SoftmaxState(state.acc, state.row_max, tl.sum(state.row_sum, 1))
 
         # The new tokens, with the last tile.
@@ -100,28 +100,28 @@ def decode(problem: Problem, output: Output, scratch: Scratch, tile: DecodeTile)
                 seqlen_cached = work.seqlen_k - problem.append.seqlen_new
                 token = tl.arange(0, tile.BLOCK_NEW)
                 k_new, v_new = append_tokens(
-                    problem.cache, problem.append, b, kv_head, token, tl.where(work.seqlen_k < 0, -1, seqlen_cached)
+                    tensors, problem, b, kv_head, token, tl.where(work.seqlen_k < 0, -1, seqlen_cached)
                 )
                 slots = seqlen_cached + token
-                total = attend_tile(total, q_tile, k_new, v_new, slots, rows, problem.score, True, False)
+                total = attend_tile(problem, total, q_tile, k_new, v_new, slots, rows, True, False)
 
         # The output, or a split.
         if tile.SPLIT_KV:
             if count < work.tiles:
                 work_tile = b * KV_HEADS + kv_head
-                store_split(problem, scratch, tile, work_tile + cta, total)
-                if scratch.semaphores is not None:
+                store_split(tensors, problem, tile, work_tile + cta, total)
+                if tensors.semaphores is not None:
                     first_cta = cta_of(work_begin, active_ctas, total_tiles)
                     last_cta = cta_of(work_end - 1, active_ctas, total_tiles)
-                    if is_last(scratch.semaphores + work_tile, last_cta - first_cta):
-                        reduced = reduce_few(problem, scratch, tile, work_tile + first_cta, work_tile + last_cta)
+                    if is_last(tensors.semaphores + work_tile, last_cta - first_cta):
+                        reduced = reduce_few(tensors, problem, tile, work_tile + first_cta, work_tile + last_cta)
                         reduced_row = tl.arange(0, tile.ROWS)
                         reduced_i = reduced_row // GROUP
                         reduced_head = kv_head * GROUP + reduced_row % GROUP
                         owned = reduced_i < owned_rows
-                        store_output(problem, output, reduced, b, first_row, reduced_i, reduced_head, owned)
+                        store_output(tensors, problem, reduced, b, first_row, reduced_i, reduced_head, owned)
         if count == work.tiles:
-            store_output(problem, output, total, b, first_row, i, head, i < owned_rows)
+            store_output(tensors, problem, total, b, first_row, i, head, i < owned_rows)
 
         tile_index += count
         if tile_index == sequence_begin + work.tiles * KV_HEADS:

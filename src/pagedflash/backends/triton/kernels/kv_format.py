@@ -4,27 +4,28 @@ import triton
 import triton.language as tl
 
 from .paging import slots_in_page
+from .params import in_elements
 
 
 @triton.jit
-def load_keys(cache, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+def load_keys(problem, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
     """``(BLOCK_N, BLOCK_D)`` keys: those of KV tile ``tile_index``, which lie in ``pages``."""
     return load_tile(
-        view.k, view.k_strides, cache, view, pages, tile_index, cache.D, cache.BLOCK_D, BLOCK_N, MASKED
+        problem, view, view.k, view.k_strides, pages, tile_index, problem.cache.D, problem.cache.BLOCK_D, BLOCK_N, MASKED
     )  # fmt: skip
 
 
 @triton.jit
-def load_values(cache, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+def load_values(problem, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
     """``(BLOCK_N, BLOCK_DV)`` values."""
     return load_tile(
-        view.v, view.v_strides, cache, view, pages, tile_index, cache.DV, cache.BLOCK_DV, BLOCK_N, MASKED
+        problem, view, view.v, view.v_strides, pages, tile_index, problem.cache.DV, problem.cache.BLOCK_DV, BLOCK_N, MASKED
     )  # fmt: skip
 
 
 @triton.jit
 def load_tile(
-    base, strides, cache, view, pages, tile_index,
+    problem, view, base, strides, pages, tile_index,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """If MASKED, the slots outside ``[view.begin, view.end)`` are zeros.
@@ -33,7 +34,7 @@ def load_tile(
     """
     slots = tile_index * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_WIDTH)
-    within = slots_in_page(cache, view, slots).to(tl.int64)
+    within = slots_in_page(problem, view, slots).to(tl.int64)
     rows = pages.to(tl.int64) * strides.batch + within * strides.token
     pointers = base + rows[:, None] + d[None, :]
     if MASKED:
@@ -47,8 +48,24 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(base, strides, page, slot, tile, written, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Store the rows of ``tile`` at ``slot`` of ``page`` (vectors), where ``written``."""
+def store_keys(tensors, problem, kv_head, page, slot, tile, written):
+    """Store the rows of ``tile`` as keys at ``slot`` of ``page`` (vectors), where ``written``."""
+    strides = in_elements(problem.cache.k_strides)
+    store_tile(tensors.k, strides, kv_head, page, slot, tile, written, problem.cache.D, problem.cache.BLOCK_D)
+
+
+@triton.jit
+def store_values(tensors, problem, kv_head, page, slot, tile, written):
+    strides = in_elements(problem.cache.k_strides)
+    if problem.cache.v_strides is not None:
+        strides = in_elements(problem.cache.v_strides)
+    store_tile(tensors.v, strides, kv_head, page, slot, tile, written, problem.cache.DV, problem.cache.BLOCK_DV)
+
+
+@triton.jit
+def store_tile(
+    base, strides, kv_head, page, slot, tile, written, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):  # fmt: skip
     d = tl.arange(0, BLOCK_WIDTH)
-    rows = base + page.to(tl.int64) * strides.batch + slot.to(tl.int64) * strides.token
+    rows = base + kv_head * strides.head + page.to(tl.int64) * strides.batch + slot.to(tl.int64) * strides.token
     tl.store(rows[:, None] + d[None, :], tile, written[:, None] & (d < WIDTH)[None, :])

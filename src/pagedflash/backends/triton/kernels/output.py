@@ -7,30 +7,30 @@ from .softmax import normalize
 
 
 @triton.jit
-def store_output(problem, output, state, b, first_row, i, head, owned):
+def store_output(tensors, problem, state, b, first_row, i, head, owned):
     """Normalise the rows of query ``i`` for query head ``head`` and store those ``owned``, with their LSE."""
     HEADS: tl.constexpr = problem.cache.HEADS * problem.queries.GROUP
-    values, lse = normalize(state, problem.score, head, owned)
+    values, lse = normalize(tensors, state, head, owned)
     row = (first_row + i).to(tl.int64)
     d = tl.arange(0, problem.cache.BLOCK_DV)
-    pointers = output.out + ((row * HEADS + head) * problem.cache.DV)[:, None] + d[None, :]
-    tl.store(pointers, values.to(output.out.dtype.element_ty), owned[:, None] & (d < problem.cache.DV)[None, :])
-    if problem.queries.cu_seqlens_q is None:  # (B, Hq, Sq)
+    pointers = tensors.out + ((row * HEADS + head) * problem.cache.DV)[:, None] + d[None, :]
+    tl.store(pointers, values.to(tensors.out.dtype.element_ty), owned[:, None] & (d < problem.cache.DV)[None, :])
+    if tensors.cu_seqlens_q is None:  # (B, Hq, Sq)
         lse_row = (b.to(tl.int64) * HEADS + head) * problem.queries.max_seqlen_q + i
     else:  # (Hq, total_q)
         lse_row = head * tl.cast(problem.queries.total_q, tl.int64) + row
-    tl.store(output.lse + lse_row, lse, owned)
+    tl.store(tensors.lse + lse_row, lse, owned)
 
 
 @triton.jit
-def clear_rows_behind(problem, output, first, step):
+def clear_rows_behind(tensors, problem, first, step):
     """Packed rows behind the last sequence give 0 and +inf. Of them, every ``step``-th from ``first``."""
     HEADS: tl.constexpr = problem.cache.HEADS * problem.queries.GROUP
     d = tl.arange(0, problem.cache.BLOCK_DV)
-    zeros = tl.zeros([problem.cache.BLOCK_DV], output.out.dtype.element_ty)
-    behind = tl.load(problem.queries.cu_seqlens_q + problem.queries.batch_size).to(tl.int64)
+    zeros = tl.zeros([problem.cache.BLOCK_DV], tensors.out.dtype.element_ty)
+    behind = tl.load(tensors.cu_seqlens_q + problem.queries.batch_size).to(tl.int64)
     total_q = tl.cast(problem.queries.total_q, tl.int64)
     for row in range(behind + first, total_q, step):
         for head in range(0, HEADS):
-            tl.store(output.out + (row * HEADS + head) * problem.cache.DV + d, zeros, d < problem.cache.DV)
-            tl.store(output.lse + head * total_q + row, float("inf"))
+            tl.store(tensors.out + (row * HEADS + head) * problem.cache.DV + d, zeros, d < problem.cache.DV)
+            tl.store(tensors.lse + head * total_q + row, float("inf"))

@@ -23,50 +23,50 @@ class KVView(NamedTuple):
 
 
 @triton.jit
-def view_kv(cache, b, kv_head, begin, end):
+def view_kv(tensors, problem, b, kv_head, begin, end):
     """The slots ``[begin, end)`` of sequence ``b`` and KV head ``kv_head``."""
-    k_strides = in_elements(cache.k_strides)
+    k_strides = in_elements(problem.cache.k_strides)
     v_strides = k_strides
-    if cache.v_strides is not None:
-        v_strides = in_elements(cache.v_strides)
+    if problem.cache.v_strides is not None:
+        v_strides = in_elements(problem.cache.v_strides)
     row = b * 0
     offset = b * 0
-    if cache.block_table is not None:
-        row = cache.block_table + b.to(tl.int64) * cache.table_width
-    elif cache.cu_seqlens_k is not None:
-        offset = tl.load(cache.cu_seqlens_k + b)
-    elif cache.cache_batch_idx is not None:
-        row = tl.load(cache.cache_batch_idx + b)
+    if tensors.block_table is not None:
+        row = tensors.block_table + b.to(tl.int64) * problem.cache.table_width
+    elif tensors.cu_seqlens_k is not None:
+        offset = tl.load(tensors.cu_seqlens_k + b)
+    elif tensors.cache_batch_idx is not None:
+        row = tl.load(tensors.cache_batch_idx + b)
     else:
         row = b
-    k = cache.k + kv_head * k_strides.head
-    v = cache.v + kv_head * v_strides.head
+    k = tensors.k + kv_head * k_strides.head
+    v = tensors.v + kv_head * v_strides.head
     return KVView(k, v, k_strides, v_strides, row, offset, begin, end)
 
 
 @triton.jit
-def load_pages(cache, view, tile_index, BLOCK_N: tl.constexpr):
+def load_pages(problem, view, tile_index, BLOCK_N: tl.constexpr):
     """Pages of the slots of a KV tile: one number where the tile lies within one page, else one for each slot.
 
     Entries of the table that ``[view.begin, view.end)`` does not reach are not read. In a dense cache, the "page" is the
     sequence's row.
     """
     first_slot = tile_index * BLOCK_N
-    if cache.block_table is None:
+    if problem.cache.PAGE_SIZE is None:
         pages = view.row
-    elif cache.PAGE_SIZE % BLOCK_N == 0:
-        pages = tl.load(view.row + first_slot // cache.PAGE_SIZE, first_slot < view.end, other=0)
+    elif problem.cache.PAGE_SIZE % BLOCK_N == 0:
+        pages = tl.load(view.row + first_slot // problem.cache.PAGE_SIZE, first_slot < view.end, other=0)
     else:
         slots = first_slot + tl.arange(0, BLOCK_N)
-        pages = tl.load(view.row + slots // cache.PAGE_SIZE, (slots >= view.begin) & (slots < view.end), other=0)
+        pages = tl.load(view.row + slots // problem.cache.PAGE_SIZE, (slots >= view.begin) & (slots < view.end), other=0)
     return pages
 
 
 @triton.jit
-def slots_in_page(cache, view, slots):
+def slots_in_page(problem, view, slots):
     """Slots of a sequence -> slots of their pages."""
-    if cache.block_table is None:
+    if problem.cache.PAGE_SIZE is None:
         within = slots + view.offset
     else:
-        within = slots % cache.PAGE_SIZE
+        within = slots % problem.cache.PAGE_SIZE
     return within

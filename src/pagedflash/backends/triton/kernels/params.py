@@ -1,4 +1,4 @@
-"""The records that kernels take: pointers first, in the order of a problem's tensors, then numbers.
+"""The records that kernels take: the tensors of a call, and what is the same for all calls of one signature.
 
 A field in capitals is a constant when the kernel is compiled, and so is a None, which says that an option is not used. An
 assignment turns the constants of a record into values, and no function can return a None: hand records on as arguments, or
@@ -13,16 +13,57 @@ import triton.language as tl
 from .score import ScoreParams
 
 
+class Tensors(NamedTuple):
+    """Pointers: a problem's tensors, in its order, and what a call allocates."""
+
+    q: Any  # (B, Sq, Hq, D) | packed (total_q, Hq, D)
+    cu_seqlens_q: Any
+    seqused_q: Any
+    k: Any  # pages (num_pages, page_size, Hkv, D) | packed (total_k, Hkv, D) | dense (B_cache, Sk, Hkv, D)
+    v: Any
+    block_table: Any
+    cache_batch_idx: Any
+    cache_leftpad: Any
+    seqused_k: Any
+    cu_seqlens_k: Any
+    k_new: Any  # (B, S_new, Hkv, D)
+    v_new: Any
+    rotary_cos: Any  # (rotary_len, ROTARY_DIM / 2)
+    rotary_sin: Any
+    alibi_slopes: Any
+    sinks: Any
+    out: Any  # (B, Sq, Hq, Dv) | (total_q, Hq, Dv), contiguous
+    lse: Any  # (B, Hq, Sq) | (Hq, total_q) float32, contiguous
+    partials: Any  # accumulators, maxima and sums of all splits, float32; None: no work tile is split
+    semaphores: Any  # one int32 for each work tile; None: ``combine`` reduces the splits
+
+
+class WriteTensors(NamedTuple):
+    """Those of a write: the cache's and the append's."""
+
+    k: Any
+    v: Any
+    block_table: Any
+    cache_batch_idx: Any
+    cache_leftpad: Any
+    seqused_k: Any
+    cu_seqlens_k: Any
+    k_new: Any
+    v_new: Any
+    rotary_cos: Any
+    rotary_sin: Any
+
+
 class Strides(NamedTuple):
     """Elements from one sequence (or page), token and head to the next, divided by ALIGN.
 
     So the compiler knows that rows start at multiples of ALIGN elements, and loads them in one piece.
     """
 
-    batch: Any
-    token: Any
-    head: Any
-    ALIGN: Any
+    batch: int
+    token: int
+    head: int
+    ALIGN: int
 
 
 class ElementStrides(NamedTuple):
@@ -34,92 +75,71 @@ class ElementStrides(NamedTuple):
 
 
 class QueryParams(NamedTuple):
-    q: Any  # (B, Sq, Hq, D) | packed (total_q, Hq, D)
-    cu_seqlens_q: Any
-    seqused_q: Any
     strides: Strides
-    batch_size: Any
-    total_q: Any
-    max_seqlen_q: Any  # of each sequence, unless packed
-    GROUP: Any  # query heads of a KV head
+    batch_size: int
+    total_q: int
+    max_seqlen_q: int  # of each sequence, unless packed
+    GROUP: int  # query heads of a KV head
 
 
 class CacheParams(NamedTuple):
-    k: Any  # pages (num_pages, page_size, Hkv, D) | packed (total_k, Hkv, D) | dense (B_cache, Sk, Hkv, D)
-    v: Any
-    block_table: Any
-    cache_batch_idx: Any
-    cache_leftpad: Any
-    seqused_k: Any
-    cu_seqlens_k: Any
     k_strides: Strides
-    v_strides: Strides  # None: as k's, so that offsets are computed once
-    capacity: Any  # tokens that fit one sequence
-    num_pages: Any  # or rows of a dense cache
-    table_width: Any
-    HEADS: Any
-    D: Any
-    DV: Any
-    BLOCK_D: Any  # widths of the tiles, powers of two
-    BLOCK_DV: Any
-    PAGE_SIZE: Any
+    v_strides: Strides | None  # None: as k's, so that offsets are computed once
+    capacity: int  # tokens that fit one sequence
+    num_pages: int  # or rows of a dense cache
+    table_width: int | None
+    HEADS: int
+    D: int
+    DV: int
+    BLOCK_D: int  # widths of the tiles, powers of two
+    BLOCK_DV: int
+    PAGE_SIZE: int | None
 
 
 class AppendParams(NamedTuple):
-    k_new: Any  # (B, S_new, Hkv, D)
-    v_new: Any
-    rotary_cos: Any  # (rotary_len, ROTARY_DIM / 2)
-    rotary_sin: Any
-    k_strides: Strides
-    v_strides: Strides
-    seqlen_new: Any  # 0 without an append
-    rotary_len: Any
-    ROTARY_DIM: Any
-    INTERLEAVED: Any
-    QUERIES_BY_POSITION: Any  # query i is rotated as position seqused_k + i, else all as seqused_k
+    k_strides: Strides | None
+    v_strides: Strides | None
+    seqlen_new: int  # 0 without an append
+    rotary_len: int | None
+    ROTARY_DIM: int | None
+    INTERLEAVED: bool | None
+    QUERIES_BY_POSITION: bool | None  # query i is rotated as position seqused_k + i, else all as seqused_k
 
 
-class Problem(NamedTuple):
+class ProblemParams(NamedTuple):
     queries: QueryParams
     cache: CacheParams
     append: AppendParams
     score: ScoreParams
 
 
-class Output(NamedTuple):
-    out: Any  # (B, Sq, Hq, Dv) | (total_q, Hq, Dv), contiguous
-    lse: Any  # (B, Hq, Sq) | (Hq, total_q) float32, contiguous
-
-
-class Scratch(NamedTuple):
-    """What CTAs of ``decode`` leave for each other, or for ``combine``. All None where no work tile is split."""
-
-    semaphores: Any  # one for each work tile, or None: ``combine`` reduces
-    partials: Any  # accumulators, maxima and sums of all splits, float32
-    num_ctas: Any  # of ``decode``
+class WriteParams(NamedTuple):
+    cache: CacheParams
+    append: AppendParams
 
 
 class DecodeTile(NamedTuple):
-    """Of ``decode`` and ``combine``."""
+    """How ``decode`` and ``combine`` divide the work."""
 
-    ROWS: Any  # packed-GQA rows, rounded up to a power of two
-    BLOCK_M: Any  # rows of the tile: ROWS, or what the matrix units take
-    BLOCK_N: Any  # keys of a KV tile
-    BLOCK_NEW: Any  # new tokens, which ``decode`` appends itself; 0: they are in the cache, or there are none
-    BLOCK_B: Any  # lengths looked at together
-    SPLIT_KV: Any  # work tiles may be split over CTAs
-    REDUCE_ROWS: Any  # rows and splits that are reduced together
-    REDUCE_SPLITS: Any
-    PDL: Any  # ``combine`` is launched while ``decode`` still runs
+    ROWS: int  # packed-GQA rows, rounded up to a power of two
+    BLOCK_M: int  # rows of the tile: ROWS, or what the matrix units take
+    BLOCK_N: int  # keys of a KV tile
+    BLOCK_NEW: int  # new tokens, which ``decode`` appends itself; 0: they are in the cache, or there are none
+    BLOCK_B: int  # lengths looked at together
+    SPLIT_KV: bool  # work tiles may be split over CTAs
+    REDUCE_ROWS: int  # rows and splits that are reduced together
+    REDUCE_SPLITS: int
+    PDL: bool  # ``combine`` is launched while ``decode`` still runs
+    num_ctas: int  # of ``decode``
 
 
 class PrefillTile(NamedTuple):
-    BLOCK_M: Any  # queries
-    BLOCK_N: Any  # keys
+    BLOCK_M: int  # queries
+    BLOCK_N: int  # keys
 
 
 class WriteTile(NamedTuple):
-    BLOCK_NEW: Any  # new tokens
+    BLOCK_NEW: int  # new tokens
 
 
 @triton.jit

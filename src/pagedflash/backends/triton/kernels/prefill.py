@@ -21,7 +21,7 @@ import triton.language as tl
 from .kv_format import load_keys, load_values
 from .output import clear_rows_behind, store_output
 from .paging import load_pages, view_kv
-from .params import Output, PrefillTile, Problem
+from .params import PrefillTile, ProblemParams, Tensors
 from .queries import load_queries, output_rows
 from .score import row_scores
 from .sequence import load_leftpad, load_seqlen_k, load_seqlen_q
@@ -29,35 +29,35 @@ from .softmax import SoftmaxState, attend_tile
 
 
 @triton.jit
-def attend_tiles(state, q_tile, kv, first_tile, end_tile, rows, cache, score, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+def attend_tiles(problem, tile, state, q_tile, kv, rows, first_tile, end_tile, MASKED: tl.constexpr):
     """KV tiles ``first_tile`` to ``end_tile`` into the state. Pages are looked up one tile ahead."""
-    pages = load_pages(cache, kv, first_tile, BLOCK_N)
+    pages = load_pages(problem, kv, first_tile, tile.BLOCK_N)
     for kv_tile in range(first_tile, end_tile):
-        k_tile = load_keys(cache, kv, pages, kv_tile, BLOCK_N, MASKED)
-        v_tile = load_values(cache, kv, pages, kv_tile, BLOCK_N, MASKED)
-        pages = load_pages(cache, kv, kv_tile + 1, BLOCK_N)
-        slots = kv_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        state = attend_tile(state, q_tile, k_tile, v_tile, slots, rows, score, MASKED, False)
+        k_tile = load_keys(problem, kv, pages, kv_tile, tile.BLOCK_N, MASKED)
+        v_tile = load_values(problem, kv, pages, kv_tile, tile.BLOCK_N, MASKED)
+        pages = load_pages(problem, kv, kv_tile + 1, tile.BLOCK_N)
+        slots = kv_tile * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
+        state = attend_tile(problem, state, q_tile, k_tile, v_tile, slots, rows, MASKED, False)
     return state
 
 
 @triton.jit
-def prefill(problem: Problem, output: Output, tile: PrefillTile):
+def prefill(tensors: Tensors, problem: ProblemParams, tile: PrefillTile):
     head = tl.program_id(0)
     b = tl.program_id(1)
     block = tl.num_programs(2) - 1 - tl.program_id(2)
 
-    if problem.queries.cu_seqlens_q is not None:
+    if tensors.cu_seqlens_q is not None:
         if (head == 0) & (b == 0):
-            clear_rows_behind(problem, output, block, tl.num_programs(2))
+            clear_rows_behind(tensors, problem, block, tl.num_programs(2))
 
-    first_row, owned_rows = output_rows(b, problem.queries)
+    first_row, owned_rows = output_rows(tensors, problem, b)
     if block * tile.BLOCK_M >= owned_rows:
         return
 
     # ---- The rows ----
-    seqlen_k = load_seqlen_k(b, True, problem.cache, problem.append)
-    seqlen_q = load_seqlen_q(b, True, problem.queries)
+    seqlen_k = load_seqlen_k(tensors, problem, b, True)
+    seqlen_q = load_seqlen_q(tensors, problem, b, True)
     i = block * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
     used = (i < seqlen_q) & (seqlen_k >= 0)
 
@@ -65,7 +65,7 @@ def prefill(problem: Problem, output: Output, tile: PrefillTile):
     shift = seqlen_k - seqlen_q  # query i sits at key position i + shift
     first_position = block * tile.BLOCK_M + shift
     last_position = tl.minimum(block * tile.BLOCK_M + tile.BLOCK_M, seqlen_q) - 1 + shift
-    begin = load_leftpad(b, True, problem.cache)
+    begin = load_leftpad(tensors, b, True)
     end = tl.maximum(seqlen_k, 0)
     all_begin = begin
     all_end = end
@@ -77,15 +77,15 @@ def prefill(problem: Problem, output: Output, tile: PrefillTile):
         end = tl.minimum(end, last_position + problem.score.window_right + 1)
     end = tl.where(block * tile.BLOCK_M < seqlen_q, tl.maximum(end, 0), 0)
     begin = tl.minimum(begin, end)
-    rows = row_scores(problem, b, head + i * 0, i, used, seqlen_q, seqlen_k, begin, end)
-    q_tile = load_queries(problem, b, first_row, i, head, used)
+    rows = row_scores(tensors, problem, b, head + i * 0, i, used, seqlen_q, seqlen_k, begin, end)
+    q_tile = load_queries(tensors, problem, b, first_row, i, head, used)
 
     # ---- The keys: left edge, the middle that needs no mask, right edge ----
-    kv = view_kv(problem.cache, b, head // problem.queries.GROUP, begin, end)
+    kv = view_kv(tensors, problem, b, head // problem.queries.GROUP, begin, end)
     first_tile = begin // tile.BLOCK_N
     end_tile = tl.cdiv(end, tile.BLOCK_N)
     left_end = first_tile
-    if problem.score.window_left is not None or problem.cache.cache_leftpad is not None:
+    if problem.score.window_left is not None or tensors.cache_leftpad is not None:
         left_end = tl.minimum(tl.maximum(tl.cdiv(all_begin, tile.BLOCK_N), first_tile), end_tile)
     middle_end = tl.minimum(tl.maximum(all_end // tile.BLOCK_N, left_end), end_tile)
     state = SoftmaxState(
@@ -93,17 +93,11 @@ def prefill(problem: Problem, output: Output, tile: PrefillTile):
         tl.full([tile.BLOCK_M], float("-inf"), tl.float32),
         tl.zeros([tile.BLOCK_M], tl.float32),
     )
-    if problem.score.window_left is not None or problem.cache.cache_leftpad is not None:
-        state = attend_tiles(
-            state, q_tile, kv, first_tile, left_end, rows, problem.cache, problem.score, tile.BLOCK_N, True
-        )  # fmt: skip
-    state = attend_tiles(
-        state, q_tile, kv, left_end, middle_end, rows, problem.cache, problem.score, tile.BLOCK_N, False
-    )  # fmt: skip
-    state = attend_tiles(
-        state, q_tile, kv, middle_end, end_tile, rows, problem.cache, problem.score, tile.BLOCK_N, True
-    )  # fmt: skip
+    if problem.score.window_left is not None or tensors.cache_leftpad is not None:
+        state = attend_tiles(problem, tile, state, q_tile, kv, rows, first_tile, left_end, True)
+    state = attend_tiles(problem, tile, state, q_tile, kv, rows, left_end, middle_end, False)
+    state = attend_tiles(problem, tile, state, q_tile, kv, rows, middle_end, end_tile, True)
 
     # Rows past the used ones saw the middle as if they were there.
     state = SoftmaxState(state.acc, state.row_max, tl.where(used, state.row_sum, 0.0))
-    store_output(problem, output, state, b, first_row, i, head + i * 0, i < owned_rows)
+    store_output(tensors, problem, state, b, first_row, i, head + i * 0, i < owned_rows)

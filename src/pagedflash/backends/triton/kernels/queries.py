@@ -8,32 +8,32 @@ from .rotary import load_rotated
 
 
 @triton.jit
-def output_rows(b, queries):
+def output_rows(tensors, problem, b):
     """First row of sequence ``b`` in the output, and how many rows are its own (used or not)."""
-    if queries.cu_seqlens_q is None:
-        first = b * queries.max_seqlen_q
-        count = queries.max_seqlen_q
+    if tensors.cu_seqlens_q is None:
+        first = b * problem.queries.max_seqlen_q
+        count = problem.queries.max_seqlen_q
     else:
-        first = tl.load(queries.cu_seqlens_q + b)
-        count = tl.load(queries.cu_seqlens_q + b + 1) - first
+        first = tl.load(tensors.cu_seqlens_q + b)
+        count = tl.load(tensors.cu_seqlens_q + b + 1) - first
     return first, count
 
 
 @triton.jit
-def load_queries(problem, b, first_row, i, head, used):
+def load_queries(tensors, problem, b, first_row, i, head, used):
     """``(rows, BLOCK_D)``: query ``i`` of the sequence for query head ``head`` (each a vector, or one for all rows).
 
     Rotated if there are tables; zeros where not ``used``.
     """
     strides = in_elements(problem.queries.strides)
-    if problem.queries.cu_seqlens_q is None:
-        start = problem.queries.q + b.to(tl.int64) * strides.batch
+    if tensors.cu_seqlens_q is None:
+        start = tensors.q + b.to(tl.int64) * strides.batch
     else:
-        start = problem.queries.q + first_row.to(tl.int64) * strides.token
+        start = tensors.q + first_row.to(tl.int64) * strides.token
     rows = start + (i.to(tl.int64) * strides.token + head * strides.head)
     position = i
-    if problem.append.rotary_cos is not None:
-        position = i * 0 + tl.load(problem.cache.seqused_k + b)
+    if tensors.rotary_cos is not None:
+        position = i * 0 + tl.load(tensors.seqused_k + b)
         if problem.append.QUERIES_BY_POSITION:
             position = tl.minimum(position + i, problem.append.rotary_len - 1)
-    return load_rotated(rows, used, position, problem.append, problem.cache.D, problem.cache.BLOCK_D)
+    return load_rotated(tensors, problem, rows, used, position)

@@ -5,18 +5,18 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rotated(rows, used, position, append, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rotated(tensors, problem, rows, used, position):
     """Load ``(rows, BLOCK_D)`` values at the pointers ``rows``, rotated to ``position`` if there are tables.
 
     Each element is loaded with its partner of the pair: ``(2i, 2i + 1)`` if INTERLEAVED, else ``(i, i + ROTARY_DIM / 2)``.
     Elements from ROTARY_DIM on are left as they are. Rounded to the type they come in. Zeros where not ``used``.
     """
-    d = tl.arange(0, BLOCK_D)
-    loaded = used[:, None] & (d < D)[None, :]
+    d = tl.arange(0, problem.cache.BLOCK_D)
+    loaded = used[:, None] & (d < problem.cache.D)[None, :]
     x = tl.load(rows[:, None] + d[None, :], loaded, other=0.0)
-    if append.rotary_cos is not None:
-        HALF: tl.constexpr = append.ROTARY_DIM // 2
-        if append.INTERLEAVED:
+    if tensors.rotary_cos is not None:
+        HALF: tl.constexpr = problem.append.ROTARY_DIM // 2
+        if problem.append.INTERLEAVED:
             is_first = d % 2 == 0
             pair = d // 2
             partner = d ^ 1
@@ -24,10 +24,10 @@ def load_rotated(rows, used, position, append, D: tl.constexpr, BLOCK_D: tl.cons
             is_first = d < HALF
             pair = tl.where(is_first, d, d - HALF)
             partner = tl.where(is_first, d + HALF, d - HALF)
-        rotated = used[:, None] & (d < append.ROTARY_DIM)[None, :]
+        rotated = used[:, None] & (d < problem.append.ROTARY_DIM)[None, :]
         y = tl.load(rows[:, None] + partner[None, :], rotated, other=0.0).to(tl.float32)
         angle = position.to(tl.int64)[:, None] * HALF + pair[None, :]
-        cos = tl.load(append.rotary_cos + angle, rotated, other=1.0).to(tl.float32)
-        sin = tl.load(append.rotary_sin + angle, rotated, other=0.0).to(tl.float32)
+        cos = tl.load(tensors.rotary_cos + angle, rotated, other=1.0).to(tl.float32)
+        sin = tl.load(tensors.rotary_sin + angle, rotated, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) * cos + tl.where(is_first[None, :], -y, y) * sin).to(x.dtype)
     return x

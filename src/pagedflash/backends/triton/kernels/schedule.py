@@ -33,14 +33,14 @@ class SequenceWork(NamedTuple):
 
 
 @triton.jit
-def sequence_work(b, inside, problem, tile):
+def sequence_work(tensors, problem, tile, b, inside):
     """The work of sequence ``b``. Tokens that ``decode`` appends itself (BLOCK_NEW) are in no KV tile.
 
     A sequence without visible keys counts one KV tile, so that some CTA writes its zeros.
     """
-    seqlen_k = load_seqlen_k(b, inside, problem.cache, problem.append)
-    seqlen_q = load_seqlen_q(b, inside, problem.queries)
-    begin, end = kv_range(load_leftpad(b, inside, problem.cache), seqlen_k, seqlen_q, problem.score)
+    seqlen_k = load_seqlen_k(tensors, problem, b, inside)
+    seqlen_q = load_seqlen_q(tensors, problem, b, inside)
+    begin, end = kv_range(problem, load_leftpad(tensors, b, inside), seqlen_q, seqlen_k)
     if tile.BLOCK_NEW > 0:
         end = tl.maximum(end - problem.append.seqlen_new, 0)
         begin = tl.minimum(begin, end)
@@ -49,14 +49,14 @@ def sequence_work(b, inside, problem, tile):
 
 
 @triton.jit
-def locate_sequence(b, problem, tile):
+def locate_sequence(tensors, problem, tile, b):
     """(the first KV tile of sequence ``b``, all KV tiles, KV tiles of the longest work tile)"""
     first_tile = 0
     total_tiles = 0
     longest = 0
     for start in range(0, problem.queries.batch_size, tile.BLOCK_B):
         some = start + tl.arange(0, tile.BLOCK_B)
-        work = sequence_work(some, some < problem.queries.batch_size, problem, tile)
+        work = sequence_work(tensors, problem, tile, some, some < problem.queries.batch_size)
         first_tile += tl.sum(tl.where(some < b, work.tiles, 0)) * problem.cache.HEADS
         total_tiles += tl.sum(work.tiles) * problem.cache.HEADS
         longest = tl.maximum(longest, tl.max(work.tiles))
@@ -64,14 +64,14 @@ def locate_sequence(b, problem, tile):
 
 
 @triton.jit
-def sequence_of(tile_index, problem, tile):
+def sequence_of(tensors, problem, tile, tile_index):
     """(the sequence of a KV tile, its first KV tile)"""
     b = 0
     first_tile = 0
     for start in range(0, problem.queries.batch_size, tile.BLOCK_B):
         some = start + tl.arange(0, tile.BLOCK_B)
         inside = some < problem.queries.batch_size
-        work = sequence_work(some, inside, problem, tile)
+        work = sequence_work(tensors, problem, tile, some, inside)
         passed = inside & (first_tile + tl.cumsum(work.tiles, 0) * problem.cache.HEADS <= tile_index)
         if start == b:  # all before were passed
             b += tl.sum(passed.to(tl.int32))

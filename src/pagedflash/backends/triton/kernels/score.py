@@ -10,16 +10,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class ScoreParams(NamedTuple):
-    """The tensors of :class:`pagedflash.problem.Scores`, its ScoreParams, and constants."""
+    """:class:`pagedflash.problem.ScoreParams`, None for what is not used, and constants."""
 
-    alibi_slopes: Any
-    sinks: Any
-    scale: Any  # to base 2, or with a softcap to the argument of tanh
-    softcap: Any  # in base 2, or None
-    window_left: Any  # or None
-    window_right: Any
-    SLOPES_STRIDE: Any  # from one sequence's ALiBi slopes to the next; 0: the same for all
-    PRECISION: Any  # of products of float32
+    scale: float  # to base 2, or with a softcap to the argument of tanh
+    softcap: float | None  # in base 2
+    window_left: int | None
+    window_right: int | None
+    SLOPES_STRIDE: int | None  # from one sequence's ALiBi slopes to the next; 0: all have the same; None: there are none
+    PRECISION: str  # of products of float32
 
 
 class RowScores(NamedTuple):
@@ -32,7 +30,7 @@ class RowScores(NamedTuple):
 
 
 @triton.jit
-def row_scores(problem, b, head, i, used, seqlen_q, seqlen_k, begin, end):
+def row_scores(tensors, problem, b, head, i, used, seqlen_q, seqlen_k, begin, end):
     """Rows of query ``i`` for query head ``head``, which see at most the slots ``[begin, end)``; none where not ``used``."""
     position = i + seqlen_k - seqlen_q
     first = position * 0 + begin
@@ -42,20 +40,20 @@ def row_scores(problem, b, head, i, used, seqlen_q, seqlen_k, begin, end):
     if problem.score.window_right is not None:
         last = tl.minimum(last, position + problem.score.window_right)
     slope = used.to(tl.float32)
-    if problem.score.alibi_slopes is not None:
-        slopes = problem.score.alibi_slopes + b * problem.score.SLOPES_STRIDE + head
+    if problem.score.SLOPES_STRIDE is not None:
+        slopes = tensors.alibi_slopes + b * problem.score.SLOPES_STRIDE + head
         slope = tl.load(slopes, used, other=0.0) * LOG2E
     return RowScores(position, first, tl.where(used, last, -1), slope)
 
 
 @triton.jit
-def score_tile(q_tile, k_tile, slots, rows, score, MASKED: tl.constexpr):
+def score_tile(problem, q_tile, k_tile, slots, rows, MASKED: tl.constexpr):
     """``(rows, BLOCK_N)`` scores; if MASKED, -inf at the slots that a row does not see."""
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=score.PRECISION) * score.scale
-    if score.softcap is not None:
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=problem.score.PRECISION) * problem.score.scale
+    if problem.score.softcap is not None:
         # tanh(x) = 1 - 2 / (e^2x + 1), which is right at both ends: e^2x = inf gives 1, 0 gives -1
-        scores = score.softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E)) + 1.0))
-    if score.alibi_slopes is not None:
+        scores = problem.score.softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E)) + 1.0))
+    if problem.score.SLOPES_STRIDE is not None:
         scores -= rows.slope[:, None] * tl.abs(rows.position[:, None] - slots[None, :]).to(tl.float32)
     if MASKED:
         visible = (slots[None, :] >= rows.first[:, None]) & (slots[None, :] <= rows.last[:, None])
@@ -64,6 +62,6 @@ def score_tile(q_tile, k_tile, slots, rows, score, MASKED: tl.constexpr):
 
 
 @triton.jit
-def load_sinks(score, head, owned):
+def load_sinks(tensors, head, owned):
     """The attention sink of each row, an extra score without a value."""
-    return tl.load(score.sinks + head, owned, other=0.0) * LOG2E
+    return tl.load(tensors.sinks + head, owned, other=0.0) * LOG2E

@@ -36,30 +36,30 @@ def raise_max(row_max, other_max, MAY_BE_EMPTY: tl.constexpr):
 
 @triton.jit
 def attend_tile(
-    state, q_tile, k_tile, v_tile, slots, rows, score, MASKED: tl.constexpr, DEFER_SUM: tl.constexpr
+    problem, state, q_tile, k_tile, v_tile, slots, rows, MASKED: tl.constexpr, DEFER_SUM: tl.constexpr
 ):  # fmt: skip
     """A tile of keys and values into the state. If not MASKED, every row sees the whole tile.
 
     If DEFER_SUM, ``row_sum`` is ``(rows, BLOCK_N)``: one step less in which warps wait for each other.
     """
-    scores = score_tile(q_tile, k_tile, slots, rows, score, MASKED)
+    scores = score_tile(problem, q_tile, k_tile, slots, rows, MASKED)
     row_max, subtrahend, alpha = raise_max(state.row_max, tl.max(scores, 1), MASKED)
     weights = tl.exp2(scores - subtrahend[:, None])
     if DEFER_SUM:
         row_sum = state.row_sum * alpha[:, None] + weights
     else:
         row_sum = state.row_sum * alpha + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v_tile.dtype), v_tile, state.acc * alpha[:, None], input_precision=score.PRECISION)
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, state.acc * alpha[:, None], input_precision=problem.score.PRECISION)
     return SoftmaxState(acc, row_max, row_sum)
 
 
 @triton.jit
-def normalize(state, score, head, owned):
+def normalize(tensors, state, head, owned):
     """(output, LSE) of each row, the sink's weight counted in; 0 and +inf if a row saw no key."""
     acc, row_max, row_sum = state
     seen = row_sum > 0
-    if score.sinks is not None:
-        sink = load_sinks(score, head, owned)
+    if tensors.sinks is not None:
+        sink = load_sinks(tensors, head, owned)
         row_max, subtrahend, alpha = raise_max(row_max, sink, False)
         acc = acc * alpha[:, None]
         row_sum = row_sum * alpha + tl.exp2(sink - subtrahend)
