@@ -129,10 +129,9 @@ def read_bandwidth(clock: GraphClock, options: Options) -> float:
     return 4 * values.numel() / measure({"sum": run}, options.rounds_or(30), clock).median("sum")
 
 
-def limits(clock: GraphClock, options: Options) -> Row:
+def limits(bandwidth: float, clock: GraphClock, options: Options) -> Row:
     one = torch.empty(1, device=DEVICE)
     empty = measure({"empty": Contender(one.zero_, output=None)}, options.rounds_or(30), clock).median("empty")
-    bandwidth = read_bandwidth(clock, options)
     return Row("limits", {"read bandwidth, TB/s": bandwidth / 1e12, "graph of one tiny kernel, us": 1e6 * empty})
 
 
@@ -141,8 +140,8 @@ def decode(options: Options) -> Iterator[Row]:
     """Paged decode: of read bandwidth, and beside its peers; L2 filled by reading, then by writing"""
     for written in (False, True):
         clock = GraphClock(written)
-        yield limits(clock, options)
         bandwidth = read_bandwidth(clock, options)
+        yield limits(bandwidth, clock, options)
         for case, lengths in options.size(DECODE, DECODE[-1:]):
             name = decode_case(case, lengths) + (", L2 written" if written else "")
             yield decode_row(name, paged(case, lengths), bandwidth, options.rounds_or(30), clock)
