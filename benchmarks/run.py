@@ -19,8 +19,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[0] = str(ROOT)  # instead of this file's folder
+if not __package__:  # run as a script, with its own folder on the path
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import torch  # noqa: E402
 

@@ -305,7 +305,12 @@ def main(families: list[str]) -> None:
             continue
         outcomes = check(family, classes[0])
         counts.update(outcome.verdict for outcome in outcomes.values())
-        print(family, classes[0].__name__, {k: (v.verdict, v.detail) if v.detail else v.verdict for k, v in outcomes.items()}, flush=True)
+        print(
+            family,
+            classes[0].__name__,
+            {k: (v.verdict, v.detail) if v.detail else v.verdict for k, v in outcomes.items()},
+            flush=True,
+        )
     print(counts)
 
 
