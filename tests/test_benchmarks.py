@@ -20,6 +20,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import run, suite  # noqa: E402
 from benchmarks.baselines import openvino  # noqa: E402
 from benchmarks.suites import cpu, cuda, generate, metal  # noqa: E402
+
 from pagedflash.cli import bench, measure  # noqa: E402
 from pagedflash.cli.measure import Contender, WallClock  # noqa: E402
 
@@ -229,7 +230,7 @@ def test_tables_are_put_into_a_document(tmp_path: Path, monkeypatch: pytest.Monk
         "<!-- end of some-counts -->",
         "after",
     ]
-    with pytest.raises(SystemExit, match="README.md has no <!-- some-counts -->"):
+    with pytest.raises(SystemExit, match=r"README\.md has no <!-- some-counts -->"):
         run.main(["some-counts", "--into", str(ROOT / "README.md")])
 
 
@@ -242,7 +243,7 @@ def test_commands_in_the_documentation_are_right() -> None:
     named = {
         word
         for document in DOCUMENTS
-        for command in re.findall(r"benchmarks/run\.py ([a-z][^`\n]*)", document.read_text())
+        for command in re.findall(r"(?:benchmarks/run\.py |suite `)([a-z][^`\n]*)", document.read_text())
         for word in command.split(" -")[0].split()
     }
     groups = {name.partition("-")[0] for name in suite.SUITES}
