@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pagedflash.testing import paged_problem
+from pagedflash.testing import PagedProblem, paged_problem
 
 
 class PackedProblem(NamedTuple):
@@ -20,6 +20,13 @@ class PackedProblem(NamedTuple):
     lengths_q: list[int]
     lengths_k: list[int]
     block_table: Tensor | None = None  # (B, max_pages) int32, for pages
+
+    @staticmethod
+    def of(problem: PagedProblem) -> PackedProblem:
+        """The same with packed queries."""
+        q, k_cache, v_cache, lengths, table = problem
+        batch, num_queries = q.shape[:2]
+        return PackedProblem(q.flatten(0, 1), k_cache, v_cache, [num_queries] * batch, lengths.tolist(), table)
 
     @property
     def cu_seqlens_q(self) -> Tensor:

@@ -19,15 +19,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[0] = str(ROOT)  # instead of this file's folder
+if not __package__:  # run as a script, with its own folder on the path
+    sys.path[0] = str(Path(__file__).parents[1])
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks.suite import SUITES, Options, Row, Suite, left_out, not_wanted  # noqa: E402
-from benchmarks.suites import cpu, cuda, generate, metal, overhead  # noqa: E402, F401 (register theirs)
-from pagedflash.cli.bench import draw_lines  # noqa: E402
-from pagedflash.cli.measure import best_device, describe_device  # noqa: E402
+from benchmarks.suite import SUITES, Options, Row, Suite, left_out, not_wanted
+from benchmarks.suites import cpu, cuda, generate, metal, overhead  # noqa: F401 (register theirs)
+from pagedflash.cli.bench import draw_lines
+from pagedflash.cli.measure import best_device, describe_device
 
 PACKAGES = ("torch", "triton", "transformers", "openvino", "flashinfer-python", "flash-attn", "flash-attn-4", "fa3-fwd")
 

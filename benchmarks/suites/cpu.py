@@ -80,7 +80,7 @@ def decode(options: Options) -> Iterator[Row]:
         count = 2 * len(long_caches(shape, cache_bytes, context))
         ragged = [1 + (context - 1) * i // (count - 1) for i in range(count)]
         cases.append((f"pages of 16, 1 to {context}", shape, ragged))
-    for name, shape, lengths in cases:
+    for name, shape, lengths in options.size(cases, cases[::6]):
         problem = paged(shape, lengths)
         measured = measure({**all_decode_contenders(problem), STREAMING: stream}, options.rounds_or(9), WallClock())
         share = problem.cache_bytes / stream_bytes * measured.ratio(STREAMING, OURS)

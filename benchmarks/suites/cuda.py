@@ -1,7 +1,7 @@
-"""The Triton backend on a CUDA GPU, bf16, beside its peers.
+"""The Triton backend on a CUDA GPU, bf16, beside its peers: FlashInfer, FlashAttention 2, 3 and 4, and vLLM's kernels.
 
-Device times are medians over replays of a CUDA graph that holds one call, with a cold L2 cache. Peers that are not
-installed are left out, and it is said. Bandwidths count every key and value read once, against a plain sum over 2 GiB.
+Device times are medians over replays of a CUDA graph that holds one call, with a cold L2 cache. Bandwidths count every key
+and value read once, against a plain sum over 2 GiB. Peers that are not installed are left out, and it is said.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks.baselines import flash_attention, flashinfer, sdpa
+from benchmarks.baselines import flash_attention, flashinfer, sdpa, vllm
 from benchmarks.clocks import GraphClock, HostClock
 from benchmarks.problems import PackedProblem, on_pages, prompts
 from benchmarks.suite import Figures, Options, Row, compared, measure, suite, that_run
@@ -98,7 +98,12 @@ def decode_peers(problem: PagedProblem) -> dict[str, Contender]:
     peers["FA2"] = partial(flash_attention.fa2_decode, problem)
     peers["FA3 on contiguous keys"] = partial(flash_attention.fa3_decode, problem)
     peers["FA4"] = partial(flash_attention.fa4_decode, problem)
+    peers |= vllm_kernels(PackedProblem.of(problem))
     return that_run(peers)
+
+
+def vllm_kernels(problem: PackedProblem) -> dict[str, Callable[[], Contender]]:
+    return {f"vLLM, {variant}": partial(vllm.attention, problem, variant) for variant in vllm.VARIANTS}
 
 
 def prefill_peers(problem: PackedProblem) -> dict[str, Contender]:
@@ -107,6 +112,7 @@ def prefill_peers(problem: PackedProblem) -> dict[str, Contender]:
     }
     peers["FA2"] = partial(flash_attention.fa2_prefill, problem)
     peers["FA4"] = partial(flash_attention.fa4_prefill, problem)
+    peers |= vllm_kernels(problem) if problem.block_table is not None else {}
     where = "" if problem.block_table is None else " on contiguous keys"
     peers[f"FA3{where}"] = partial(flash_attention.fa3_prefill, problem)
     if len(problem.lengths_q) < 10:  # it takes them one by one
@@ -123,20 +129,19 @@ def read_bandwidth(clock: GraphClock, options: Options) -> float:
     return 4 * values.numel() / measure({"sum": run}, options.rounds_or(30), clock).median("sum")
 
 
-def limits(clock: GraphClock, options: Options) -> Row:
+def limits(bandwidth: float, clock: GraphClock, options: Options) -> Row:
     one = torch.empty(1, device=DEVICE)
     empty = measure({"empty": Contender(one.zero_, output=None)}, options.rounds_or(30), clock).median("empty")
-    bandwidth = read_bandwidth(clock, options)
     return Row("limits", {"read bandwidth, TB/s": bandwidth / 1e12, "graph of one tiny kernel, us": 1e6 * empty})
 
 
 @suite("cuda-decode", needs=no_cuda)
 def decode(options: Options) -> Iterator[Row]:
-    """Paged decode: of read bandwidth, and beside FlashInfer, FA2, FA3 and FA4; L2 filled by reading, then by writing"""
+    """Paged decode: of read bandwidth, and beside its peers; L2 filled by reading, then by writing"""
     for written in (False, True):
         clock = GraphClock(written)
-        yield limits(clock, options)
         bandwidth = read_bandwidth(clock, options)
+        yield limits(bandwidth, clock, options)
         for case, lengths in options.size(DECODE, DECODE[-1:]):
             name = decode_case(case, lengths) + (", L2 written" if written else "")
             yield decode_row(name, paged(case, lengths), bandwidth, options.rounds_or(30), clock)
@@ -144,27 +149,28 @@ def decode(options: Options) -> Iterator[Row]:
 
 def decode_row(name: str, problem: PagedProblem, bandwidth: float, rounds: int, clock: GraphClock) -> Row:
     torch.cuda.empty_cache()
-    measured = measure({OURS: pagedflash_decode(problem), **decode_peers(problem)}, rounds, clock)
+    peers = decode_peers(problem) if problem.q.shape[1] == 1 else prefill_peers(PackedProblem.of(problem))
+    contenders = {OURS: pagedflash_decode(problem), **peers}
+    measured = measure({name: with_packed_output(each) for name, each in contenders.items()}, rounds, clock)
     share = problem.cache_bytes / measured.median(OURS) / bandwidth
     return compared(name, measured, "us", {"KV MB": problem.cache_bytes / 1e6, "of read bandwidth": share})
 
 
+def with_packed_output(contender: Contender) -> Contender:
+    """``(B * Sq, Hq, D)`` of a contender that gives ``(B, Sq, Hq, D)`` or that."""
+    output = contender.output
+    assert output is not None
+    return contender._replace(output=lambda result: output(result).flatten(0, -3))
+
+
 @suite("cuda-speculative", needs=no_cuda)
 def speculative(options: Options) -> Iterator[Row]:
-    """Paged decode of 4 and 8 tokens a sequence, beside FlashInfer, FA2, FA3 and FA4"""
+    """Paged decode of 4 and 8 tokens a sequence, beside its peers"""
     clock = GraphClock()
     bandwidth = read_bandwidth(clock, options)
     for case, lengths, queries in options.size(SPECULATIVE, SPECULATIVE[:1]):
-        problem = paged(case, lengths, queries)
-        torch.cuda.empty_cache()
-        packed = PackedProblem(
-            problem.q.flatten(0, 1), problem.k_cache, problem.v_cache, [queries] * len(lengths), lengths, problem.block_table
-        )
-        ours = pagedflash_decode(problem)._replace(output=lambda out: out.flatten(0, 1))
-        measured = measure({OURS: ours, **prefill_peers(packed)}, options.rounds_or(30), clock)
-        share = problem.cache_bytes / measured.median(OURS) / bandwidth
         name = f"{decode_case(case, lengths)}, {queries} tokens"
-        yield compared(name, measured, "us", {"KV MB": problem.cache_bytes / 1e6, "of read bandwidth": share})
+        yield decode_row(name, paged(case, lengths, queries), bandwidth, options.rounds_or(30), clock)
 
 
 @suite("cuda-grid", needs=no_cuda)
@@ -213,7 +219,7 @@ def summary(rows: list[tuple[Shape, Row]]) -> Iterator[Row]:
 
 @suite("cuda-prefill", needs=no_cuda)
 def prefill(options: Options) -> Iterator[Row]:
-    """Causal prompts, dense, packed and on pages, and chunks, beside SDPA's kernels, FlashInfer, FA2, FA3 and FA4"""
+    """Causal prompts, dense, packed and on pages, and chunks, beside SDPA's kernels and its peers"""
     clock, rounds = GraphClock(), options.rounds_or(10)
     dense = ((8192, 128), (2048, 128), (512, 128), (8192, 64), (8192, 80), (8192, 96), (8192, 192), (8192, 256))
     for tokens, head_dim in options.size(dense, ((256, 64),)):

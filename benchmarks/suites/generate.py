@@ -6,14 +6,14 @@ import importlib.metadata
 import importlib.util
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from benchmarks.suite import Options, Row, suite
+from benchmarks.suite import Figures, Options, Row, suite
 from benchmarks.suites.cuda import no_cuda
-from pagedflash.cli.bench import dtype_name
+from pagedflash.cli.bench import OURS, dtype_name
 from pagedflash.cli.generate import DEFAULT_MODEL_WHEEL
 from pagedflash.cli.measure import ratio
 
@@ -34,50 +34,79 @@ def no_model() -> str:
     return no_transformers()
 
 
-@suite("generate-cpu", needs=no_model)
-def on_cpu(options: Options) -> Iterator[Row]:
-    """SmolLM2-135M in continuous batching on the CPU, beside sdpa: prefill, and tokens/s while all decode"""
-    from benchmarks.cpu_generate import IMPLEMENTATIONS, Run, run
-    from pagedflash import transformers as integration
-    from pagedflash.cli.generate import find_model, load, quiet_transformers
+@suite("generate-decode", needs=no_model)
+def decode(options: Options) -> Iterator[Row]:
+    """SmolLM2-135M in continuous batching on the CPU, all requests decoding, beside sdpa: prefill, steps, the same tokens"""
+    from benchmarks.continuous_batching import run, smollm2
 
-    requests, new_tokens = options.size((REQUESTS, NEW_TOKENS), (2, 4))
-    integration.enable()
+    yield from side_by_side(smollm2(), run, options.size((2048, 32), (16,)), ("sdpa",), options)
+
+
+@suite("generate-mixed", needs=no_model)
+def mixed(options: Options) -> Iterator[Row]:
+    """The same with a prompt of 64 tokens beside the decoding requests in each step, also without block tables for these"""
+    from benchmarks.continuous_batching import DECODING_ONLY, run_mixed, smollm2
+
+    yield from side_by_side(smollm2(), run_mixed, options.size((2048,), (96,)), ("sdpa", DECODING_ONLY), options)
+
+
+@suite("generate-windows", needs=no_transformers)
+def windows(options: Options) -> Iterator[Row]:
+    """A random Mistral whose layers see the last 512 tokens, all requests decoding, also without block tables for windows"""
+    from benchmarks.continuous_batching import DECODING_ONLY, random_mistral, run
+
+    yield from side_by_side(random_mistral(), run, options.size((2048,), (16,)), ("sdpa", DECODING_ONLY), options)
+
+
+def side_by_side(
+    model: Any, run: Callable[..., Any], prompt_lengths: tuple[int, ...], others: tuple[str, ...], options: Options
+) -> Iterator[Row]:
+    """One row for each prompt length; every round runs all attentions, on the same weights and prompts."""
+    from benchmarks.continuous_batching import switch
+    from pagedflash.cli.generate import quiet_transformers
+
     quiet_transformers()
-    model = load(find_model(None), torch.device("cpu"), torch.float32, "sdpa").model
+    requests, new_tokens = options.size((REQUESTS, NEW_TOKENS), (2, 4))
     generator = torch.Generator().manual_seed(0)
-    for length in options.size((2048, 32), (16,)):
+    for length in prompt_lengths:
         prompts = torch.randint(0, model.config.vocab_size, (requests, length), generator=generator).tolist()
-        runs: dict[str, list[Run]] = {name: [] for name in IMPLEMENTATIONS}
+        runs: dict[str, list[Any]] = {name: [] for name in (OURS, *others)}
         for _ in range(options.rounds_or(3)):
-            for name in IMPLEMENTATIONS:
-                model.set_attn_implementation(name)
-                runs[name].append(run(model, prompts, new_tokens))
-        yield compared_runs(f"{requests} x {length} tokens, {new_tokens} new, float32", runs)
+            for name, done in runs.items():
+                switch(model, name)
+                done.append(run(model, prompts, new_tokens))
+        yield compared_runs(f"{requests} x {length} tokens, {new_tokens} new, float32", runs, requests)
 
 
-def compared_runs(case: str, runs: dict[str, list[Any]]) -> Row:
-    ours, theirs = runs["pagedflash"], runs["sdpa"]
-    prefill = {name: [run.prefill for run in found] for name, found in runs.items()}
-    decode = {name: [run.decode for run in found] for name, found in runs.items()}
-    pairs = [
-        pair
-        for mine, other in zip(ours, theirs)
-        for answers in zip(mine.tokens, other.tokens)
-        for pair in zip(*answers, strict=True)
-    ]
-    same = sum(a == b for a, b in pairs)
-    figures = {
-        "prefill s": statistics.median(prefill["pagedflash"]),
-        "sdpa prefill s": statistics.median(prefill["sdpa"]),
-        "x sdpa, prefill": ratio(prefill["sdpa"], prefill["pagedflash"]),
-        "decode tokens/s": 1 / statistics.median(decode["pagedflash"]),
-        "sdpa decode tokens/s": 1 / statistics.median(decode["sdpa"]),
-        "x sdpa, decode": ratio(decode["sdpa"], decode["pagedflash"]),
-        "tokens as sdpa's": f"{same} of {len(pairs)}",
+def compared_runs(case: str, runs: dict[str, list[Any]], requests: int) -> Row:
+    prefill = {name: [run.prefill for run in done] for name, done in runs.items()}
+    decode = {name: [run.decode for run in done] for name, done in runs.items()}
+    median = statistics.median
+    figures: Figures = {
+        "prefill s": median(prefill[OURS]),
+        "step ms": 1e3 * requests * median(decode[OURS]),
+        "tokens/s": 1 / median(decode[OURS]),
     }
-    seconds = {f"{name}, {part}": found[name] for part, found in (("prefill", prefill), ("decode", decode)) for name in runs}
-    return Row(case, figures, () if same == len(pairs) else (f"{len(pairs) - same} tokens are not sdpa's",), seconds)
+    failures = []
+    for name in list(runs)[1:]:
+        same, total = same_tokens(runs[OURS], runs[name])
+        figures |= {
+            f"{name}: prefill s": median(prefill[name]),
+            f"x {name}, prefill": ratio(prefill[name], prefill[OURS]),
+            f"{name}: step ms": 1e3 * requests * median(decode[name]),
+            f"x {name}, step": ratio(decode[name], decode[OURS]),
+            f"{name}: same tokens": f"{same} of {total}",
+        }
+        failures += [f"{total - same} of {total} tokens are not those of {name}"] if same < total else []
+    seconds = {f"{name}: {part}": times[name] for part, times in (("prefill", prefill), ("decode", decode)) for name in runs}
+    return Row(case, figures, failures, seconds)
+
+
+def same_tokens(ours: list[Any], theirs: list[Any]) -> tuple[int, int]:
+    """(how many are the same, how many there are)"""
+    answers = [pair for mine, other in zip(ours, theirs) for pair in zip(mine.tokens, other.tokens, strict=True)]
+    pairs = [pair for mine, other in answers for pair in zip(mine, other, strict=True)]
+    return sum(a == b for a, b in pairs), len(pairs)
 
 
 @suite("generate-cuda", needs=lambda: no_cuda() or no_transformers())
