@@ -58,7 +58,9 @@ def visible_keys(
         ``(batch_size, kv_length)`` bool with a :class:`KeyMask`.
     """
     if hasattr(attention_mask, _ATTRIBUTE):
-        return attention_mask  # an outer model's mask comes to the model inside, where transformers leaves 4D masks as they are
+        return (
+            attention_mask  # an outer model's mask comes to the model inside, where transformers leaves 4D masks as they are
+        )
     causal = mask_function is not bidirectional_mask_function and "allow_is_bidirectional_skip" not in kwargs
     first_query = q_offset - kv_offset
     end = first_query + q_length if causal else kv_length
@@ -209,7 +211,9 @@ class KeyMask:
         queries = torch.arange(self.queries, device=function.device) + self.first_query
         as_said = self._agrees(function, queries, torch.zeros_like(queries)[None])
         if torch.compiler.is_compiling():
-            torch._assert_async(as_said, "pagedflash: packed sequences need cu_seq_lens_q, cu_seq_lens_k and max lengths here")
+            torch._assert_async(
+                as_said, "pagedflash: packed sequences need cu_seq_lens_q, cu_seq_lens_k and max lengths here"
+            )
             return None
         if as_said:
             return None
