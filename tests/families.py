@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import warnings
@@ -29,7 +30,7 @@ SMALL = {
     **dict.fromkeys(("dim_feedforward", "d_ff", "ffn_hidden_size", "hidden_dim", "expert_ffn_hidden_size"), 64),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"), 32),
     **dict.fromkeys(("head_dim", "attention_head_dim", "kv_channels", "d_kv", "query_pre_attn_scalar", "v_head_dim"), 16),
-    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "global_head_dim"), 16),
     # numbers of things
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads",), 4),
@@ -37,7 +38,7 @@ SMALL = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_decoder_layers", "num_encoder_layers", "depth"), 2),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
     # lengths
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "shape_vocab_size", "pronunciation_vocab_size"), 128),
@@ -49,6 +50,37 @@ SMALL = {
     "hidden_size_per_layer_input": 16,
 }
 """What is made this small where a configuration has it and it is larger."""
+
+FILLED = {"head_dim": 16, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+"""What is given where the default is None."""
+
+MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3]))
+HALF_MROPE = dict(rope_parameters={**MROPE["rope_parameters"], "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5})
+LINEAR_AND_FULL = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+
+PARTICULAR: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text"), MROPE),
+    **dict.fromkeys(("glm4v_text", "glm4v_moe_text", "glm_ocr_text", "glm_image_text"), HALF_MROPE),
+    **dict.fromkeys(("bailing_hybrid", "kimi_linear"), LINEAR_AND_FULL),
+    "bamba": dict(attn_layer_indices=[1]),
+    "chameleon": dict(vocabulary_map={"<image>": 120}),
+    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0), ffn_config=dict(ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2)),
+    "emu3": dict(pad_token_id=0, vocabulary_map={"<image>": 120, "<|extra_200|>": 121}),
+    "esm": dict(vocab_size=33),
+    "gemma3n_text": dict(
+        num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "mistral4": dict(head_dim=32),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "recurrent_gemma": dict(num_hidden_layers=3),
+    "sam3_lite_text_text_model": dict(num_hidden_layers=3),
+    "zamba2": dict(layers_block_type=["mamba", "hybrid"]),
+    "xmod": dict(default_language="en_XX"),
+}  # fmt: skip
+"""What a family (or a part of one) wants besides, by model type."""
 
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads")
 
@@ -86,28 +118,47 @@ class NotBuilt(Exception):
     """No tiny model of this family can be made here; says why."""
 
 
-def build(family: str, model_class: Any, implementation: str) -> Any:
-    """A tiny model with random weights, large enough for attention to decide what comes out.
+class Sample(NamedTuple):
+    """A family's configuration, small, and inputs that eager attention runs with it."""
+
+    config: Any
+    inputs: dict[str, Tensor]
+
+
+def sample(family: str, model_class: Any) -> Sample:
+    """The first small configuration and the first inputs that go together.
 
     Raises:
-        NotBuilt: its configuration cannot be made small in any of the ways tried.
+        NotBuilt: none of those tried do.
     """
-    problem: Exception = NotBuilt("no configuration tried")
+    problem: Exception | None = None
     for grouped, kinds in ((True, True), (True, False), (False, True), (False, False)):
         try:
             config = _tiny(CONFIG_MAPPING[family], CONFIG_MAPPING[family](), grouped, kinds)
             with torch.device("meta"):
-                size = sum(weights.numel() for weights in model_class._from_config(config).parameters())
+                size = sum(weights.numel() for weights in model_class._from_config(copy.deepcopy(config)).parameters())
             if size > MAX_PARAMETERS:
                 raise NotBuilt(f"{size // 10**6} million parameters at the least")
+            model = build(model_class, config, "eager")
         except Exception as error:
-            problem = error
+            problem = problem or error
             continue
-        torch.manual_seed(0)
-        model = model_class._from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
-        _randomize(model)
-        return model
-    raise NotBuilt(_first_line(problem))
+        for inputs in _inputs(model):
+            try:
+                with torch.no_grad():
+                    model(**inputs)
+                return Sample(config, inputs)
+            except Exception as error:
+                problem = problem or error
+    raise NotBuilt(_first_line(problem or NotBuilt("takes none of the inputs tried")))
+
+
+def build(model_class: Any, config: Any, implementation: str) -> Any:
+    """A model with random weights, the same each time, large enough for attention to decide what comes out."""
+    torch.manual_seed(0)
+    model = model_class._from_config(copy.deepcopy(config), attn_implementation=implementation, dtype=torch.float32).eval()
+    _randomize(model)
+    return model
 
 
 def _tiny(config_class: Any, default: Any, grouped: bool, kinds: bool) -> Any:
@@ -120,8 +171,10 @@ def _tiny(config_class: Any, default: Any, grouped: bool, kinds: bool) -> Any:
             options[name] = min(SMALL[name], value)
         elif name in TOKENS and isinstance(value, (int, list)):
             options[name] = TOKENS[name]
-        elif name == "head_dim" and value is None:
-            options[name] = SMALL[name]
+        elif name in FILLED and value is None:
+            options[name] = FILLED[name]
+        elif isinstance(value, dict) and "mrope_section" in value:
+            options[name] = {**value, "mrope_section": _sections(value["mrope_section"])}
     if not grouped:
         heads = next((options[name] for name in ("num_attention_heads", "n_head", "num_heads") if name in options), None)
         options.update({name: heads for name in KV_HEADS if name in options and heads})
@@ -133,7 +186,13 @@ def _tiny(config_class: Any, default: Any, grouped: bool, kinds: bool) -> Any:
     if kinds and layer_types:
         options["layer_types"] = layer_types if len(layer_types) > 1 else layer_types * 2
         options.update({name: len(options["layer_types"]) for name in ("num_hidden_layers", "n_layer") if name in options})
-    return config_class(**options)
+    return config_class(**{**options, **PARTICULAR.get(config_class.model_type, {})})
+
+
+def _sections(sections: list[int]) -> list[int]:
+    """Sections of a multimodal rotary embedding, shrunk to heads of 16."""
+    small = [max(1, section * 8 // sum(sections)) for section in sections]
+    return [8 - sum(small[1:]), *small[1:]]
 
 
 def _randomize(model: torch.nn.Module) -> None:
@@ -148,48 +207,76 @@ def _randomize(model: torch.nn.Module) -> None:
                 weights.add_(0.1 * noise)
 
 
-def inputs_of(model: Any) -> dict[str, Tensor]:
-    """What the model's forward takes: text if it can, else an image or sound."""
+def _inputs(model: Any) -> Iterator[dict[str, Tensor]]:
+    """What the model's forward may take: text if it can, an image or sound, or both."""
     takes = inspect.signature(model.forward).parameters
-    config = model.config
     generator = torch.Generator().manual_seed(0)
+    parts = [model.config]
+    for part in parts:
+        parts.extend(getattr(part, name) for name in part.sub_configs or {} if getattr(part, name, None) is not None)
 
     def setting(*names: str, default: Any) -> Any:
-        for part in (config, *(getattr(config, name) for name in config.sub_configs or {} if getattr(config, name, None))):
-            for name in names:
-                if getattr(part, name, None):
-                    return getattr(part, name)
-        return default
+        return next((value for part in parts for name in names if (value := getattr(part, name, None))), default)
 
-    inputs: dict[str, Tensor] = {}
-    if "input_ids" in takes:
-        vocabulary = setting("vocab_size", default=128)
-        inputs["input_ids"] = torch.randint(3, vocabulary - 1, (2, LENGTH), generator=generator)
-    elif "pixel_values" in takes:
-        size = setting("image_size", default=32)
-        height, width = (size, size) if isinstance(size, int) else size
-        inputs["pixel_values"] = torch.randn(2, setting("num_channels", default=3), height, width, generator=generator)
-    elif "input_features" in takes:
-        positions = setting("max_source_positions", default=50)
-        mel = setting("num_mel_bins", "feature_size", default=80)
-        inputs["input_features"] = torch.randn(2, mel, 2 * positions, generator=generator)
-    elif "input_values" in takes:
-        inputs["input_values"] = torch.randn(2, 4000, generator=generator)
-    elif "inputs_embeds" in takes:
-        inputs["inputs_embeds"] = torch.randn(2, LENGTH, setting("hidden_size", default=64), generator=generator)
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def tokens(length: int, *names: str) -> Tensor:
+        return torch.randint(3, setting(*names, default=128) - 1, (2, length), generator=generator)
+
+    size, channels = setting("image_size", default=32), setting("num_channels", "in_channels", "in_chans", default=3)
+    height, width = (size, size) if isinstance(size, int) else size
+    mel = setting("num_mel_bins", "feature_size", "mel_bins", default=80)
+    frames = setting("num_frames", "frames_per_clip", "tubelet_size", default=4)
+    patch = setting("patch_size", default=8)
+    grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
+    patches = random(
+        48, channels * setting("temporal_patch_size", default=1) * (patch if isinstance(patch, int) else patch[0]) ** 2
+    )
+    made = {
+        "input_ids": lambda: tokens(LENGTH, "vocab_size"),
+        "pixel_values": lambda: random(2, channels, height, width),
+        "pixel_values_videos": lambda: random(2, frames if isinstance(frames, int) else frames[0], channels, height, width),
+        "input_features": lambda: random(2, mel, 2 * setting("max_source_positions", default=50)),
+        "input_values": lambda: random(2, 4000),
+        "past_values": lambda: random(2, setting("context_length", default=32), setting("num_input_channels", default=1)),
+        "inputs_embeds": lambda: random(2, LENGTH, setting("hidden_size", default=64)),
+        "grid_thw": lambda: grid,
+        "hidden_states": lambda: patches,
+    }
+    decoder = {}
     if "decoder_input_ids" in takes:
-        vocabulary = setting("vocab_size", "decoder_vocab_size", default=128)
-        inputs["decoder_input_ids"] = torch.randint(3, vocabulary - 1, (2, DECODER_LENGTH), generator=generator)
-    return inputs
+        decoder["decoder_input_ids"] = tokens(DECODER_LENGTH, "vocab_size", "decoder_vocab_size")
+    for names in (
+        ("input_ids",),
+        ("pixel_values",),
+        ("input_ids", "pixel_values"),
+        ("input_features",),
+        ("input_values",),
+        ("pixel_values_videos",),
+        ("input_ids", "pixel_values_videos"),
+        ("inputs_embeds",),
+        ("hidden_states", "grid_thw"),
+        ("pixel_values", "grid_thw"),
+        ("past_values",),
+    ):
+        if all(name in takes for name in names):
+            inputs = {name: made[name]() for name in names}
+            if names == ("pixel_values", "grid_thw"):
+                inputs["pixel_values"] = patches
+            yield {**inputs, **decoder}
+            if names in (("pixel_values",), ("input_values",), ("input_features",)):  # other layouts of the same
+                other = {"pixel_values": random(2, frames if isinstance(frames, int) else 4, channels, height, width),
+                         "input_values": random(2, 1, 4000), "input_features": random(2, 100, mel)}[names[0]]  # fmt: skip
+                yield {names[0]: other, **decoder}
 
 
 Run = Callable[[Any], list[Tensor]]
 
 
-def checks_of(model: Any) -> Iterator[tuple[str, Run]]:
+def checks_of(model: Any, inputs: dict[str, Tensor]) -> Iterator[tuple[str, Run]]:
     """What there is to compare: a name of CHECKS, and what gives the tensors that must be equal."""
     takes = inspect.signature(model.forward).parameters
-    inputs = inputs_of(model)
     yield "forward", lambda model: _tensors(model(**inputs), None)
 
     text = inputs.get("input_ids", inputs.get("inputs_embeds"))
@@ -198,8 +285,10 @@ def checks_of(model: Any) -> Iterator[tuple[str, Run]]:
             mask = torch.ones(text.shape[:2], dtype=torch.long)
             mask[0, slice(0, 4) if side == "left" else slice(-4, None)] = 0
             padded = {**inputs, "attention_mask": mask}
-            if "input_ids" in inputs:
-                padded["input_ids"] = inputs["input_ids"] * mask
+            if "input_ids" in inputs:  # ends with the end token: some models take what stands there
+                last = mask * torch.arange(1, LENGTH + 1)
+                ends = last == last.amax(-1, keepdim=True)
+                padded["input_ids"] = torch.where(ends, TOKENS["eos_token_id"], inputs["input_ids"] * mask)
             yield f"{side} padding", lambda model, padded=padded, mask=mask: _tensors(model(**padded), mask)
 
     if "input_ids" in inputs and "position_ids" in takes and "decoder_input_ids" not in inputs:
@@ -228,32 +317,46 @@ def _tensors(output: Any, mask: Tensor | None) -> list[Tensor]:
     return [value[mask.bool()] if value.shape[:2] == mask.shape else value for value in found]
 
 
-def check(family: str, model_class: Any) -> dict[str, Outcome]:
-    """Each check of one model."""
+def check(family: str, classes: list[Any]) -> tuple[str, dict[str, Outcome]]:
+    """Each check of the first of these models that can be made, and its name."""
+    problem = ""
+    for model_class in classes[:3]:
+        if model_class._supports_flash_attn:
+            try:
+                made = sample(family, model_class)
+            except NotBuilt as error:
+                problem = problem or str(error)
+                continue
+            return model_class.__name__, _check(model_class, made)
+    refusal = _refusal(family, classes[0])
+    if problem and refusal.verdict != "refused":
+        return classes[0].__name__, {"forward": Outcome("not run", problem)}
+    return classes[0].__name__, {"forward": refusal}
+
+
+def _check(model_class: Any, made: Sample) -> dict[str, Outcome]:
+    config, inputs = made
+    eager = build(model_class, config, "eager")
     try:
-        eager = build(family, model_class, "eager")
-    except NotBuilt as problem:
-        if not model_class._supports_flash_attn:
-            return _refusal(family, model_class)
-        return {"forward": Outcome("not run", str(problem))}
-    try:
-        model = build(family, model_class, "pagedflash")
+        model = build(model_class, config, "pagedflash")
     except Exception as error:
         return {"forward": _failed(error)}
     outcomes = {}
-    for name, run in checks_of(eager):
+    for name, run in checks_of(eager, inputs):
         outcomes[name] = _compare(run, eager, model)
     return outcomes
 
 
-def _refusal(family: str, model_class: Any) -> dict[str, Outcome]:
-    """Of a family that flash attention cannot run and that is too large to build."""
+def _refusal(family: str, model_class: Any) -> Outcome:
+    """Of a family that flash attention cannot run, which need not be built for it."""
     try:
         with torch.device("meta"):
             model_class._from_config(CONFIG_MAPPING[family](), attn_implementation="pagedflash")
+    except ImportError as error:
+        return Outcome("not run", _first_line(error))
     except Exception as error:
-        return {"forward": _failed(error)}
-    return {"forward": Outcome("wrong", "accepted, though transformers says that flash attention cannot run it")}
+        return _failed(error)
+    return Outcome("wrong", "accepted, though transformers says that flash attention cannot run it")
 
 
 def _compare(run: Run, eager: Any, model: Any) -> Outcome:
@@ -287,7 +390,8 @@ def _compare(run: Run, eager: Any, model: Any) -> Outcome:
 
 
 def _failed(error: Exception) -> Outcome:
-    return Outcome("refused" if "pagedflash:" in str(error) else "error", _first_line(error))
+    sentence = isinstance(error, ValueError) and "pagedflash" in str(error) and "support" in str(error)
+    return Outcome("refused" if sentence or "pagedflash:" in str(error) else "error", _first_line(error))
 
 
 def _first_line(error: Exception) -> str:
@@ -303,14 +407,9 @@ def main(families: list[str]) -> None:
     for family, classes in model_classes().items():
         if families and family not in families:
             continue
-        outcomes = check(family, classes[0])
+        name, outcomes = check(family, classes)
         counts.update(outcome.verdict for outcome in outcomes.values())
-        print(
-            family,
-            classes[0].__name__,
-            {k: (v.verdict, v.detail) if v.detail else v.verdict for k, v in outcomes.items()},
-            flush=True,
-        )
+        print(family, name, {k: (v.verdict, v.detail) if v.detail else v.verdict for k, v in outcomes.items()}, flush=True)
     print(counts)
 
 

@@ -4,12 +4,12 @@
 >>> pagedflash.transformers.enable()
 >>> model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="pagedflash")
 
-On the way to an attention kernel transformers (5.17 to 5.23 read) asks four questions. :func:`enable` answers them for the
+On the way to an attention kernel transformers (5.17 to 5.24 read) asks four questions. :func:`enable` answers them for the
 name "pagedflash", leaves every other name to transformers, and needs no ``kernels`` library:
 
-1. Is the name known, and which mask does it want? It is registered beside "flash_attention_2", with the same wrappers.
-2. Where are its functions? In this package.
-3. Does the model allow it? Models with attention sinks list the flash kernels that have them; pagedflash has them too.
+1. Which function attends, and which one makes the mask? :mod:`.attention` and :mod:`.masks`.
+2. Where are the flash-attn functions of that name, for code that asks for them? In this package.
+3. Does the model allow it? If transformers runs it with flash attention (:mod:`.models`).
 4. May continuous batching decode through block tables? Yes, on every device; transformers alone says yes on CUDA and XPU.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from ... import interface
-from . import engine, gate, hooks, refusals
+from . import engine, gate, hooks, models
 from .gate import is_open as decode_fast_path_is_open
 from .hooks import NAME
 
@@ -61,8 +61,7 @@ def enable(decode_fast_path_for: Iterable[str] = ()) -> None:
         _require_transformers()
         try:
             _add_implementation()
-            _allow_where_sinks_are_listed()
-            _refuse_unsupported_models()
+            models.install()
         except (AttributeError, ImportError, KeyError) as error:
             disable()
             _refuse_version(error)
@@ -86,10 +85,11 @@ def _add_implementation() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from . import attention, masks
+    from . import attention, growing, masks
 
     hooks.register(ALL_ATTENTION_FUNCTIONS, NAME, attention.forward)
     hooks.register(ALL_MASK_ATTENTION_FUNCTIONS, NAME, masks.visible_keys)
+    growing.install()
     if hooks.PAGED_PREFIX + "flash_attention_2" in ALL_ATTENTION_FUNCTIONS:
         paged_forward = ALL_ATTENTION_FUNCTIONS[hooks.PAGED_PREFIX + "flash_attention_2"]
         hooks.register(ALL_ATTENTION_FUNCTIONS, hooks.PAGED_PREFIX + NAME, _refusing_what_is_dropped(paged_forward))
@@ -110,37 +110,6 @@ def _add_implementation() -> None:
 
     hooks.on_undo(functools.partial(_forget_loaded_functions, flash))
     hooks.replace(flash, "_lazy_imports", find)
-
-
-def _allow_where_sinks_are_listed() -> None:
-    """Question 3: a list of flash kernels gets one more name; a list of other kernels (block-sparse) is left alone."""
-    from transformers import PreTrainedModel
-
-    check_elsewhere = PreTrainedModel._check_and_adjust_attn_implementation
-
-    @functools.wraps(check_elsewhere)
-    def check(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-        listed = self._compatible_flash_implementations or ()
-        if hooks.base_name(attn_implementation) == NAME and any("flash" in name for name in listed):
-            self._compatible_flash_implementations = [*listed, NAME]
-        return check_elsewhere(self, attn_implementation, *args, **kwargs)
-
-    hooks.replace(PreTrainedModel, "_check_and_adjust_attn_implementation", check)
-
-
-def _refuse_unsupported_models() -> None:
-    """Question 3, the other way round: what transformers asks of "flash_attention_2" alone."""
-    from transformers import PreTrainedModel
-
-    correct_elsewhere = PreTrainedModel.get_correct_attn_implementation
-
-    @functools.wraps(correct_elsewhere)
-    def correct(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
-        if hooks.base_name(requested_attention) == NAME:
-            refusals.check_model(self)
-        return correct_elsewhere(self, requested_attention, *args, **kwargs)
-
-    hooks.replace(PreTrainedModel, "get_correct_attn_implementation", correct)
 
 
 def _refusing_what_is_dropped(paged_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,5 +148,5 @@ def _require_transformers() -> None:
 
 def _refuse_version(error: Exception) -> NoReturn:
     raise RuntimeError(
-        f"pagedflash: transformers {hooks.version()} has no place for it ({error}); 5.17 to 5.23 are known to have one"
+        f"pagedflash: transformers {hooks.version()} has no place for it ({error}); 5.17 to 5.24 are known to have one"
     ) from error
