@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
-for needed in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(needed)
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("openai")
 
 import openai
 import torch
