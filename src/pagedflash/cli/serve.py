@@ -1,0 +1,90 @@
+"""``pagedflash serve``: transformers' own OpenAI-compatible server, with pagedflash and continuous batching."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import transformers as integration
+from ..integrations.transformers import hooks
+from .generate import GenerateError, ModelFiles, first_line
+
+GRACE = 5
+"""Seconds that requests have to end by themselves when the server is told to stop."""
+
+
+def serve(
+    files: ModelFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    host: str,
+    port: int,
+    memory: float | None,
+    on_ready: Callable[[str], None],
+) -> None:
+    """Serve one model until SIGINT or SIGTERM; requests under way then have ``GRACE`` seconds.
+
+    Args:
+        memory: the part of the free memory that the cache may take; None is transformers' default.
+        on_ready: is told the name that requests give as ``model``.
+
+    Raises:
+        GenerateError: the server's packages are missing, or transformers cannot load the model.
+    """
+    name = f"{files.source}:{files.gguf_file}" if files.gguf_file else files.source
+    try:
+        server = _server(name, device, dtype, host, port, memory)
+    except ImportError as error:
+        reason = first_line(error)
+        raise GenerateError(f"the server cannot start ({reason}); run: pip install 'transformers[serving]'") from error
+    except Exception as error:  # whatever a loader makes of a broken file
+        raise GenerateError(f"transformers cannot load {files.name}: {first_line(error)}") from error
+    on_ready(name)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises both again when it has stopped
+    try:
+        server.server.run()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        _shut_down(server)
+
+
+def _server(name: str, device: torch.device, dtype: torch.dtype, host: str, port: int, memory: float | None) -> Any:
+    """transformers' server, the model loaded, not yet running."""
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving import model_manager
+
+    class Models(model_manager.ModelManager):  # type: ignore[misc]  # no types there
+        def _validate_args(self) -> None:
+            """transformers' server takes no attention but its own."""
+
+    class Server(Serve):  # type: ignore[misc]
+        def start_server(self) -> None:
+            """Not in a thread: uvicorn listens to signals in the main one only."""
+
+    integration.enable()
+    hooks.replace(model_manager, "ModelManager", Models)
+    server = Server(
+        force_model=name,
+        continuous_batching=True,
+        attn_implementation=integration.NAME,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        cb_max_memory_percent=memory,
+        host=host,
+        port=port,
+        non_blocking=True,
+    )
+    server.server.config.timeout_graceful_shutdown = GRACE
+    return server
+
+
+def _shut_down(server: Any) -> None:
+    """End the thread that generates, which would keep the process alive for the requests it still has."""
+    batching = server._generation_state._cb_manager
+    if batching is not None and batching._cb is not None:
+        batching._cb.stop(block=True, hard_stop=True)
+    server._model_manager.shutdown()
