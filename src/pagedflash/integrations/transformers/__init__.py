@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from ... import interface
-from . import engine, gate, hooks, refusals
+from . import engine, gate, hooks, refusals, tensor_parallel
 from .gate import is_open as decode_fast_path_is_open
 from .hooks import NAME
 
@@ -63,6 +63,7 @@ def enable(decode_fast_path_for: Iterable[str] = ()) -> None:
             _add_implementation()
             _allow_where_sinks_are_listed()
             _refuse_unsupported_models()
+            tensor_parallel.check_when_split()
         except (AttributeError, ImportError, KeyError) as error:
             disable()
             _refuse_version(error)
