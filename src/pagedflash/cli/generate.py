@@ -180,7 +180,9 @@ def default_prompts(loaded: Loaded) -> dict[str, str]:
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2 * CONTEXT
     prompts = {}
     for topic, question in DEFAULT_QUESTIONS.items():
-        text = loaded.tokenizer.decode(loaded.tokenizer(topics[topic])["input_ids"][: min(CONTEXT, longest // 2)])
+        text = topics[topic]
+        tokens = len(loaded.tokenizer(text)["input_ids"])
+        text = text[: len(text) * min(CONTEXT, longest // 2) // tokens]
         prompts[question] = f"{text}\n\n{question}"
     return prompts
 

@@ -87,6 +87,7 @@ def generate(
         loaded = _load(files, where, number, parallel.loading_options(tp))
         titled = {prompt: prompt for prompt in prompts} or generation.default_prompts(loaded)
         ids = generation.encode(loaded.tokenizer, titled.values())
+        console.print(f"{len(ids)} prompts, {sum(map(len, ids)):,} tokens, and up to {max_new_tokens} new ones for each")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the summary says which backend ran, and why
             result = _run(loaded, ids, max_new_tokens, integration.NAME)
@@ -256,13 +257,13 @@ def _print_verdict(console: Console, runs: dict[str, generation.Generation]) -> 
     same = sum(a == b for a, b in zip(ours.tokens, theirs.tokens))
     texts = "the same texts" if same == len(ours.tokens) else f"{same} of {len(ours.tokens)} texts the same"
     phases = {"prefill": (ours.prefill, theirs.prefill), "decode": (ours.decode, theirs.decode)}
-    ratios = ", ".join(f"{phase} {_ratio(*speeds)}" for phase, speeds in phases.items() if speeds[1].tokens)
+    ratios = ", ".join(
+        f"{phase} {mine.tokens_per_second / other.tokens_per_second:.2g} x"
+        for phase, (mine, other) in phases.items()
+        if other.tokens
+    )
     color = "green" if same == len(ours.tokens) else "yellow"
-    console.print(f"[bold {color}]{ours_name} beside {theirs_name}: {texts}; {ratios}.[/]")
-
-
-def _ratio(ours: generation.Speed, theirs: generation.Speed) -> str:
-    return f"{ours.tokens_per_second / theirs.tokens_per_second:.1f} x as fast"
+    console.print(f"[bold {color}]{ours_name} beside {theirs_name}: {texts}; {ratios} as fast.[/]")
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
