@@ -1,6 +1,6 @@
 """Every model family of transformers as a tiny random model, and how it fares on "pagedflash" beside eager attention.
 
-``python tests/families.py`` prints the table of docs/transformers.md; ``python tests/families.py llama bart`` those families.
+``python tests/families.py`` prints the table of docs/transformers.md, ``python tests/families.py llama bart`` how those fare.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def assert_options_arrived(family: str, calls: list[AttentionProblem]) -> None:
 @pytest.mark.usefixtures("enabled")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_as_eager(family: str, described: list[AttentionProblem]) -> None:
-    """One left-padded batch: varlen. One prompt alone: dense."""
+    """One left-padded batch and one prompt alone, both read where they lie."""
     model = random_model(family, "pagedflash")
     assert model.config._attn_implementation == "pagedflash"
     longest = max(map(len, PROMPTS))
@@ -86,7 +86,7 @@ def test_logits_as_eager(family: str, described: list[AttentionProblem]) -> None
 
     with torch.no_grad(), pagedflash.count_calls() as calls:
         logits, logits_alone = model(ids, attention_mask=mask).logits, model(alone).logits
-    assert layouts(calls) == {"varlen": 2, "dense": 2}
+    assert layouts(calls) == {"dense": 4}
     assert_options_arrived(family, described)
 
     with torch.no_grad(), implementation(model, "eager"):
@@ -120,9 +120,12 @@ def test_continuous_batching_as_eager(family: str, described: list[AttentionProb
 
 @pytest.mark.usefixtures("enabled")
 def test_a_list_of_flash_kernels_gets_one_more_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers replaces an implementation that gpt-oss does not list. A list of other kernels is left alone."""
+    """transformers replaces an implementation that gpt-oss does not list. A list of other kernels is another attention."""
     model = random_model("gpt-oss", "pagedflash")
     assert model.config._attn_implementation == "pagedflash"
     assert "pagedflash" not in type(model)._compatible_flash_implementations
-    monkeypatch.setattr(type(model), "_compatible_flash_implementations", ["eager"])
-    assert random_model("gpt-oss", "pagedflash").config._attn_implementation == "eager"
+    monkeypatch.setattr(type(model), "_compatible_flash_implementations", ["org/block-sparse"])
+    with pytest.raises(
+        ValueError, match="pagedflash: GptOssForCausalLM is not supported: it runs with org/block-sparse only"
+    ):
+        random_model("gpt-oss", "pagedflash")

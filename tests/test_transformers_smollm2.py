@@ -52,7 +52,7 @@ def expected(prompts: list[list[int]]) -> list[list[int]]:
 def test_generate_with_left_padding(prompts: list[list[int]], expected: list[list[int]]) -> None:
     with implementation(smollm2().model, "pagedflash") as model, pagedflash.count_calls() as calls:
         assert padded(model, prompts, NEW_TOKENS) == expected
-    assert layouts(calls) == {"varlen": model.config.num_hidden_layers * max(map(len, expected))}
+    assert layouts(calls) == {"dense": model.config.num_hidden_layers * max(map(len, expected))}
 
 
 @pytest.mark.usefixtures("enabled")

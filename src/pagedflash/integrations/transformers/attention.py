@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,11 +54,13 @@ def forward(
     for name in _CHANGES_SCORES:
         if kwargs.get(name) is not None:
             refuse(f"{name} of {type(module).__name__}", "flash attention has no place for it")
+    if dropout:
+        refuse(f"dropout of {dropout}", "there is no backward pass yet, so nothing to train with it")
     if isinstance(cache, PagedAttentionCache) and isinstance(kwargs.get("cu_seq_lens_k"), dict):
         key, value = cache.update(key, value, module.layer_idx, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (tensor.transpose(1, 2) for tensor in _of_one_dtype(query, key, value))
-    options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "s_aux": s_aux, "causal": causal}
+    options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0, "s_aux": s_aux, "causal": causal}
     if sliding_window:
         options["window_size"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
 
@@ -70,21 +72,20 @@ def forward(
         cu_seqlens_q, cu_seqlens_k, *longest = (kwargs[name] for name in _PACKED)
         max_seqlen_q, max_seqlen_k = (int(n.item()) if isinstance(n, Tensor) else n for n in longest)
         packing = masks.Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return _packed(q, k, v, packing, dropout, options), None
+        return _packed(q, k, v, packing, options), None
     if attention_mask is None:
-        return flash_attn_func(q, k, v, dropout, **options), None
+        return cast(Tensor, flash_attn_func(q, k, v, **options)), None
 
     window = sliding_window or None
     key_mask = masks.key_mask_of(attention_mask, causal, window, q.shape[1], k.shape[1])
     options |= {"causal": key_mask.causal, "window_size": key_mask.window_size}
     where = key_mask.where(q.shape[0], q.device)
     if where is None:
-        return flash_attn_func(q, k, v, dropout, **options), None
+        return cast(Tensor, flash_attn_func(q, k, v, **options)), None
     if isinstance(where, masks.Packing):
-        return _packed(q, k, v, where, dropout, options), None
-    if dropout:
-        refuse(f"dropout of {dropout}", "there is no backward yet")
-    return flash_attn_with_kvcache(q, k, v, cache_seqlens=where.ends, cache_leftpad=where.starts, **options), None
+        return _packed(q, k, v, where, options), None
+    out = flash_attn_with_kvcache(q, k, v, cache_seqlens=where.ends, cache_leftpad=where.starts, **options)
+    return cast(Tensor, out), None
 
 
 def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +96,7 @@ def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, packing: masks.Packing, dropout: float, options: dict[str, Any]) -> Tensor:
+def _packed(q: Tensor, k: Tensor, v: Tensor, packing: masks.Packing, options: dict[str, Any]) -> Tensor:
     """Sequences packed into the rows of a batch. Queries that are none of them get 0."""
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused, rows_q, rows_k = packing
     batch, length, *_ = q.shape
@@ -103,13 +104,11 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, packing: masks.Packing, dropout: fl
     if rows_k is not None:
         k, v = k[rows_k], v[rows_k]
     rows = q if rows_q is None else q[rows_q]
-    out = flash_attn_varlen_func(
-        rows, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout,
-        seqused_q=seqused, seqused_k=seqused, **options,
-    )  # fmt: skip
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    out = cast(Tensor, flash_attn_varlen_func(rows, k, v, *lengths, seqused_q=seqused, seqused_k=seqused, **options))
     if rows_q is not None:
         out = q.new_zeros(len(q), *out.shape[1:]).index_copy(0, rows_q, out)
-    return out.unflatten(0, (batch, length))
+    return out.view(batch, length, *out.shape[1:])
 
 
 def _decode_from_pages(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], kwargs: dict[str, Any]) -> Tensor:
@@ -117,8 +116,6 @@ def _decode_from_pages(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any],
     cu_seqlens_k, requests = kwargs["cu_seq_lens_k"], q.shape[1]
     lengths = cu_seqlens_k[1 : requests + 1] - cu_seqlens_k[:requests] - 1
     q, k, v = (tensor[0].unsqueeze(1) for tensor in (q, k, v))
-    out = flash_attn_with_kvcache(
-        q, kwargs["k_cache"], kwargs["v_cache"], k, v,
-        cache_seqlens=lengths, block_table=kwargs["block_table"], **options,
-    )  # fmt: skip
-    return out.squeeze(1).unsqueeze(0)
+    caches, table = (kwargs["k_cache"], kwargs["v_cache"]), kwargs["block_table"]
+    out = flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, block_table=table, **options)
+    return cast(Tensor, out).squeeze(1).unsqueeze(0)

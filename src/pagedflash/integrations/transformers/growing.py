@@ -22,6 +22,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     the next update moves them to tensors of their own, so no view taken earlier changes.
     """
 
+    keys: Tensor
+    values: Tensor
     _room: tuple[Tensor, Tensor] | None = None  # (B, Hkv, capacity, D) and Dv
     _left: tuple[Tensor, Tensor] | None = None  # keys and values as the last update left them
     _owner: int = 0  # the layer that the room belongs to, and not to a copy of it

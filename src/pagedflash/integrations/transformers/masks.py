@@ -1,9 +1,9 @@
 """The mask function of "pagedflash": which keys each query sees, said in lengths instead of a matrix.
 
-transformers asks an implementation's mask function once a forward pass and hands what it returns to every layer. Ours returns
-a ``(batch, keys)`` bool tensor that is True for keys that may be seen. The tensor carries a :class:`KeyMask`, which knows what
-the tensor cannot say (causal or not, window, packed sequences) and works out once, not once a layer, how to say it to a kernel.
-It does not rely on what layers say of themselves: some models' layers say that they are causal, and their masks are not.
+transformers asks an implementation's mask function once a forward pass and hands what it returns to every layer. Ours
+returns a ``(batch, keys)`` bool tensor that is True for keys that may be seen. It carries a :class:`KeyMask`, which knows
+what the tensor cannot say (causal or not, window, packed sequences) and works out once, not once a layer, how to say it to
+a kernel. Nothing relies on what layers say of themselves: some say that they are causal, and their model's mask is not.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from .refusals import refuse
 
 _ATTRIBUTE = "_pagedflash_key_mask"
+
+_PIECE = 2**24
+"""Entries of a mask that are looked at together."""
 
 
 class KeyRanges(NamedTuple):
@@ -57,31 +60,28 @@ def visible_keys(
     Returns:
         ``(batch_size, kv_length)`` bool with a :class:`KeyMask`.
     """
-    if hasattr(attention_mask, _ATTRIBUTE):
-        return (
-            attention_mask  # an outer model's mask comes to the model inside, where transformers leaves 4D masks as they are
-        )
+    if attention_mask is not None and hasattr(attention_mask, _ATTRIBUTE):
+        return attention_mask  # made by an outer model for the one inside; transformers leaves 4D masks as they are, too
     causal = mask_function is not bidirectional_mask_function and "allow_is_bidirectional_skip" not in kwargs
     first_query = q_offset - kv_offset
     end = first_query + q_length if causal else kv_length
     window = local_size if local_size is not None and kv_length > local_size else None
-    # transformers forbids the shortcut where the mask is more than causal or bidirectional with a window.
-    trusted = (
+    # transformers forbids these shortcuts where the mask is more than causal or bidirectional with a window.
+    standard = (
         mask_function is causal_mask_function
         or mask_function is bidirectional_mask_function
         or kwargs.get("allow_is_causal_skip", False)
         or kwargs.get("allow_is_bidirectional_skip", False)
     )
     padding = _padding(attention_mask, kv_offset, kv_length)
-    if padding is None:
-        visible = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    else:
-        visible = padding.clone()  # the caller's mask may come again, in another pass
+    everything = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    visible = everything if padding is None else padding.clone()  # the caller's mask may come again, in another pass
     if not (isinstance(end, int) and end >= kv_length):
         visible &= torch.arange(kv_length, device=visible.device) < end
     key_mask = KeyMask(causal, window, first_query, q_length, kv_length, padding)
-    if not trusted:
-        key_mask.unknown = MaskFunction(mask_function, q_offset, kv_offset, batch_size, visible.device)
+    if not standard:
+        use_vmap = kwargs.get("use_vmap", False)
+        key_mask.function = MaskFunction(mask_function, use_vmap, q_offset, kv_offset, batch_size, visible.device)
     setattr(visible, _ATTRIBUTE, key_mask)
     return visible
 
@@ -100,6 +100,8 @@ def key_mask_of(mask: Tensor, causal: bool, window: int | None, queries: int, ke
         return known
     if mask.dim() != 2:
         refuse(f"a mask of shape {tuple(mask.shape)}", "flash attention takes padding masks of shape (batch, keys)")
+    if mask.is_floating_point() and (torch.compiler.is_compiling() or not mask.any() or ((mask != 0) & (mask != 1)).any()):
+        refuse("a mask that is added to the scores", "flash attention takes padding masks, 1 for tokens and 0 for padding")
     padding = mask[:, -keys:].bool()
     if (missing := keys - padding.shape[1]) > 0:  # slots of a static cache that are not written yet
         padding = torch.nn.functional.pad(padding, (0, missing))
@@ -108,20 +110,35 @@ def key_mask_of(mask: Tensor, causal: bool, window: int | None, queries: int, ke
 
 @dataclass
 class MaskFunction:
-    """A mask function of transformers that is more than causal or bidirectional, at the positions it will be called with."""
+    """A mask function that may be more than causal or bidirectional with a window, and where its queries and keys are."""
 
     function: Callable[..., Any]
+    use_vmap: bool
     q_offset: int | Tensor
     kv_offset: int
     batch_size: int
     device: torch.device
 
-    def __call__(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """``(B, Sq, n)`` bool: whether each of ``queries (Sq,)`` sees its ``keys ((B,) Sq, n)``, all counted from key 0."""
-        rows = torch.arange(self.batch_size, device=self.device)[:, None, None]
-        queries = queries[:, None] + self.kv_offset
-        seen = self.function(rows, torch.zeros_like(rows), queries, keys + self.kv_offset)
-        return torch.as_tensor(seen).expand(self.batch_size, queries.shape[0], keys.shape[-1])
+    def shows(self, first: int, queries: int, keys: int) -> Tensor:
+        """``(B, queries, keys)`` bool: which keys the queries from the ``first`` on see."""
+        return sdpa_mask(  # type: ignore[no-any-return]
+            self.batch_size,
+            queries,
+            keys,
+            q_offset=self.q_offset + first,
+            kv_offset=self.kv_offset,
+            mask_function=self.function,
+            allow_is_causal_skip=False,
+            use_vmap=self.use_vmap,
+            device=self.device,
+        )[:, 0]
+
+    def shows_one_before(self, queries: int) -> Tensor:
+        """``(B, queries)`` bool: whether each query sees the key before its own."""
+        positions = torch.arange(queries, device=self.device) + self.q_offset
+        rows = torch.arange(self.batch_size, device=self.device)[:, None]
+        seen: Tensor = self.function(rows, torch.zeros_like(rows), positions, (positions - 1).clamp(min=0))
+        return seen.expand(self.batch_size, queries)
 
 
 @dataclass
@@ -135,7 +152,7 @@ class KeyMask:
     queries: int
     keys: int
     padding: Tensor | None  # (B, keys) bool, False = padding
-    unknown: MaskFunction | None = None
+    function: MaskFunction | None = None  # if this may not be all there is to the mask
     _where: KeyRanges | Packing | None = None
     _found: bool = False
 
@@ -157,8 +174,10 @@ class KeyMask:
         return self._where
 
     def _find(self, batch_size: int, device: torch.device) -> KeyRanges | Packing | None:
-        if self.unknown is not None and (first_keys := self._check(self.unknown)) is not None:
+        if self.function is not None and (first_keys := self._check(self.function)) is not None:
             return _packed(first_keys)
+        if self.window is not None and not self.causal and not (self.first_query == 0 and self.queries == self.keys):
+            refuse("a window to both sides over a cache", "flash attention aligns queries with the last key")
         end = self.first_query + self.queries if self.causal else self.keys
         if self.padding is None and isinstance(end, int) and end == self.keys:
             return None
@@ -167,7 +186,7 @@ class KeyMask:
             return self._ranges(ends, None)
 
         slots = torch.arange(self.keys, device=device)
-        seen = self.padding & (slots < end)
+        seen = (self.padding & (slots < end)).expand(batch_size, -1)
         counts = seen.sum(-1, dtype=torch.int32)
         lasts = torch.where(seen, slots + 1, 0).amax(-1).to(torch.int32)
         firsts = torch.where(seen, slots, self.keys).amin(-1).to(torch.int32).minimum(lasts)
@@ -184,8 +203,6 @@ class KeyMask:
         if self.causal or self.window is None:
             return KeyRanges(ends, starts)
         # A window to both sides is counted from the last key, so padding behind it would move every query.
-        if not isinstance(self.first_query, int) or self.first_query or self.queries != self.keys:
-            refuse("a window to both sides over a cache", "flash attention aligns queries with the last key")
         return _packed_ranges(ends, torch.zeros_like(ends) if starts is None else starts, self.keys)
 
     def _without_holes(self, seen: Tensor, counts: Tensor) -> Packing:
@@ -203,41 +220,43 @@ class KeyMask:
         return Packing(_cumulative(lengths), _cumulative(counts), int(lengths.max()), max_k, None, rows_q, rows_k)
 
     def _check(self, function: MaskFunction) -> Tensor | None:
-        """Ask a mask function at the edges of what this mask says.
+        """Compare the whole mask with what this one says of it.
 
         Returns:
-            ``(B, queries)``, the first key of each query's sequence, if there are several; None if it is as this mask says.
+            ``(B, queries)``, the first key of each query's sequence, if there are several; None if it is as this one says.
         """
-        queries = torch.arange(self.queries, device=function.device) + self.first_query
-        as_said = self._agrees(function, queries, torch.zeros_like(queries)[None])
+        nowhere = torch.zeros(1, self.queries, dtype=torch.int64, device=function.device)
         if torch.compiler.is_compiling():
-            torch._assert_async(
-                as_said, "pagedflash: packed sequences need cu_seq_lens_q, cu_seq_lens_k and max lengths here"
-            )
+            message = "pagedflash: sequences packed without cu_seq_lens_q, or a mask of the model's own, cannot be compiled"
+            torch._assert_async(self._agrees(function, nowhere, 0, self.queries), message)
             return None
-        if as_said:
+        if self._agrees_in_pieces(function, nowhere):
             return None
-        if self.causal and self.padding is None and self.queries == self.keys:
-            before = (queries - 1).clamp(min=0)
-            starts = ~function(queries, before[:, None])[..., 0]
-            first_keys = torch.where(starts, queries, 0).cummax(-1).values
-            if self._agrees(function, queries, first_keys):
+        if self.causal and not function.use_vmap and self.padding is None and self.queries == self.keys:
+            queries = torch.arange(self.queries, device=function.device)
+            begins = ~function.shows_one_before(self.queries)
+            first_keys = torch.where(begins, queries, 0).cummax(-1).values
+            if self._agrees_in_pieces(function, first_keys):
                 return first_keys
-        refuse("a mask function of its own", "flash attention takes causal masks, windows, padding and packed sequences")
+        refuse("this model's mask", "flash attention takes causal masks, windows, padding and packed sequences")
 
-    def _agrees(self, function: MaskFunction, queries: Tensor, first_keys: Tensor) -> Tensor:
-        """Whether ``function`` shows each query the keys from ``first_keys (1 or B, queries)`` on that this mask does."""
+    def _agrees_in_pieces(self, function: MaskFunction, first_keys: Tensor) -> bool:
+        step = max(1, _PIECE // (function.batch_size * self.keys))
+        pieces = range(0, self.queries, step)
+        return all(bool(self._agrees(function, first_keys, first, min(first + step, self.queries))) for first in pieces)
+
+    def _agrees(self, function: MaskFunction, first_keys: Tensor, first: int, end: int) -> Tensor:
+        """Whether ``function`` shows the queries from ``first`` to ``end`` what this mask does, from their
+        ``first_keys (1 or B, queries)`` on."""
+        queries = torch.arange(first, end, device=function.device)[:, None] + self.first_query
+        keys = torch.arange(self.keys, device=function.device)
+        expected = keys >= first_keys[:, first:end, None]
         left, right = self.window_size
-        low = first_keys if left < 0 else first_keys.maximum(queries - left)
-        high = torch.full_like(low, self.keys - 1)
-        if self.causal:
-            high = high.minimum(queries)
-        elif right >= 0:
-            high = high.minimum(queries + right)
-        ends = torch.zeros_like(low), torch.full_like(low, self.keys - 1)
-        keys = torch.stack((low - 1, low, high, high + 1, *ends), -1).clamp(0, self.keys - 1)
-        expected = (keys >= low[..., None]) & (keys <= high[..., None])
-        return (function(queries, keys) == expected).all()
+        if left >= 0:
+            expected = expected & (keys >= queries - left)
+        if self.causal or right >= 0:
+            expected = expected & (keys <= queries + max(right, 0))
+        return (function.shows(first, end - first, self.keys) == expected).all()
 
 
 def _padding(attention_mask: Tensor | None, kv_offset: int, kv_length: int) -> Tensor | None:
