@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -239,6 +243,14 @@ def test_no_kernel_or_device_function_has_more_than_20_parameters() -> None:
     assert {"decode", "combine", "prefill", "kv_write"} < {function.__name__ for function in functions}
     for function in functions:
         assert len(inspect.signature(function.fn).parameters) <= 20, function.__name__
+
+
+def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("triton_compile.py")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert set(run.stdout.split()) == {"decode", "combine", "kv_write", "prefill"}
 
 
 class _Kernel:

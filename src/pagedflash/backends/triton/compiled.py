@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -50,7 +50,7 @@ class CompiledLaunch:
         self.grid = grid
         self._records = (params, tile)
         self._plain_records = (plain(params), plain(tile))
-        self._options = options
+        self.options = options
         self._device_index = device.index
         self._reusable = aligned and not INTERPRETED
         self._launcher: Callable[..., object] | None = None
@@ -63,16 +63,23 @@ class CompiledLaunch:
             stream = self._current_stream(self._device_index)
             self._launcher(*self.grid, stream, *self._compiled, addresses, *self._plain_records)
             return
-        record = next(iter(self.kernel.fn.__annotations__.values()))
-        params, tile = (mark_constants(some) for some in self._records)
-        compiled = self.kernel[self.grid](record(*tensors), params, tile, **self._options)
+        compiled = self.kernel[self.grid](*self.arguments(tensors), **self.options)
         if self._reusable:
-            self._launcher = known_launcher(compiled)
-            self._reusable = self._launcher is not None
-        if self._reusable:
+            self._reuse(compiled)
+
+    def _reuse(self, compiled: Any) -> None:
+        launcher = known_launcher(compiled)
+        self._reusable = launcher is not None
+        if launcher is not None:
             no_metadata, no_hooks = None, (None, None)
             self._compiled = (compiled.function, compiled.packed_metadata, no_metadata, *no_hooks)
             self._current_stream = triton.runtime.driver.active.get_current_stream
+            self._launcher = launcher  # last: other threads look for it
+
+    def arguments(self, tensors: Tensors) -> list[Any]:
+        """What Triton's own launch takes: the kernel's records, with tensors and marked constants."""
+        kind = self.kernel.fn.__annotations__["tensors"]
+        return [kind(*tensors), *map(mark_constants, self._records)]
 
 
 def mark_constants(record: Any) -> Any:
@@ -93,9 +100,9 @@ def plain(record: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def known_launcher(compiled: Any) -> Callable[..., object] | None:
     """Triton's launcher of a compiled kernel. None, with a warning, where it does not take LAUNCHER_PARAMETERS."""
-    launcher: Callable[..., object] | None = getattr(compiled, "run", None)
-    if launcher is not None and _takes_known_parameters(launcher):
-        return launcher
+    has_all = all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata"))
+    if has_all and _takes_known_parameters(compiled.run):
+        return cast(Callable[..., object], compiled.run)
     warnings.warn(
         f"pagedflash: the launcher of Triton {triton.__version__} is not the one known from 3.6 to 3.9: every call takes "
         "Triton's own launch, which costs more of the host's time",

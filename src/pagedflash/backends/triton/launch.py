@@ -55,8 +55,11 @@ time that splitting costs."""
 MAX_FUSED_SPLITS = 10
 """Splits of a work tile, on average, up to which its last CTA reduces them; more are left to ``combine``."""
 
-SPLITS_TOGETHER, VALUES_TOGETHER = 8, 4096
+DECODE_SPLITS, DECODE_VALUES = 8, 4096
 """Splits, and values of them, that this CTA loads together at most. Rows of more values are left to ``combine`` too."""
+
+COMBINE_SPLITS, COMBINE_VALUES = 64, 8192
+"""The same of ``combine``."""
 
 FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 """Lengths that a CTA of ``decode`` looks at together: what one warp holds, or for larger batches all four."""
@@ -175,12 +178,12 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     num_ctas = num_sms(device) * tiling.ctas_per_sm
     if num_splits or not split_kv:
         num_ctas = work_tiles * max(num_splits, 1)
-    reduces_itself = num_ctas <= MAX_FUSED_SPLITS * work_tiles and rows * block_dv <= VALUES_TOGETHER
+    reduces_itself = num_ctas <= MAX_FUSED_SPLITS * work_tiles and rows * block_dv <= DECODE_VALUES
     pdl = split_kv and not reduces_itself and has_pdl(device)
 
     # ``combine`` takes rows together where there are enough work tiles to fill the device, else one by one.
     reduce_rows = rows if reduces_itself or work_tiles >= num_sms(device) else 1
-    splits_together, values_together = (SPLITS_TOGETHER, VALUES_TOGETHER) if reduces_itself else (64, 8192)
+    splits, values = (DECODE_SPLITS, DECODE_VALUES) if reduces_itself else (COMBINE_SPLITS, COMBINE_VALUES)
     tile = DecodeTile(
         ROWS=rows,
         BLOCK_M=tiling.block_m,
@@ -189,9 +192,9 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
         BLOCK_B=FEW_SEQUENCES if batch_size <= FEW_SEQUENCES else MANY_SEQUENCES,
         SPLIT_KV=split_kv,
         REDUCE_ROWS=reduce_rows,
-        REDUCE_SPLITS=max(1, min(splits_together, values_together // (reduce_rows * block_dv))),
+        REDUCE_SPLITS=max(1, min(splits, values // (reduce_rows * block_dv))),
         PDL=pdl,
-        num_ctas=num_ctas,
+        num_ctas=num_ctas if split_kv else 0,
     )
     attend = CompiledLaunch(decode, (num_ctas, 1, 1), params, tile, device, aligned, **tiling.options)
     plan = plan._replace(attend=attend)

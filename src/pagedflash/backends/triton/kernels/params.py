@@ -130,7 +130,7 @@ class DecodeTile(NamedTuple):
     REDUCE_ROWS: int  # rows and splits that are reduced together
     REDUCE_SPLITS: int
     PDL: bool  # ``combine`` is launched while ``decode`` still runs
-    num_ctas: int  # of ``decode``
+    num_ctas: int  # of ``decode``, where it splits work tiles
 
 
 class PrefillTile(NamedTuple):

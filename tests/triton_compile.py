@@ -1,0 +1,70 @@
+"""Compiles the kernels for an H100, on a machine without one: what Triton's interpreter takes, its compiler may reject.
+
+TRITON_INTERPRET=0 python tests/triton_compile.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from pagedflash.backends.triton import compiled, launch
+from pagedflash.problem import AttentionProblem
+
+H100 = GPUTarget("cuda", 90, 32)
+
+
+def compile_kernel(kernel: Any, arguments: list[Any], options: dict[str, Any]) -> None:
+    backend = make_backend(H100)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, rest = bind(*arguments, **options, debug=False)
+    options_of_target, *source = kernel._pack_args(backend, rest, bound, specialization, rest)
+    triton.compile(ASTSource(kernel, *source), target=H100, options=options_of_target.__dict__)
+
+
+def compile_launch(self: compiled.CompiledLaunch, tensors: tuple[Any, ...], addresses: tuple[Any, ...]) -> None:
+    """In the place of a launch."""
+    compile_kernel(self.kernel, self.arguments(tensors), self.options)
+    print(self.kernel.__name__)
+
+
+def everything(num_queries: int, dtype: torch.dtype) -> AttentionProblem:
+    """A problem with every option of a paged cache."""
+    batch, heads, kv_heads, head_dim, page_size, width = 3, 6, 2, 80, 16, 300
+    cos, sin = torch.randn(2, width * page_size, 16).to(dtype)
+    pages = torch.zeros(width, page_size, kv_heads, head_dim, dtype=dtype)
+    new = torch.zeros(batch, num_queries, kv_heads, head_dim, dtype=dtype)
+    return AttentionProblem.of_fields(
+        q=torch.zeros(batch, num_queries, heads, head_dim, dtype=dtype), k=pages, v=pages[..., :72], k_new=new,
+        v_new=new[..., :72], block_table=torch.zeros(batch, width, dtype=torch.int32),
+        cache_leftpad=torch.zeros(batch, dtype=torch.int32), seqused_k=torch.zeros(batch, dtype=torch.int32), rotary_cos=cos,
+        rotary_sin=sin, alibi_slopes=torch.zeros(batch, heads), sinks=torch.zeros(heads), max_seqlen_q=num_queries,
+        max_seqlen_k=width * page_size, softcap=1.0, window_left=2000, window_right=0,
+    )  # fmt: skip
+
+
+def all_ones(num_queries: int) -> AttentionProblem:
+    """Every size is 1 where it can be: Triton makes such numbers constants."""
+    offsets = torch.zeros(2, dtype=torch.int32)
+    one = torch.zeros(1, dtype=torch.int32)
+    row = torch.zeros(1, 1, 8)
+    return AttentionProblem.of_fields(
+        q=row.expand(num_queries, 1, 8), k=row[None], v=row[None], cu_seqlens_q=offsets, cu_seqlens_k=offsets, seqused_q=one,
+        block_table=torch.zeros(1, 1, dtype=torch.int32), max_seqlen_q=num_queries, max_seqlen_k=1, window_left=1,
+        window_right=1, num_splits=2,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    assert not compiled.INTERPRETED
+    launch.num_sms = lambda device: 132
+    launch.has_pdl = lambda device: True
+    launch.semaphores = lambda device, count: torch.zeros(count, dtype=torch.int32)
+    compiled.CompiledLaunch.__call__ = compile_launch  # type: ignore[method-assign]
+    for problem in (everything(1, torch.bfloat16), everything(70, torch.float16), all_ones(1), all_ones(70)):
+        launch.attention(problem)
