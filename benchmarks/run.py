@@ -107,13 +107,18 @@ def list_suites() -> None:
 
 def machine() -> dict[str, str]:
     """What the figures depend on."""
-    facts = {"date": date.today().isoformat(), "device": describe_device(best_device()), "python": platform.python_version()}
+    facts = {"date": date.today().isoformat(), "device": devices(), "python": platform.python_version()}
     for package in PACKAGES:
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return facts
+
+
+def devices() -> str:
+    """The CPU, and the GPU if there is one."""
+    return " and ".join(describe_device(device) for device in dict.fromkeys(("cpu", best_device())))
 
 
 def run(suite: Suite, options: Options) -> list[Row]:
@@ -167,7 +172,7 @@ def plot(file: Path, results: dict[str, list[Row]]) -> None:
     figure = Figure(figsize=(7.5, sum(heights)), layout="constrained")
     panels = figure.subplots(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (name, rows) in zip(panels, results.items()):
-        axes.set_title(f"{SUITES[name].description}\n{describe_device(best_device())}", fontsize=9)
+        axes.set_title(f"{SUITES[name].description}\n{devices()}", fontsize=9)
         if rows[0].x:
             lines = {column: [row.figures[column] for row in rows] for column in rows[0].figures}
             draw_lines(axes, [row.x[1] for row in rows if row.x], lines, rows[0].x[0], "")

@@ -166,6 +166,7 @@ CHECKING = Capabilities(checks_values=True)
         ("head_dims_at_its_limits", backend(attention=lambda p: reference.attention(p)[:1] * 2)),
         ("kv_write", backend(kv_write=writes_one_slot_more)),
         ("results_are_the_same_every_time", backend(attention=gives_other_bits_each_time)),
+        ("an_output_that_is_given_is_written", backend(attention=lambda problem, out=None: reference.attention(problem))),
         ("slots_that_no_sequence_owns_are_not_read", backend(attention=reads_what_it_does_not_own)),
         ("an_empty_batch", backend(attention=refuses_an_empty_batch)),
         ("sequences_without_keys", backend(attention=attends_skipped_sequences)),

@@ -49,7 +49,7 @@ def all_decode_contenders(problem: PagedProblem) -> dict[str, Contender]:
 
 @suite("cpu-context")
 def context(options: Options) -> Iterator[Row]:
-    """Paged decode, float32, GB/s of keys and values against context length (the picture in README.md)"""
+    """Paged decode against context length, float32, GB/s of keys and values"""
     stream_bytes = options.size(STREAM_BYTES, 8 * MIB)
     stream = streaming(size=stream_bytes)
     shape = Shape()

@@ -109,6 +109,15 @@ class BackendConformance:
             for problem in self.draw("determinism", layout=layout, max_keys=600):
                 self.assert_same_bits(problem, copy_of(problem))
 
+    def test_an_output_that_is_given_is_written(self) -> None:
+        """With the bits of one that is not."""
+        for layout in LAYOUTS:
+            for problem in self.draw("out", layout=layout):
+                want, _ = self.backend.attention(copy_of(problem))
+                out = torch.full_like(want, torch.nan)
+                returned, _ = self.backend.attention(problem, out)
+                assert returned.data_ptr() == out.data_ptr() and torch.equal(out, want), describe(problem)
+
     def test_slots_that_no_sequence_owns_are_not_read(self) -> None:
         """They hold NaN, then numbers: the results have the same bits."""
         for layout in (*APPENDING, "paged varlen"):
