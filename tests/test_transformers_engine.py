@@ -26,7 +26,7 @@ if hooks.version_numbers() < engine.FIRST_VERSION:
 
 from transformers.generation.continuous_batching import cache as cache_module
 from transformers.generation.continuous_batching import initialization as gate
-from transformers.generation.continuous_batching import input_outputs, offloading_manager
+from transformers.generation.continuous_batching import input_outputs, model_runner, offloading_manager
 from transformers.generation.continuous_batching import scheduler as scheduler_module
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cache_allocators import (
@@ -381,6 +381,33 @@ def test_inputs_prepared_on_the_host_reach_the_device(steps: list[list[int]], mo
             model = random_model(family)
             assert tokens(batched(model, PROMPTS, max_blocks_per_request=1)) == expected_tokens(model, PROMPTS)
     assert transfers == len(steps)
+
+
+@pytest.mark.usefixtures("enabled")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_a_graph_captures_is_static(family: str, steps: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA graphs have it: a step runs on the tensors of the first step of its shape, filled anew; grown tables too."""
+    captured = 0
+    initialize, get_model_kwargs = model_runner.ModelRunner.__init__, inputs.PagedInputs.get_model_kwargs
+
+    def pad(self: Any, **arguments: Any) -> None:
+        initialize(self, **arguments)
+        self.pad_inputs = self.inputs_and_outputs.use_cuda_graph_varlen = True
+
+    def replay(self: Any, use_padding: bool = False) -> Any:
+        nonlocal captured
+        assert use_padding
+        now = get_model_kwargs(self, use_padding)
+        graphs = vars(self.graphs).setdefault("captured", {})
+        captured += self._get_graph_key() not in graphs
+        return graphs.setdefault(self._get_graph_key(), now)
+
+    monkeypatch.setattr(model_runner.ModelRunner, "__init__", pad)
+    monkeypatch.setattr(inputs.PagedInputs, "get_model_kwargs", replay)
+    model = random_model(family)
+    outputs = batched(model, PROMPTS, max_blocks_per_request=4, q_padding_interval_size=8)
+    assert tokens(outputs) == expected_tokens(model, PROMPTS)
+    assert captured < len(steps) / 2
 
 
 def places() -> list[dict[str, Any]]:

@@ -112,9 +112,7 @@ def generate(
 @click.option("--port", type=click.IntRange(1, 65535), default=8000)
 @click.option("--device", help="Such as cpu, mps or cuda:1.  [default: the GPU if there is one]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: float32 on a CPU, else bfloat16]")
-@click.option(
-    "--memory", type=click.FloatRange(0, 1, min_open=True), help="Part of free memory that the cache may take."
-)
+@click.option("--memory", type=click.FloatRange(0, 1, min_open=True), help="Part of free memory that the cache may take.")
 def serve(model: str | None, host: str, port: int, device: str | None, dtype: str | None, memory: float | None) -> None:
     """Serve MODEL to clients of OpenAI's API, many requests at once, through block tables.
 

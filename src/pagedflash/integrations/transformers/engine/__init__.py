@@ -93,32 +93,34 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], 
     """
     tables: StepTables = kwargs["block_table"]
     k_cache, v_cache = kwargs["k_cache"], kwargs["v_cache"]
-    q, k, v = (tensor[0].to(k_cache.dtype) for tensor in (q, k, v))
+    if q.dtype is not k_cache.dtype:
+        q, k, v = (tensor.to(k_cache.dtype) for tensor in (q, k, v))
+    new_k, new_v = k.transpose(0, 1), v.transpose(0, 1)  # sequences of one token
     if tables.slots is None:
         out = interface.flash_attn_with_kvcache(
-            q.unsqueeze(1),
+            q.transpose(0, 1),
             k_cache,
             v_cache,
-            k.unsqueeze(1),
-            v.unsqueeze(1),
+            new_k,
+            new_v,
             cache_seqlens=tables.cache_seqlens,
             block_table=tables.block_table,
             **options,
         )
-    else:
-        interface.kv_paged_write(k.unsqueeze(1), v.unsqueeze(1), k_cache, v_cache, *tables.slots)
-        out = interface.flash_attn_varlen_func(
-            q,
-            k_cache,
-            v_cache,
-            kwargs["cu_seq_lens_q"],
-            kwargs["cu_seq_lens_k"],
-            kwargs["max_length_q"],
-            kwargs["max_length_k"],
-            block_table=tables.block_table,
-            **options,
-        )
-    return cast(Tensor, out).view(1, *q.shape[:2], -1)
+        return cast(Tensor, out).transpose(0, 1)
+    interface.kv_paged_write(new_k, new_v, k_cache, v_cache, *tables.slots)
+    out = interface.flash_attn_varlen_func(
+        q[0],
+        k_cache,
+        v_cache,
+        kwargs["cu_seq_lens_q"],
+        kwargs["cu_seq_lens_k"],
+        kwargs["max_length_q"],
+        kwargs["max_length_k"],
+        block_table=tables.block_table,
+        **options,
+    )
+    return cast(Tensor, out).unsqueeze(0)
 
 
 def is_paged(kwargs: Mapping[str, Any]) -> bool:
