@@ -28,7 +28,7 @@ from transformers.distributed import DistributedConfig
 import pagedflash
 import pagedflash.transformers
 from pagedflash.cli import parallel
-from pagedflash.cli.generate import INTERRUPTED, GenerateError
+from pagedflash.cli.generate import INTERRUPTED, GenerateError, find_model, load
 from pagedflash.integrations.transformers.tensor_parallel import check_ranks
 
 RANKS = 2
@@ -237,11 +237,22 @@ def test_generate_with_two_ranks_prints_what_one_prints(model_with_a_tokenizer: 
 
 
 def test_generate_with_heads_that_do_not_divide(model_with_a_tokenizer: Path) -> None:
+    """Each rank refuses them, and it is said once."""
     arguments = ("--model", str(model_with_a_tokenizer), "--device", "cpu", "--prompt", "abc", "--tp", "3")
     run = subprocess.run(pagedflash_command("generate", *arguments), capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.count("Error: ") == 1
     assert run.stderr.endswith("Error: 3 ranks cannot share the KV heads of llama (2) evenly; use 1 or 2\n")
+
+
+def test_a_model_that_transformers_cannot_split(tmp_path: Path) -> None:
+    """It would be whole in every rank."""
+    pytest.importorskip("click")
+    from test_cli import save_model
+
+    files = find_model(str(save_model(tmp_path, "gpt_neo", attention_types=[[["global"], 2]])))
+    with pytest.raises(GenerateError, match="transformers has no plan to split gpt_neo over several ranks"):
+        load(files, torch.device("cpu"), torch.float32, "sdpa", distributed_config=DistributedConfig(tp_size=2))
 
 
 def test_an_interrupted_generation_with_two_ranks(model_with_a_tokenizer: Path) -> None:

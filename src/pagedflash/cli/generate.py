@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -160,6 +161,8 @@ def load(
 
     tokenizer = step("tokenizer", transformers.AutoTokenizer.from_pretrained)
     config = step("configuration", transformers.AutoConfig.from_pretrained)
+    if "distributed_config" in options and not config.get_text_config().base_model_tp_plan:
+        raise GenerateError(f"transformers has no plan to split {config.model_type} over several ranks")
     model = step(
         "weights",
         transformers.AutoModelForCausalLM.from_pretrained,
@@ -180,7 +183,7 @@ def default_prompts(loaded: Loaded) -> dict[str, str]:
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 2 * CONTEXT
     prompts = {}
     for topic, question in DEFAULT_QUESTIONS.items():
-        text = topics[topic]
+        text = re.sub(r"(?<=\S)\n(?=\S)", " ", topics[topic])  # paragraphs are lines: the answers wrap as they are printed
         tokens = len(loaded.tokenizer(text)["input_ids"])
         text = text[: len(text) * min(CONTEXT, longest // 2) // tokens]
         prompts[question] = f"{text}\n\n{question}"
