@@ -123,7 +123,7 @@ def test_generate_without_prompts_asks_about_long_texts(llama: Path) -> None:
 def test_generate_says_when_texts_differ(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong kernel must not go unnoticed."""
     right = dispatch.attention
-    monkeypatch.setattr(dispatch, "attention", lambda call: (right(call)[0] * -1, right(call)[1]))
+    monkeypatch.setattr(dispatch, "attention", lambda *args: (right(*args)[0] * -1, right(*args)[1]))
     arguments = ("--prompt", "abc", "--prompt", "de", "--max-new-tokens", "8", "--compare", "sdpa")
     result = run("generate", "--model", str(llama), *arguments)
     assert result.exit_code == 0 and "pagedflash beside sdpa: 0 of 2 texts the same; " in result.stdout
@@ -216,7 +216,7 @@ def test_wrong_options(llama: Path) -> None:
 
 
 def test_a_failure_while_generating(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(call: Any) -> Any:
+    def fail(*args: Any) -> Any:
         raise RuntimeError("the kernel failed\nin some way")
 
     monkeypatch.setattr(dispatch, "attention", fail)
