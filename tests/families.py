@@ -1,6 +1,7 @@
 """Every model family of transformers as a tiny random model, and how it fares on "pagedflash" beside eager attention.
 
-``python tests/families.py`` prints the table of docs/transformers.md, ``python tests/families.py llama bart`` how those fare.
+``python tests/families.py`` prints the table of docs/transformers.md, ``python tests/families.py llama bart`` how those two
+fare.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bailing_hybrid", "kimi_linear"), LINEAR_AND_FULL),
     "bamba": dict(attn_layer_indices=[1]),
     "chameleon": dict(vocabulary_map={"<image>": 120}),
-    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0), ffn_config=dict(ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2)),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0),
+        ffn_config=dict(ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2),
+    ),
     "emu3": dict(pad_token_id=0, vocabulary_map={"<image>": 120, "<|extra_200|>": 121}),
     "esm": dict(vocab_size=33),
     "gemma3n_text": dict(
