@@ -78,8 +78,9 @@ def greedy(model, max_new_tokens: int) -> GenerationConfig:  # type: ignore[no-u
 def padded(model, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:  # type: ignore[no-untyped-def]
     """``generate()`` of all prompts in one left-padded batch: the new tokens of each, up to its first end token."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    padding = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts)], device=model.device)
+    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=model.device)
     rows = model.generate(ids, attention_mask=mask, generation_config=greedy(model, max_new_tokens))
     return [_until(row, model.generation_config.eos_token_id) for row in rows[:, longest:].tolist()]
 

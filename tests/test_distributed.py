@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
+pytest.importorskip("click")
 
 import torch
 from models import SIZES, batched, enabled, layouts, padded  # noqa: F401
@@ -29,6 +30,7 @@ import pagedflash
 import pagedflash.transformers
 from pagedflash.cli import parallel
 from pagedflash.cli.generate import INTERRUPTED, GenerateError, find_model, load
+from pagedflash.integrations.transformers import engine, hooks
 from pagedflash.integrations.transformers.tensor_parallel import check_ranks
 
 RANKS = 2
@@ -37,8 +39,11 @@ NEW_TOKENS = 12
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2_moe": dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts_per_tok=2),
-    "mistral": dict(sliding_window=6),
 }
+if (
+    hooks.version_numbers() >= engine.FIRST_VERSION
+):  # continuous batching before it drops windows or keeps no tables for them
+    FAMILIES["mistral"] = dict(sliding_window=6)
 
 
 def in_a_rank(directory: Path, device: str) -> None:
@@ -49,6 +54,8 @@ def in_a_rank(directory: Path, device: str) -> None:
         options: dict[str, Any] = dict(attn_implementation="pagedflash", dtype=torch.float32)
         if int(os.environ["WORLD_SIZE"]) > 1:
             options["tp_plan"] = "auto"
+        if device == "cuda" and "moe" in family:
+            options["experts_implementation"] = "batched_mm"  # transformers' default cannot be captured in a CUDA graph
         model = AutoModelForCausalLM.from_pretrained(directory / family, **options).to(device)
         keys = model.model.layers[0].self_attn.k_proj.weight
         if isinstance(keys, DTensor):
@@ -65,23 +72,37 @@ def in_a_rank(directory: Path, device: str) -> None:
     parallel.leave()
 
 
-def run_with_torchrun(directory: Path, device: str, ranks: int) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def environment_for(device: str) -> dict[str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NCCL_GRAPH_MIXING_SUPPORT": "0"}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     else:
+<<<<<<< HEAD
         environment.pop("TRITON_INTERPRET", None)  # set for the other tests
     done = subprocess.run([*command, __file__, directory, device], env=environment, capture_output=True, text=True)
+=======
+        environment.pop("TRITON_INTERPRET", None)  # which other tests are run with
+    return environment
+
+
+def run_with_torchrun(directory: Path, device: str, ranks: int) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [__file__, str(directory), device]
+    done = subprocess.run(command, env=environment_for(device), capture_output=True, text=True)
+>>>>>>> people
     assert done.returncode == 0, done.stderr
     return [json.loads((directory / f"{rank} of {ranks}.json").read_text()) for rank in range(ranks)]
+
+
+def need_devices(device: str) -> None:
+    if device == "cuda" and torch.cuda.device_count() < RANKS:
+        pytest.skip(f"needs {RANKS} GPUs, this machine has {torch.cuda.device_count()}")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_two_ranks_give_the_tokens_of_one(device: str, tmp_path: Path) -> None:
     """Through gloo on CPUs, through NCCL on GPUs. Each rank has half of the KV heads and calls the same kernels."""
-    if device == "cuda" and torch.cuda.device_count() < RANKS:
-        pytest.skip(f"needs {RANKS} GPUs, this machine has {torch.cuda.device_count()}")
+    need_devices(device)
     for family, options in FAMILIES.items():
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **{**SIZES, **options})
@@ -90,7 +111,7 @@ def test_two_ranks_give_the_tokens_of_one(device: str, tmp_path: Path) -> None:
     both = run_with_torchrun(tmp_path, device, RANKS)
     for family, alone in one.items():
         assert alone["generate"] == alone["generate_batch"]
-        assert family == "mistral" or alone["calls"]["paged"] > 0
+        assert alone["calls"]["paged"] > 0
         assert alone["kv_heads"] == SIZES["num_key_value_heads"]
         expected = {**alone, "kv_heads": alone["kv_heads"] // RANKS}
         assert [rank[family] for rank in both] == [expected] * RANKS
@@ -220,22 +241,28 @@ def pagedflash_command(*arguments: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model_with_a_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("click")
     from test_cli import save_model
 
     return save_model(tmp_path_factory.mktemp("llama"), "llama", num_key_value_heads=2, max_position_embeddings=4096)
 
 
-def test_generate_with_two_ranks_prints_what_one_prints(model_with_a_tokenizer: Path) -> None:
-    arguments = ("--model", str(model_with_a_tokenizer), "--device", "cpu", "--max-new-tokens", "6", "--prompt", "abc")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_generate_with_two_ranks_prints_what_one_prints(device: str, model_with_a_tokenizer: Path) -> None:
+    need_devices(device)
+    arguments = ("--model", str(model_with_a_tokenizer), "--device", device, "--dtype", "float32", "--prompt", "abc")
     one, two = (
-        subprocess.run(pagedflash_command("generate", *arguments, *tp), capture_output=True, text=True)
+        subprocess.run(
+            pagedflash_command("generate", *arguments, "--max-new-tokens", "6", *tp),
+            env=environment_for(device),
+            capture_output=True,
+            text=True,
+        )
         for tp in ((), ("--tp", "2"))
     )
-    assert one.returncode == two.returncode == 0, two.stderr
-    assert " on cpu, 2 ranks, in float32" in two.stdout
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert f" on {device}, 2 ranks, in float32" in two.stdout
     lines = [[line for line in run.stdout.splitlines() if line[:1] in "╭│╰" or " x flash" in line] for run in (one, two)]
-    assert len(lines[0]) == 5 and lines[0] == lines[1]
+    assert len(lines[0]) >= 5 and lines[0] == lines[1]
 
 
 def test_generate_with_heads_that_do_not_divide(model_with_a_tokenizer: Path) -> None:
@@ -249,7 +276,6 @@ def test_generate_with_heads_that_do_not_divide(model_with_a_tokenizer: Path) ->
 
 def test_a_model_that_transformers_cannot_split(tmp_path: Path) -> None:
     """It would be whole in every rank."""
-    pytest.importorskip("click")
     from test_cli import save_model
 
     files = find_model(str(save_model(tmp_path, "gpt_neo", attention_types=[[["global"], 2]])))

@@ -194,7 +194,9 @@ def _device(name: str | None) -> torch.device:
         return generation.default_device()
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        ours = generation.default_device()
+        if device.type != ours.type or (device.index or 0) >= max(1, torch.accelerator.device_count()):
+            torch.empty(0, device=device)  # says why not. Of a GPU that is there nothing is taken yet: ranks start with --tp
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise generation.GenerateError(f"device {name} cannot be used: {reason}") from error
@@ -266,7 +268,8 @@ def _print_speeds(console: Console, runs: dict[str, generation.Generation]) -> N
 def _print_path(console: Console, device: torch.device, result: generation.Generation) -> None:
     """The proof: which function ran how often, and where."""
     for kind, count in sorted(result.calls.items(), key=lambda item: item[0].layout):
-        console.print(f"{count:>6,} x {CALLS.get(kind.layout, kind.layout)}, {kind.backend} backend on {kind.device}")
+        what = CALLS.get(kind.layout, kind.layout)
+        console.print(f"[dim]{count:>6,} x {what}, {kind.backend} backend on {kind.device}[/]")
     wanted = DEVICE_BACKENDS.get(device.type, "reference")
     if any(kind.backend != wanted for kind in result.calls):
         reason = availability()[wanted][1] or "it does not support these calls"
