@@ -77,10 +77,6 @@ def environment_for(device: str) -> dict[str, str]:
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     else:
-<<<<<<< HEAD
-        environment.pop("TRITON_INTERPRET", None)  # set for the other tests
-    done = subprocess.run([*command, __file__, directory, device], env=environment, capture_output=True, text=True)
-=======
         environment.pop("TRITON_INTERPRET", None)  # which other tests are run with
     return environment
 
@@ -89,7 +85,6 @@ def run_with_torchrun(directory: Path, device: str, ranks: int) -> list[dict[str
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [__file__, str(directory), device]
     done = subprocess.run(command, env=environment_for(device), capture_output=True, text=True)
->>>>>>> people
     assert done.returncode == 0, done.stderr
     return [json.loads((directory / f"{rank} of {ranks}.json").read_text()) for rank in range(ranks)]
 
