@@ -1,7 +1,7 @@
 # make demo   the main job on a real model: four prompts through continuous batching and block tables
 # make test   all tests (make test TESTS=tests/test_reference.py for some)
 # make lint   ruff and mypy
-# make test-matrix   the integration against the oldest and newest supported transformers
+# make test-matrix   the integration against every supported transformers
 #
 # Needs Python >= 3.10 with pip and venv. Everything goes into .venv.
 

@@ -1,4 +1,4 @@
-"""The integration against the oldest and the newest transformers it supports, both without the ``kernels`` library.
+"""The integration against every version of transformers it supports, without the ``kernels`` library.
 
 ``make test`` runs the same tests with the versions of requirements-dev.txt, ``kernels`` included.
 """
@@ -9,11 +9,16 @@ from pathlib import Path
 
 import nox
 
-VERSIONS = ("5.17.0", "5.23.0")
+VERSIONS = ("5.17.0", "5.18.0", "5.19.0", "5.20.0", "5.21.0", "5.22.2", "5.23.0", "5.24.0")
 TESTS = (
     "tests/test_transformers_enable.py",
+    "tests/test_transformers_engine.py",
     "tests/test_transformers_families.py",
+    "tests/test_transformers_growing.py",
+    "tests/test_transformers_masks.py",
+    "tests/test_transformers_models.py",
     "tests/test_transformers_smollm2.py",
+    "tests/test_transformers_sweep.py",
     "tests/test_cli.py",
 )
 NOT_PINNED_HERE = ("transformers", "kernels")

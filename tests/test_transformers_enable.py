@@ -128,7 +128,14 @@ def test_a_moved_gate_is_said_in_one_sentence_and_varlen_serves(change: str, mon
     assert integration.decode_fast_path_is_open()
 
 
-@pytest.mark.parametrize("owner, name", [(flash, "_lazy_imports"), (masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS")])
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (flash, "_lazy_imports"),
+        (masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS"),
+        (PreTrainedModel, "get_correct_attn_implementation"),
+    ],
+)
 def test_no_place_for_an_implementation_leaves_no_trace(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(owner, name)
     before = state()

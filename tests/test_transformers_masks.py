@@ -73,6 +73,8 @@ def assert_as_transformers(arguments: dict[str, Any], keys: int) -> None:
     q, k, v = states(arguments["batch_size"], arguments["q_length"], keys)
     expected_mask = matrix(arguments)
     mask = masks.visible_keys(**arguments)
+    if isinstance(offset := arguments.get("q_offset"), Tensor):
+        offset.add_(arguments["q_length"])  # as a static cache does in its first layer
     for _ in range(2):  # two layers
         out, _ = attention.forward(LIAR, q, k, v, mask, sliding_window=3)
     expected = attend(q, k, v, expected_mask)
@@ -145,6 +147,8 @@ def test_a_function_of_the_models_own_is_looked_at_as_a_whole(use_vmap: bool) ->
         with pytest.raises(ValueError, match=r"pagedflash: this model's mask is not supported.*sdpa"):
             attention.forward(LIAR, q, k, v, mask)
     assert_as_transformers(with_images([-1] * length), length)
+    over_a_static_cache = dict(q_length=1, q_offset=torch.tensor(4))
+    assert_as_transformers({**with_images([-1, 0, 0, -1, -1, -1, -1, -1, -1]), **over_a_static_cache}, length)
     assert_as_transformers(with_images([0, -1, -1, -1, -1, -1, -1, -1, 1]), length)
 
 

@@ -276,7 +276,7 @@ def test_an_image_that_sees_all_of_itself() -> None:
 
 
 def test_a_prefix_that_sees_all_of_itself() -> None:
-    """PaliGemma: its prompt in training, as eager where it answers."""
+    """PaliGemma: as eager where the prompt is all there is, which is how it answers; refused with an answer behind it."""
     text = {**SIZES, "num_key_value_heads": 1}
     vision = dict(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
@@ -289,6 +289,14 @@ def test_a_prefix_that_sees_all_of_itself() -> None:
     assert_as_eager(make, lambda model: model(IDS[:1]).logits)
     with pytest.raises(ValueError, match=refusal("this model's mask")):
         make("pagedflash")(IDS[:1], token_type_ids=types)
+
+    def answer(model: Any, **options: Any) -> torch.Tensor:
+        model.generation_config.eos_token_id = None
+        ids = dict(input_ids=IDS * LEFT, attention_mask=LEFT, token_type_ids=torch.zeros_like(IDS))
+        return model.generate(**ids, max_new_tokens=6, do_sample=False, **options)
+
+    assert_as_eager(make, answer)
+    assert_as_eager(make, lambda model: answer(model, cache_implementation="static"))
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def decode_fast_path() -> FastPath:
             integration.enable()
         if integration.decode_fast_path_is_open():
             return FastPath(True, "pagedflash.transformers.enable() opens it, for models without sliding windows")
-        return FastPath(False, "install transformers 5.17 to 5.23; with this one decoding goes through varlen")
+        return FastPath(False, "install transformers 5.17 to 5.24; with this one decoding goes through varlen")
     except ImportError:
         return FastPath(False, "pip install 'pagedflash[transformers]'")
     except RuntimeError as error:

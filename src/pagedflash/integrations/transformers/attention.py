@@ -78,8 +78,8 @@ def forward(
 
     window = sliding_window or None
     key_mask = masks.key_mask_of(attention_mask, causal, window, q.shape[1], k.shape[1])
-    options |= {"causal": key_mask.causal, "window_size": key_mask.window_size}
     where = key_mask.where(q.shape[0], q.device)
+    options |= {"causal": key_mask.causal, "window_size": key_mask.window_size}
     if where is None:
         return cast(Tensor, flash_attn_func(q, k, v, **options)), None
     if isinstance(where, masks.Packing):

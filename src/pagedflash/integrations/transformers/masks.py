@@ -9,7 +9,7 @@ a kernel. Nothing relies on what layers say of themselves: some say that they ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ def visible_keys(
     if attention_mask is not None and hasattr(attention_mask, _ATTRIBUTE):
         return attention_mask  # made by an outer model for the one inside; transformers leaves 4D masks as they are, too
     causal = mask_function is not bidirectional_mask_function and "allow_is_bidirectional_skip" not in kwargs
-    first_query = q_offset - kv_offset
+    first_query = q_offset - kv_offset  # a tensor's value now: a static cache moves it on before the layers attend
     end = first_query + q_length if causal else kv_length
     window = local_size if local_size is not None and kv_length > local_size else None
     # transformers forbids these shortcuts where the mask is more than causal or bidirectional with a window.
@@ -78,10 +78,10 @@ def visible_keys(
     visible = everything if padding is None else padding.clone()  # the caller's mask may come again, in another pass
     if not (isinstance(end, int) and end >= kv_length):
         visible &= torch.arange(kv_length, device=visible.device) < end
-    key_mask = KeyMask(causal, window, first_query, q_length, kv_length, padding)
+    key_mask = KeyMask(causal, window, first_query, q_length, kv_length, end, padding)
     if not standard:
         use_vmap = kwargs.get("use_vmap", False)
-        key_mask.function = MaskFunction(mask_function, use_vmap, q_offset, kv_offset, batch_size, visible.device)
+        key_mask.function = MaskFunction(mask_function, use_vmap, first_query, kv_offset, batch_size, visible.device)
     setattr(visible, _ATTRIBUTE, key_mask)
     return visible
 
@@ -105,7 +105,8 @@ def key_mask_of(mask: Tensor, causal: bool, window: int | None, queries: int, ke
     padding = mask[:, -keys:].bool()
     if (missing := keys - padding.shape[1]) > 0:  # slots of a static cache that are not written yet
         padding = torch.nn.functional.pad(padding, (0, missing))
-    return KeyMask(causal, window, mask[:, -keys:].shape[1] - queries, queries, keys, padding)
+    written = min(mask.shape[1], keys)
+    return KeyMask(causal, window, written - queries, queries, keys, written if causal else keys, padding)
 
 
 @dataclass
@@ -114,7 +115,7 @@ class MaskFunction:
 
     function: Callable[..., Any]
     use_vmap: bool
-    q_offset: int | Tensor
+    first_query: int | Tensor  # counted in keys of the cache, as in KeyMask
     kv_offset: int
     batch_size: int
     device: torch.device
@@ -125,7 +126,7 @@ class MaskFunction:
             self.batch_size,
             queries,
             keys,
-            q_offset=self.q_offset + first,
+            q_offset=self.first_query + self.kv_offset + first,
             kv_offset=self.kv_offset,
             mask_function=self.function,
             allow_is_causal_skip=False,
@@ -135,7 +136,7 @@ class MaskFunction:
 
     def shows_one_before(self, queries: int) -> Tensor:
         """``(B, queries)`` bool: whether each query sees the key before its own."""
-        positions = torch.arange(queries, device=self.device) + self.q_offset
+        positions = torch.arange(queries, device=self.device) + self.first_query + self.kv_offset
         rows = torch.arange(self.batch_size, device=self.device)[:, None]
         seen: Tensor = self.function(rows, torch.zeros_like(rows), positions, (positions - 1).clamp(min=0))
         return seen.expand(self.batch_size, queries)
@@ -144,13 +145,16 @@ class MaskFunction:
 @dataclass
 class KeyMask:
     """Which keys each query sees. Query ``i`` sits at key slot ``first_query + i``; it sees keys that are not padding, up to
-    its own slot if causal, and none further away than the window allows."""
+    its own slot if causal, and none further away than the window allows. Only :meth:`where` knows whether ``causal`` is all
+    there is to a mask that comes with a function, so ask it first.
+    """
 
     causal: bool
     window: int | None  # keys that a query sees with itself (causal), or to either side (bidirectional)
     first_query: int | Tensor
     queries: int
     keys: int
+    end: int | Tensor  # no query sees keys from here on
     padding: Tensor | None  # (B, keys) bool, False = padding
     function: MaskFunction | None = None  # if this may not be all there is to the mask
     _where: KeyRanges | Packing | None = None
@@ -178,15 +182,14 @@ class KeyMask:
             return _packed(first_keys)
         if self.window is not None and not self.causal and not (self.first_query == 0 and self.queries == self.keys):
             refuse("a window to both sides over a cache", "flash attention aligns queries with the last key")
-        end = self.first_query + self.queries if self.causal else self.keys
-        if self.padding is None and isinstance(end, int) and end == self.keys:
+        if self.padding is None and isinstance(self.end, int) and self.end == self.keys:
             return None
-        ends = torch.zeros(batch_size, dtype=torch.int32, device=device) + end
+        ends = torch.zeros(batch_size, dtype=torch.int32, device=device) + self.end
         if self.padding is None:
             return self._ranges(ends, None)
 
         slots = torch.arange(self.keys, device=device)
-        seen = (self.padding & (slots < end)).expand(batch_size, -1)
+        seen = (self.padding & (slots < self.end)).expand(batch_size, -1)
         counts = seen.sum(-1, dtype=torch.int32)
         lasts = torch.where(seen, slots + 1, 0).amax(-1).to(torch.int32)
         firsts = torch.where(seen, slots, self.keys).amin(-1).to(torch.int32).minimum(lasts)
@@ -220,7 +223,8 @@ class KeyMask:
         return Packing(_cumulative(lengths), _cumulative(counts), int(lengths.max()), max_k, None, rows_q, rows_k)
 
     def _check(self, function: MaskFunction) -> Tensor | None:
-        """Compare the whole mask with what this one says of it.
+        """Compare the whole mask with what this one says of it. A prompt that sees all of itself (PaliGemma) becomes
+        bidirectional.
 
         Returns:
             ``(B, queries)``, the first key of each query's sequence, if there are several; None if it is as this one says.
@@ -231,6 +235,9 @@ class KeyMask:
             torch._assert_async(self._agrees(function, nowhere, 0, self.queries), message)
             return None
         if self._agrees_in_pieces(function, nowhere):
+            return None
+        if self.causal and self.window is None and replace(self, causal=False)._agrees_in_pieces(function, nowhere):
+            self.causal = False
             return None
         if self.causal and not function.use_vmap and self.padding is None and self.queries == self.keys:
             queries = torch.arange(self.queries, device=function.device)
@@ -256,6 +263,8 @@ class KeyMask:
             expected = expected & (keys >= queries - left)
         if self.causal or right >= 0:
             expected = expected & (keys <= queries + max(right, 0))
+        else:
+            expected = expected & (keys < self.end)
         return (function.shows(first, end - first, self.keys) == expected).all()
 
 
