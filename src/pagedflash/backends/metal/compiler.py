@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ import torch
 from ...scoped import Scoped
 from ..protocol import Support
 from .params import STRUCTS, struct_source
+from .tiling import TUNING_VARIABLE, Tuning
 
 Compiler = Callable[[str], Any]
 """Metal source -> a library whose attributes are its kernels, as ``torch.mps.compile_shader``."""
@@ -26,7 +28,7 @@ MAX_KERNELS = 1024
 
 SOURCES = {
     "kv_write": ("kv_format", "paging", "sequence", "rotary", "kv_write"),
-    "decode": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "decode"),
+    "decode": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "decode"),
     "combine": ("softmax", "combine"),
     "prefill": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "prefill"),
 }
@@ -40,12 +42,21 @@ class Target(NamedTuple):
 
     compile_shader: Compiler
     core_count: int
+    tuning: Tuning = Tuning()
+
+    @property
+    def simdgroups(self) -> int:
+        """That run at once. A threadgroup's run on one core."""
+        per_threadgroup = self.tuning.decode_simdgroups
+        return self.tuning.simdgroups_per_core // per_threadgroup * per_threadgroup * self.core_count
 
 
 _given_target = Scoped[Target]("pagedflash_metal_target")
 
 
-def use_compiler(compile_shader: Compiler, core_count: int | None = None) -> AbstractContextManager[None]:
+def use_compiler(
+    compile_shader: Compiler, core_count: int | None = None, tuning: Tuning | None = None
+) -> AbstractContextManager[None]:
     """Compile the kernels inside with ``compile_shader`` in place of ``torch.mps.compile_shader``.
 
     For simulators of Metal, whose kernels run on tensors of another device. Holds in this thread, and in threads that use
@@ -54,8 +65,10 @@ def use_compiler(compile_shader: Compiler, core_count: int | None = None) -> Abs
     Args:
         compile_shader: Metal source -> library, with the interface of ``torch.mps.compile_shader``.
         core_count: GPU cores to lay kernels out for, in place of ``torch.backends.mps.get_core_count()``.
+        tuning: numbers of the tiling, in place of those in the environment.
     """
-    return _given_target.use(Target(compile_shader, core_count or _gpu_core_count(torch.backends.mps.get_core_count)))
+    cores = core_count or _gpu_core_count(torch.backends.mps.get_core_count)
+    return _given_target.use(Target(compile_shader, cores, tuning or _environment_tuning()))
 
 
 def available() -> Support:
@@ -71,7 +84,16 @@ def available() -> Support:
 
 def current_target() -> Target:
     """The compiler in use here, and the GPU cores that kernels are laid out for."""
-    return _given_target.current or Target(torch.mps.compile_shader, _gpu_core_count(torch.backends.mps.get_core_count))
+    target = _given_target.current
+    if target is None:
+        cores = _gpu_core_count(torch.backends.mps.get_core_count)
+        target = Target(torch.mps.compile_shader, cores, _environment_tuning())
+    return target
+
+
+@lru_cache(maxsize=1)
+def _environment_tuning() -> Tuning:
+    return Tuning.parse(os.environ.get(TUNING_VARIABLE, ""))
 
 
 @lru_cache(maxsize=1)

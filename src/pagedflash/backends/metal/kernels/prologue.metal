@@ -2,6 +2,7 @@
 #include <metal_simdgroup_matrix>
 using namespace metal;
 
+#define MAX_OF(a, b) ((a) > (b) ? (a) : (b))
 #define UNROLL _Pragma("clang loop unroll(full)")
 
 constant constexpr float LOG2_E = 1.44269504088896340736f;
