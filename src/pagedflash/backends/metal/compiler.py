@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -25,6 +27,9 @@ UNKNOWN_CORE_COUNT = 128
 
 MAX_KERNELS = 1024
 """Compiled kernels that are kept. A model needs a handful."""
+
+NOTICE_SECONDS = 1.0
+"""A compilation that takes longer is announced on stderr."""
 
 SOURCES = {
     "kv_write": ("kv_format", "paging", "sequence", "rotary", "kv_write"),
@@ -106,8 +111,18 @@ def _gpu_core_count(get_core_count: Callable[[], int]) -> int:
 
 @lru_cache(maxsize=MAX_KERNELS)
 def compiled(compile_shader: Compiler, name: str, source: str) -> Any:
-    """The kernel ``name`` of ``source``."""
-    return getattr(compile_shader(source), name)
+    """The kernel ``name`` of ``source``. Says so where that takes long; macOS keeps what it has compiled."""
+    notice = threading.Timer(NOTICE_SECONDS, _say, (f"pagedflash: compiling the Metal kernel {name!r}, once for its shape",))
+    notice.daemon = True
+    notice.start()
+    try:
+        return getattr(compile_shader(source), name)
+    finally:
+        notice.cancel()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def source_of(name: str, dtype: torch.dtype, definitions: Mapping[str, int]) -> str:

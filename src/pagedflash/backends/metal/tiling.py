@@ -138,7 +138,8 @@ def prefill_tiling(head_dim: int, v_head_dim: int, element_bytes: int, tuning: T
     k_tail = _tail(head_dim, chunk)
     k_dims = MATRIX * (head_dim // (MATRIX * chunk) * chunk + k_tail)
     v_dims = -(-v_head_dim // MATRIX) * MATRIX
-    key_tile = tuning.prefill_keys if head_dim < 128 else tuning.prefill_keys // 2
+    key_tile = _power_of_two(tuning.prefill_keys if head_dim < 128 else max(1, tuning.prefill_keys // 2))
+    key_tile = max(MATRIX, min(LANES, key_tile))  # a lane looks up the page of one key
     while key_tile * ((k_dims + v_dims) * element_bytes + 2 * LOAD_BYTES) > THREADGROUP_BYTES:
         key_tile //= 2
     return PrefillTiling(chunk, k_tail, key_tile, tuning.prefill_simdgroups)
