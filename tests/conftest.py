@@ -7,12 +7,17 @@ import os
 import random
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="seed of the random cases (default: today's date)")
     parser.addoption("--nightly", action="store_true", help="run the random tests at twenty times their usual size")
-    parser.addoption("--device", default="cpu", help="device of the backend tests: cpu (simulated for Metal), mps or cuda")
+    parser.addoption(
+        "--device",
+        default="mps" if torch.backends.mps.is_available() else "cpu",
+        help="device of the backend tests: cpu (simulated for Metal), mps (the default if there is one) or cuda",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,7 +8,7 @@ from metal_harness import counted, gathered_sdpa, kernels_on, paged_decode, pair
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache
-from pagedflash.backends.metal.tiling import choose_num_splits, decode_tiling
+from pagedflash.backends.metal.tiling import Tuning, choose_num_splits, decode_tiling
 from pagedflash.testing import PagedProblem
 
 
@@ -73,15 +73,15 @@ def test_a_single_sequence_fills_the_gpu(cores: int, group: int) -> None:
 
 @pytest.mark.parametrize("cores", (8, 40, 80, 132))
 def test_a_large_batch_is_not_split(cores: int) -> None:
-    tiling = decode_tiling(64 * 8, 4, 4096, 128, 128, 2, 16)
-    assert choose_num_splits(64 * 8, tiling.simdgroups, tiling.rows, 4096, cores) == 1
+    tiling = decode_tiling(4, 128, 128, 2, 16, Tuning())
+    assert choose_num_splits(64 * 8, tiling, 4, 4096, 12 * cores) == 1
 
 
 @pytest.mark.parametrize("cores", (80, 132))
 def test_splits_fill_the_gpu_once(cores: int) -> None:
     """A core runs three threadgroups of four simdgroups: a few more than that, and they wait for a second turn."""
-    tiling = decode_tiling(8 * 8, 4, 4096, 128, 128, 2, 16)
-    splits = choose_num_splits(8 * 8, tiling.simdgroups, tiling.rows, 4096, cores)
+    tiling = decode_tiling(4, 128, 128, 2, 16, Tuning())
+    splits = choose_num_splits(8 * 8, tiling, 4, 4096, 12 * cores)
     assert tiling.simdgroups == 4
     assert 0.7 <= splits * 8 * 8 / (3 * cores) <= 1
 
@@ -137,5 +137,6 @@ def test_prefill_over_pages_gathers_nothing() -> None:
 
 
 def test_more_cores_get_more_splits() -> None:
-    per_core = [choose_num_splits(16, 4, 4, 65536, cores) for cores in (10, 40, 80)]
+    tiling = decode_tiling(4, 128, 128, 2, 16, Tuning())
+    per_core = [choose_num_splits(16, tiling, 4, 65536, 12 * cores) for cores in (10, 40, 80)]
     assert per_core == sorted(per_core) and per_core[0] < per_core[-1]

@@ -16,6 +16,8 @@ from pagedflash.backends import metal
 from pagedflash.backends.protocol import Support
 from pagedflash.testing import DTYPES, HEAD_DIMS, LAYOUTS, PAGE_SIZES, assert_matches_reference, random_problem
 
+OTHER_HEAD_DIMS = (1, 2, 5, 8, 13, 24, 40, 48, 56, 88, 104, 120, 136, 160, 176, 200, 248, 255)
+
 
 @pytest.fixture
 def launches(device: str) -> Iterator[list[Launch]]:
@@ -48,10 +50,13 @@ def test_all_options_under_the_simulator_checks(rng: random.Random, rounds, laun
 
 
 @pytest.mark.parametrize("queries", (1, 12), ids=("decode", "prefill"))
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", (*HEAD_DIMS, *OTHER_HEAD_DIMS))
 def test_head_dims(rng: random.Random, launches, device, head_dim, queries) -> None:  # type: ignore[no-untyped-def]
-    layout = "paged" if queries == 1 else "varlen"
-    problem = random_problem(rng, layout=layout, head_dims=(head_dim,), max_queries=queries, device=device)
+    """Every head dim from 1 to 256 runs in the kernels; here those of models, and some that fill no load and no matrix."""
+    layout = rng.choice(("paged", "cache") if queries == 1 else ("varlen", "dense"))
+    problem = random_problem(
+        rng, layout=layout, head_dims=(head_dim,), max_queries=queries, device=device, capabilities=metal.CAPABILITIES
+    )
     assert_matches_reference(problem, metal.attention)
 
 
@@ -177,12 +182,15 @@ def test_pages_beyond_32_bit_offsets(launches, device) -> None:  # type: ignore[
         torch.testing.assert_close(out, flash_attn_func(q, dense_k, dense_v), rtol=2e-3, atol=2e-3)
 
 
-def test_unsupported_head_dims_run_on_the_reference_and_say_so(launches, device) -> None:  # type: ignore[no-untyped-def]
-    q = torch.randn(1, 3, 2, 40, device=device)
-    with pytest.warns(RuntimeWarning, match="reference runs instead of metal: head_dim 40 is not one of 32, 64"):
-        out = flash_attn_func(q, q, q)
+def test_unsupported_caches_run_on_the_reference_and_say_so(launches, device) -> None:  # type: ignore[no-untyped-def]
+    """Offsets inside a page take 32 bits: tokens that lie 2^27 elements apart are too far."""
+    storage = torch.randn(64, device=device)
+    far = storage.as_strided((1, 1, 1, 64), (64, 2**27, 64, 1))  # unpaged keys are taken for pages of 32
+    q = torch.randn(1, 1, 2, 64, device=device)
+    with pytest.warns(RuntimeWarning, match=r"reference runs instead of metal: a page spans more than 2\^31 elements"):
+        out = flash_attn_func(q, far, far)
     with pagedflash.use_backend("reference"):
-        assert torch.equal(out, flash_attn_func(q, q, q))
+        assert torch.equal(out, flash_attn_func(q, far, far))
     assert not launches
 
 

@@ -249,6 +249,12 @@ def test_legal_uses_of_spaces() -> None:
     )
 
 
+def test_characters_that_are_not_ascii_are_named_with_their_line() -> None:
+    """`torch.mps.compile_shader` passes sources on as ASCII: one such character, and nothing compiles."""
+    with pytest.raises(metalsim.CompileError, match="line 2: a character that is not ASCII"):
+        metalsim.compile_shader("// plain\n// caf\u00e9\n")
+
+
 def test_every_rejection_is_named_with_its_line() -> None:
     with pytest.raises(metalsim.CompileError) as caught:
         metalsim.compile_shader(HEADER + "void f(float* p) {}\n\nvoid g(half& r) {}\n")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import CompileError
 from .launch import MAX_THREADS, BoundKernel, launch, runtime
 from .rejections import reject
 from .settings import current
@@ -45,6 +46,9 @@ class Library:
     """The kernels of one source."""
 
     def __init__(self, source: str) -> None:
+        for number, line in enumerate(source.splitlines(), 1):
+            if not line.isascii():
+                raise CompileError(f"line {number}: a character that is not ASCII; PyTorch passes sources on as ASCII")
         self._source = source
         self._kernels: dict[str, Kernel] = {}
         self._program(current().check)

@@ -136,7 +136,7 @@ class _Draw:
         if appends:
             fields["k_new"] = self.normal(batch, new_tokens, kv_heads, head_dim)
             fields["v_new"] = self.normal(batch, new_tokens, kv_heads, v_head_dim)
-            if self.maybe(0.5):
+            if self.maybe(0.5) and head_dim > 1:
                 fields |= self.rotary(head_dim, fields)
         problem = AttentionProblem.of_fields(**fields)
         if problem.cache.block_table is not None and self.maybe(0.5):
@@ -331,7 +331,7 @@ class _Draw:
         keys: Tensor = fields["k"]  # type: ignore[assignment]
         table = fields.get("block_table")
         capacity = keys.shape[1] * (table.shape[1] if isinstance(table, Tensor) else 1)
-        rotary_dim = self.rng.choice((head_dim, head_dim // 2 // 2 * 2, 16))
+        rotary_dim = self.rng.choice([d for d in (head_dim, head_dim // 2 // 2 * 2, 16) if 2 <= d <= head_dim])
         angles = torch.rand(capacity + 40, rotary_dim // 2, generator=self.generator) * 2 * math.pi
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         return dict(rotary_cos=cos.to(self.device), rotary_sin=sin.to(self.device))

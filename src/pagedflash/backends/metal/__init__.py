@@ -7,8 +7,9 @@ rows, lanes and splits, :mod:`.compiler` builds the kernels. Nothing waits for t
 from ..protocol import Capabilities
 from .compiler import available, use_compiler
 from .launch import attention, kv_write, supports
+from .tiling import Tuning
 
-__all__ = ["CAPABILITIES", "NAME", "attention", "available", "kv_write", "supports", "use_compiler"]
+__all__ = ["CAPABILITIES", "NAME", "Tuning", "attention", "available", "kv_write", "supports", "use_compiler"]
 
 NAME = "metal"
-CAPABILITIES = Capabilities()
+CAPABILITIES = Capabilities(head_dim_multiple=1)

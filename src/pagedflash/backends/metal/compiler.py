@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -14,6 +17,7 @@ import torch
 from ...scoped import Scoped
 from ..protocol import Support
 from .params import STRUCTS, struct_source
+from .tiling import TUNING_VARIABLE, Tuning
 
 Compiler = Callable[[str], Any]
 """Metal source -> a library whose attributes are its kernels, as ``torch.mps.compile_shader``."""
@@ -24,9 +28,12 @@ UNKNOWN_CORE_COUNT = 128
 MAX_KERNELS = 1024
 """Compiled kernels that are kept. A model needs a handful."""
 
+NOTICE_SECONDS = 1.0
+"""A compilation that takes longer is announced on stderr."""
+
 SOURCES = {
     "kv_write": ("kv_format", "paging", "sequence", "rotary", "kv_write"),
-    "decode": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "decode"),
+    "decode": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "decode"),
     "combine": ("softmax", "combine"),
     "prefill": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "prefill"),
 }
@@ -40,12 +47,21 @@ class Target(NamedTuple):
 
     compile_shader: Compiler
     core_count: int
+    tuning: Tuning = Tuning()
+
+    @property
+    def simdgroups(self) -> int:
+        """That run at once. A threadgroup's run on one core."""
+        per_threadgroup = self.tuning.decode_simdgroups
+        return self.tuning.simdgroups_per_core // per_threadgroup * per_threadgroup * self.core_count
 
 
 _given_target = Scoped[Target]("pagedflash_metal_target")
 
 
-def use_compiler(compile_shader: Compiler, core_count: int | None = None) -> AbstractContextManager[None]:
+def use_compiler(
+    compile_shader: Compiler, core_count: int | None = None, tuning: Tuning | None = None
+) -> AbstractContextManager[None]:
     """Compile the kernels inside with ``compile_shader`` in place of ``torch.mps.compile_shader``.
 
     For simulators of Metal, whose kernels run on tensors of another device. Holds in this thread, and in threads that use
@@ -54,8 +70,10 @@ def use_compiler(compile_shader: Compiler, core_count: int | None = None) -> Abs
     Args:
         compile_shader: Metal source -> library, with the interface of ``torch.mps.compile_shader``.
         core_count: GPU cores to lay kernels out for, in place of ``torch.backends.mps.get_core_count()``.
+        tuning: numbers of the tiling, in place of those in the environment.
     """
-    return _given_target.use(Target(compile_shader, core_count or _gpu_core_count(torch.backends.mps.get_core_count)))
+    cores = core_count or _gpu_core_count(torch.backends.mps.get_core_count)
+    return _given_target.use(Target(compile_shader, cores, tuning or _environment_tuning()))
 
 
 def available() -> Support:
@@ -71,7 +89,16 @@ def available() -> Support:
 
 def current_target() -> Target:
     """The compiler in use here, and the GPU cores that kernels are laid out for."""
-    return _given_target.current or Target(torch.mps.compile_shader, _gpu_core_count(torch.backends.mps.get_core_count))
+    target = _given_target.current
+    if target is None:
+        cores = _gpu_core_count(torch.backends.mps.get_core_count)
+        target = Target(torch.mps.compile_shader, cores, _environment_tuning())
+    return target
+
+
+@lru_cache(maxsize=1)
+def _environment_tuning() -> Tuning:
+    return Tuning.parse(os.environ.get(TUNING_VARIABLE, ""))
 
 
 @lru_cache(maxsize=1)
@@ -84,8 +111,18 @@ def _gpu_core_count(get_core_count: Callable[[], int]) -> int:
 
 @lru_cache(maxsize=MAX_KERNELS)
 def compiled(compile_shader: Compiler, name: str, source: str) -> Any:
-    """The kernel ``name`` of ``source``."""
-    return getattr(compile_shader(source), name)
+    """The kernel ``name`` of ``source``. Says so where that takes long; macOS keeps what it has compiled."""
+    notice = threading.Timer(NOTICE_SECONDS, _say, (f"pagedflash: compiling the Metal kernel {name!r}, once for its shape",))
+    notice.daemon = True
+    notice.start()
+    try:
+        return getattr(compile_shader(source), name)
+    finally:
+        notice.cancel()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def source_of(name: str, dtype: torch.dtype, definitions: Mapping[str, int]) -> str:

@@ -22,12 +22,10 @@ from .compiler import Target, buffers_of, compiled, current_target, source_of
 from .params import Params, packed
 from .tiling import (
     DECODE_MAX_QUERIES,
-    HEAD_DIMS,
     LANES,
     LOAD_BYTES,
     MAX_SPLITS,
-    MIN_LANE_DIMS,
-    TILE_KEYS,
+    PSEUDO_PAGE,
     DecodeTiling,
     PrefillTiling,
     choose_num_splits,
@@ -71,9 +69,7 @@ class Plan(NamedTuple):
 
 def supports(problem: AttentionProblem) -> Support:
     """Whether the kernels can run a problem."""
-    cache, head_dim = problem.cache, problem.queries.q.shape[-1]
-    if head_dim not in HEAD_DIMS:
-        return Support(False, f"head_dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}")
+    cache = problem.cache
     if max(cache.k.stride(-3), cache.v.stride(-3)) * _page_size(cache) >= 2**31:
         return Support(False, "a page spans more than 2^31 elements")
     return Support(True)
@@ -174,7 +170,7 @@ def _add_write(planner: _Planner, cache: KVCache, append: Append) -> None:
     heads_together = next(n for n in (8, 4, 2, 1) if kv_heads % n == 0)
     planner.dispatch(
         "kv_write",
-        _cache_definitions(cache) | {"CHUNK": MIN_LANE_DIMS, "ALIGNED": 1},
+        _cache_definitions(cache) | {"ALIGNED": 1},
         (LANES * kv_heads, num_new_tokens, batch_size),
         (LANES * heads_together, 1, 1),
     )
@@ -187,9 +183,10 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int) -> No
     kv_heads, head_dim, v_head_dim = cache.k.shape[-2], q.shape[-1], cache.v.shape[-1]
     sequences, rows = problem.batch_size * kv_heads, max(problem.group, decode_rows(problem))  # q may be all padding
     max_keys = max_visible_keys(problem)
-    tiling = decode_tiling(sequences, rows, max_keys, head_dim, v_head_dim, q.element_size(), _page_size(cache))
+    tuning = planner.target.tuning
+    tiling = decode_tiling(rows, head_dim, v_head_dim, q.element_size(), _page_size(cache), tuning)
     row_tiles = -(-rows // tiling.rows)
-    planned = choose_num_splits(sequences * row_tiles, tiling.simdgroups, tiling.rows, max_keys, planner.target.core_count)
+    planned = choose_num_splits(sequences * row_tiles, tiling, min(rows, tiling.rows), max_keys, planner.target.simdgroups)
     num_splits = min(problem.num_splits or planned, MAX_SPLITS)
     appends = append is not None and row_tiles == 1
     planner.constants["params"] = packed(_params(problem)._replace(num_splits=num_splits, appends=int(appends)))
@@ -218,7 +215,7 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int) -> No
 def _add_prefill(planner: _Planner, problem: AttentionProblem, offset: int) -> None:
     """Many queries a sequence, over keys that are in the cache already."""
     q, cache = problem.queries.q, problem.cache
-    tiling = prefill_tiling(q.shape[-1], cache.v.shape[-1], q.element_size())
+    tiling = prefill_tiling(q.shape[-1], cache.v.shape[-1], q.element_size(), planner.target.tuning)
     threads = LANES * tiling.simdgroups
     planner.dispatch(
         "prefill",
@@ -259,14 +256,14 @@ def _write_params(problem: AttentionProblem | CacheWrite) -> Params:
 
 
 def _cache_params(cache: KVCache) -> dict[str, int]:
-    """Unpaged keys are pages of ``TILE_KEYS`` tokens that follow each other."""
+    """Unpaged keys are pages of ``PSEUDO_PAGE`` tokens that follow each other."""
     params = {"max_pages": 0 if cache.block_table is None else cache.block_table.shape[1]}
     for name, tensor in (("k", cache.k), ("v", cache.v)):
         outer, token, head = strides(tensor)
         if cache.block_table is not None:
             batch, page = 0, outer
         else:
-            batch, page = token if tensor.dim() == 3 else outer, TILE_KEYS * token  # packed sequences begin at any token
+            batch, page = token if tensor.dim() == 3 else outer, PSEUDO_PAGE * token  # packed sequences begin at any token
         params |= zip(
             (f"{name}_batch_stride", f"{name}_page_stride", f"{name}_token_stride", f"{name}_head_stride"),
             (batch, page, token, head),
@@ -312,4 +309,4 @@ def _cache_definitions(cache: KVCache) -> dict[str, int]:
 
 
 def _page_size(cache: KVCache) -> int:
-    return TILE_KEYS if cache.block_table is None else cache.k.shape[1]
+    return PSEUDO_PAGE if cache.block_table is None else cache.k.shape[1]

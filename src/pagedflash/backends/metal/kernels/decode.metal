@@ -1,118 +1,134 @@
 // decode: few queries a sequence against many keys. Split-KV online softmax over pages, with packed GQA: all queries and
-// all query heads that share a KV head are the ROWS of one threadgroup, so every element of the cache is loaded once.
+// all query heads that share a KV head are rows of one threadgroup, so every element of the cache is loaded once.
 //
-// A threadgroup has one sequence, one KV head, one split of the keys. Its simdgroups take tiles of 32 keys in turn.
-// Within a tile lane l owns key l: it looks up its page and ends up with its score and weight. The elements of K are
-// spread differently, so that each load reads whole lines: K_LANES lanes side by side hold one key, CHUNK elements each,
-// and step s of K_LANES steps covers one key in each group of K_LANES lanes (here K_LANES = 16, as for D = 128, CHUNK = 8):
+// A threadgroup has one sequence, one KV head, one split of the keys. Its simdgroups take tiles of TILE_KEYS keys in turn and
+// multiply them with all ROWS rows, as 8x8 matrices whose elements come straight from the pages: no threadgroup memory, no
+// shuffles. Since a sum over dims may be taken in any order, the 8 dims of one matrix need not be neighbours. They are as far
+// apart as one load is wide, so that each load of 16 bytes fills WIDTH matrices, and the lanes of one key read whole lines
+// (here WIDTH = 8, D = 128: 16 matrices for 8 keys):
 //
-//              lanes 0 .. 15                            lanes 16 .. 31
-//   step  0    key  0: [0..7] [8..15] ... [120..127]    key 16: [0..7] [8..15] ... [120..127]
-//   step  1    key  1: [0..7] [8..15] ... [120..127]    key 17: ...
+//   matrix 0:     dims  0,  8, 16, ... 56        lanes of dim slot 0 load dims 0 .. 7 of two keys, slot 1 dims 8 .. 15, ...
+//   matrix 1:     dims  1,  9, 17, ... 57
 //     ...
-//   step 15    key 15: ...                              key 31: ...
+//   matrix 8:     dims 64, 72, 80, ... 120
 //
-// Each lane multiplies its part of a key with its part of the query; a transposed sum over the K_LANES lanes then leaves
-// in lane l the score of key l (K_LANES - 1 shuffles for 32 scores). V is read in the same shape with V_LANES; there a
-// key's weight comes from the lane that owns it (one shuffle a step), and each lane accumulates CHUNK columns of the output.
+//   S   (rows x keys)  =  Q (rows x dims)    K^T (dims x keys)      lane (slot, column) holds keys column, column + 1
+//   O^T (dims x rows) +=  V^T (dims x keys)  P^T (keys x rows)      the same lanes load V as they load K
 //
-// Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP (query heads a KV head), ROWS, SIMDGROUPS, PAGE_SIZE, PAGED;
-// K_LANES and K_CHUNKS (chunks a lane holds of one key), V_LANES and V_CHUNKS; K_STEPS, V_STEPS (steps loaded at once),
-// KEY_BLOCK (steps multiplied at once), REDUCE_ROWS (rows reduced at once); K_RUN, V_RUN (steps in one page for sure).
+// Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP (query heads a KV head), PAGED, PAGE_SIZE, SIMDGROUPS; ROW_BLOCKS,
+// KEY_BLOCKS (matrices of 8 rows, of 8 keys); CHUNK (elements of a load), K_TAIL, V_TAIL (of the loads behind the last whole
+// 8 * CHUNK dims, 0 = none), LOAD_CHUNKS (loads of a key in flight together); REDUCE_ROWS (rows that the simdgroups reduce at once); PAGE_RUN (keys in one page).
 
-#define K_DIMS (K_CHUNKS * CHUNK)                  // elements of a key that a lane holds
-#define V_DIMS (V_CHUNKS * CHUNK)
-#define QUERY_FLOATS (K_LANES * K_DIMS)            // a query, padded to what the lanes hold
-#define REDUCE_FLOATS (SIMDGROUPS * REDUCE_ROWS * V_HEAD_DIM)
-#define QUADS_OF(floats) (((floats) + 3) / 4)
-#define MAX_OF(a, b) ((a) > (b) ? (a) : (b))
-#define SLICE (CHUNK < 4 ? CHUNK : 4)              // elements of a query that a lane reads at once
+#define ROWS (ROW_BLOCKS * 8)
+#define TILE_KEYS (KEY_BLOCKS * 8)
+#define LANE_KEYS (KEY_BLOCKS * 2)                              // keys of a tile that a lane loads
+#define LOOKUP_TILES (32 / TILE_KEYS)
+#define K_CHUNKS (HEAD_DIM / (8 * CHUNK))                     // whole loads of a key by one lane
+#define V_CHUNKS (V_HEAD_DIM / (8 * CHUNK))
+#define K_REST (K_CHUNKS % LOAD_CHUNKS)                          // of those, the ones behind the last LOAD_CHUNKS
+#define V_REST (V_CHUNKS % LOAD_CHUNKS)
+#define K_MATRICES (K_CHUNKS * CHUNK + K_TAIL)                // along the dims
+#define V_MATRICES (V_CHUNKS * CHUNK + V_TAIL)
+#define V_FIRST (V_CHUNKS < LOAD_CHUNKS ? V_CHUNKS : LOAD_CHUNKS)  // what is loaded first
+#define V_FIRST_TAIL (V_CHUNKS < LOAD_CHUNKS ? V_TAIL : 0)
+#define QUERY_BYTES (ROWS * K_MATRICES * 8 * T_BYTES)
+#define REDUCE_BYTES (SIMDGROUPS * REDUCE_ROWS * V_HEAD_DIM * 4)
 
-// Sums of N values over N lanes, lanes that differ in bits of (N - 1) * SPACING: lane l gets the sum of value
-// (l / SPACING) % N. Half of the values are exchanged, then half of those that are left, ...: N - 1 shuffles.
-template <int N, int SPACING>
-struct TransposedSum {
-    static float of(thread const float* values, uint lane) {
-        const bool upper = (lane & (N / 2 * SPACING)) != 0;
-        float half_of_them[N / 2];
-        UNROLL
-        for (int i = 0; i < N / 2; i++) {
-            const float first = values[i], second = values[i + N / 2];  // loaded before the choice: arrays stay registers
-            const float kept = upper ? second : first, sent = upper ? first : second;
-            half_of_them[i] = kept + simd_shuffle_xor(sent, ushort(N / 2 * SPACING));
-        }
-        return TransposedSum<N / 2, SPACING>::of(half_of_them, lane);
-    }
-};
-
-template <int SPACING>
-struct TransposedSum<1, SPACING> {
-    static float of(thread const float* values, uint lane) { return values[0]; }
-};
-
-// One tile of 32 keys, and which keys may be read.
+// A tile of keys, as one lane sees it.
 struct Tile {
     int first_key;
-    int page;  // of the key this lane owns
-    KVRange range;
+    int page[LANE_KEYS];  // of each of its keys
+    KVRange range;        // keys that may be read
+    bool inside;          // whether all of the tile may be
 };
 
-// Steps `first_step` to `first_step + STEPS` of a tile of K or V, as this lane holds them. With CHECKED, 0 for keys
-// outside the range.
-template <bool CHECKED, int STEPS, int LANES, int CHUNKS, int RUN, int DIMS>
-inline void load_steps_of(
-    thread Packed* chunks, int first_step, device const T* pages, Tile tile, long page_stride, int token_stride, int lane
+inline int key_offset(int i, int lane) { return i / 2 * 8 + matrix_column(lane) + i % 2; }
+
+// The pages of this simdgroup's next LOOKUP_TILES tiles from `tile` on: one key a lane, and of those that lie in one page for
+// sure the first.
+inline int looked_up_page(device const int* pages_of_sequence, int tile, int lane, int begin, int end) {
+    const int key = (tile + lane / TILE_KEYS * SIMDGROUPS) * TILE_KEYS + lane % TILE_KEYS;
+    return lane % PAGE_RUN == 0 ? page_of(pages_of_sequence, clamp(key, begin, end - 1)) : 0;
+}
+
+// What a lane loads of its keys together: CHUNKS whole loads of each, and one of TAIL elements behind them.
+template <int CHUNKS, int TAIL>
+struct Loaded {
+    Packed<CHUNK> chunks[MAX_OF(CHUNKS, 1) * LANE_KEYS];
+    Packed<MAX_OF(TAIL, 1)> tail[LANE_KEYS];
+};
+
+template <bool CHECKED, int DIMS, int CHUNKS, int TAIL>
+inline void load_rows_of(
+    thread Loaded<CHUNKS, TAIL>& loaded, device const T* pages, int first_dim, thread const Tile& tile, long page_stride,
+    int token_stride, int lane
 ) {
-    const int group_lane = lane & ~(LANES - 1);  // the first lane of this lane's group, which owns the key of step 0
-    const int column = (lane - group_lane) * CHUNK;
-    device const T* row = pages;
+    const int slot = matrix_row(lane);
     UNROLL
-    for (int i = 0; i < STEPS; i++) {
-        const int step = first_step + i;
-        const int key = tile.first_key + group_lane + step;
-        if (step % RUN == 0 || i == 0) {
-            const int page = RUN == LANES ? tile.page : simd_shuffle(tile.page, ushort(group_lane + step));
-            row = token_at(pages, page, key, page_stride, token_stride) + column;
-        } else {
-            row += token_stride;
-        }
+    for (int i = 0; i < LANE_KEYS; i++) {
+        const int key = tile.first_key + key_offset(i, lane);
+        device const T* row = token_at(pages, tile.page[i], key, page_stride, token_stride);
+        const bool present = !CHECKED || contains(tile.range, key);
         UNROLL
         for (int c = 0; c < CHUNKS; c++) {
-            const int offset = c * LANES * CHUNK;
-            const bool inside = offset + LANES * CHUNK <= DIMS || column + offset < DIMS;
-            chunks[i * CHUNKS + c] = inside && (!CHECKED || contains(tile.range, key)) ? load_chunk(row + offset) : Packed(0);
+            const int d = first_dim + (c * 8 + slot) * CHUNK;
+            loaded.chunks[c * LANE_KEYS + i] = present ? load<CHUNK, DIMS>(row, d) : Packed<CHUNK>(0);
+        }
+        if (TAIL > 0) {
+            const int d = first_dim + CHUNKS * 8 * CHUNK + slot * TAIL;
+            loaded.tail[i] = present ? load<MAX_OF(TAIL, 1), DIMS>(row, d) : Packed<MAX_OF(TAIL, 1)>(0);
         }
     }
 }
 
-// The same. Most tiles lie inside the range, and then nothing stands between their loads.
-template <int STEPS, int LANES, int CHUNKS, int RUN, int DIMS>
-inline void load_steps(
-    thread Packed* chunks, int step, device const T* pages, Tile tile, long page_stride, int token_stride, int lane
+// Dims from `first_dim` on of each key of this lane. Most tiles lie inside the range, and then nothing stands between loads.
+template <int DIMS, int CHUNKS, int TAIL>
+inline void load_rows(
+    thread Loaded<CHUNKS, TAIL>& loaded, device const T* pages, int first_dim, thread const Tile& tile, long page_stride,
+    int token_stride, int lane
 ) {
-    if (tile.first_key >= tile.range.begin && tile.first_key + 32 <= tile.range.end) {
-        load_steps_of<false, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
+    if (tile.inside) {
+        load_rows_of<false, DIMS>(loaded, pages, first_dim, tile, page_stride, token_stride, lane);
     } else {
-        load_steps_of<true, STEPS, LANES, CHUNKS, RUN, DIMS>(chunks, step, pages, tile, page_stride, token_stride, lane);
+        load_rows_of<true, DIMS>(loaded, pages, first_dim, tile, page_stride, token_stride, lane);
     }
 }
 
-// One lane of each PAGE_RUN keys of a tile looks up their page; the others take it from that lane.
-#define PAGE_RUN MAX_OF(K_RUN, V_RUN)
-
-inline int looked_up_page(device const int* pages_of_sequence, int tile_index, int lane, int begin, int end) {
-    return lane % PAGE_RUN == 0 ? page_of(pages_of_sequence, clamp(tile_index * 32 + lane, begin, end - 1)) : 0;
+// S += Q K^T for the dims that are loaded. `queries` are this lane's elements of Q, one matrix 32 behind the other.
+template <int CHUNKS, int TAIL>
+inline void multiply_keys(thread float2* scores, threadgroup const Pair* queries, thread const Loaded<CHUNKS, TAIL>& keys) {
+    UNROLL
+    for (int m = 0; m < CHUNKS * CHUNK + TAIL; m++) {
+        const int c = m / CHUNK * LANE_KEYS;
+        UNROLL
+        for (int r = 0; r < ROW_BLOCKS; r++) {
+            const Pair query = queries[(r * K_MATRICES + m) * 32];
+            UNROLL
+            for (int i = 0; i < KEY_BLOCKS; i++) {
+                const Pair pair = m < CHUNKS * CHUNK
+                    ? pair_of(keys.chunks[c + 2 * i], keys.chunks[c + 2 * i + 1], m % CHUNK)
+                    : pair_of(keys.tail[2 * i], keys.tail[2 * i + 1], m - CHUNKS * CHUNK);
+                multiply_add(scores[r * KEY_BLOCKS + i], query, pair);
+            }
+        }
+    }
 }
 
-inline int shared_page(int page, int lane) {
-    return PAGE_RUN == 1 ? page : simd_shuffle(page, ushort(lane & ~(PAGE_RUN - 1)));
-}
-
-// Where the slice of a query that begins at element d lies: slices that neighbouring lanes read lie side by side.
-inline int slice_index(int d) {
-    const int chunk = d / CHUNK;
-    const int slice = (chunk / K_LANES) * (CHUNK / SLICE) + d % CHUNK / SLICE;
-    return (slice * K_LANES + chunk % K_LANES) * SLICE;
+// O^T += V^T P^T for the dims that are loaded.
+template <int CHUNKS, int TAIL>
+inline void multiply_values(thread float2* output, thread const Pair* weights, thread const Loaded<CHUNKS, TAIL>& values) {
+    UNROLL
+    for (int m = 0; m < CHUNKS * CHUNK + TAIL; m++) {
+        const int c = m / CHUNK * LANE_KEYS;
+        UNROLL
+        for (int i = 0; i < KEY_BLOCKS; i++) {
+            const Pair pair = m < CHUNKS * CHUNK
+                ? pair_of(values.chunks[c + 2 * i], values.chunks[c + 2 * i + 1], m % CHUNK)
+                : pair_of(values.tail[2 * i], values.tail[2 * i + 1], m - CHUNKS * CHUNK);
+            UNROLL
+            for (int r = 0; r < ROW_BLOCKS; r++) multiply_add(output[r * V_MATRICES + m], pair, weights[r * KEY_BLOCKS + i]);
+        }
+    }
 }
 
 [[max_total_threads_per_threadgroup(THREADS)]]
@@ -143,15 +159,16 @@ kernel void decode(
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]]
 ) {
-    threadgroup float4 scratch_quads[QUADS_OF(MAX_OF(ROWS * QUERY_FLOATS, REDUCE_FLOATS))];
-    threadgroup float row_slope[ROWS];
+    threadgroup float4 shared_quads[(MAX_OF(QUERY_BYTES, REDUCE_BYTES) + 15) / 16];
     threadgroup float row_maximum[SIMDGROUPS * ROWS];
-    threadgroup float row_sum[SIMDGROUPS * ROWS];
-    threadgroup float* scratch = reinterpret_cast<threadgroup float*>(scratch_quads);
+    threadgroup float row_total[SIMDGROUPS * ROWS];
+    threadgroup T* query_elements = reinterpret_cast<threadgroup T*>(shared_quads);
+    threadgroup float* scratch = reinterpret_cast<threadgroup float*>(shared_quads);
 
     const int lane = int(lane_index);
     const int simdgroup = simd_shuffle(int(simdgroup_index), ushort(0));  // so that compilers see it is one for all lanes
     const int thread_index = simdgroup * 32 + lane;
+    const int slot = matrix_row(lane), column = matrix_column(lane);
     const int num_splits = int(params.num_splits);
     const int kv_head = int(group.x);
     const int split = int(group.y) % num_splits;
@@ -177,15 +194,16 @@ kernel void decode(
     const Sequence s = sequence_at(
         b, params, score_params, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_batch_idx, cache_leftpad
     );
-    if (first_row >= s.rows * GROUP) return;
+    const int rows = min(ROWS, s.rows * GROUP - first_row);
+    if (rows <= 0) return;
 
     // ---- Which keys: those any row sees, plus the new ones, which must be written; of them the tiles of this split
     const KVRange range = kv_range(s, first_row / GROUP, (first_row + ROWS - 1) / GROUP);
     const int append_begin = params.appends ? s.append_begin : s.seqlen_k;
     const int begin = min(range.begin, append_begin);
     const int end = append_begin < s.seqlen_k ? s.seqlen_k : range.end;
-    const int first_tile = begin / 32;
-    const int tiles = end > begin ? (end + 31) / 32 - first_tile : 0;
+    const int first_tile = begin / TILE_KEYS;
+    const int tiles = end > begin ? (end + TILE_KEYS - 1) / TILE_KEYS - first_tile : 0;
     const int tiles_per_split = (tiles + num_splits - 1) / num_splits;
     const int tiles_begin = first_tile + split * tiles_per_split;
     const int tiles_end = min(tiles_begin + tiles_per_split, first_tile + tiles);
@@ -196,210 +214,195 @@ kernel void decode(
     const long k_page_stride = params.k_page_stride, v_page_stride = params.v_page_stride;
     const int k_token_stride = int(params.k_token_stride), v_token_stride = int(params.v_token_stride);
 
-    const int my_first_tile = tiles_begin + simdgroup;  // its pages are looked up while the queries are loaded
-    int page = my_first_tile < tiles_end ? looked_up_page(pages_of_sequence, my_first_tile, lane, begin, end) : 0;
-
-    // ---- The queries, rotated, into threadgroup memory
-    device const T* queries = q + first_head * params.q_head_stride
-        + (params.has_cu_seqlens_q ? s.first_row * params.q_token_stride : b * params.q_batch_stride);
-    for (int i = thread_index; i < ROWS * QUERY_FLOATS; i += THREADS) {
-        const int r = i / QUERY_FLOATS, d = i % QUERY_FLOATS;
-        const int query = (first_row + r) / GROUP, head = (first_row + r) % GROUP;
-        float x = 0.0f;
-        if (query < s.seqlen_q && d < HEAD_DIM) {
-            device const T* row = queries + query * params.q_token_stride + head * params.q_head_stride;
-            x = float(
-                params.rotary_half
-                    ? rotated(row, d, rotary_position(s, params, query), rotary_cos, rotary_sin, params)
-                    : row[d]
+    // ---- New keys go to the cache first, by the simdgroup that will read them; then they are keys like all others
+    if (append_begin < s.seqlen_k) {
+        for (int key = max(append_begin, tiles_begin * TILE_KEYS); key < min(s.seqlen_k, tiles_end * TILE_KEYS); key++) {
+            if ((key / TILE_KEYS - tiles_begin) % SIMDGROUPS != simdgroup) continue;
+            const int token = key - append_begin;
+            const int page = page_of(pages_of_sequence, key);
+            append_token(
+                slot_at(k_pages, page, key, k_page_stride, k_token_stride),
+                slot_at(v_pages, page, key, v_page_stride, v_token_stride),
+                k_new + b * params.k_new_batch_stride + token * params.k_new_token_stride + kv_head * params.k_new_head_stride,
+                v_new + b * params.v_new_batch_stride + token * params.v_new_token_stride + kv_head * params.v_new_head_stride,
+                key, rotary_cos, rotary_sin, params, lane
             );
         }
-        scratch[r * QUERY_FLOATS + slice_index(d) + d % SLICE] = x;
+        simdgroup_barrier(mem_flags::mem_device);
     }
-    for (int r = thread_index; r < ROWS; r += THREADS) {
-        row_slope[r] = alibi_slope(alibi_slopes, params, b, first_head + (first_row + r) % GROUP);
+
+    const int my_first_tile = tiles_begin + simdgroup;  // its pages are looked up while the queries are loaded
+    int next_page = 0;
+    if (my_first_tile < tiles_end) next_page = looked_up_page(pages_of_sequence, my_first_tile, lane, begin, end);
+
+    // ---- The queries, rotated, into threadgroup memory, each element where its lane finds it
+    typedef DimOrder<CHUNK, K_CHUNKS, K_TAIL> KeyDims;
+    device const T* q_rows = q + first_head * params.q_head_stride
+        + (params.has_cu_seqlens_q ? s.first_row * params.q_token_stride : b * params.q_batch_stride);
+    for (int i = thread_index; i < ROWS * K_MATRICES * 8; i += THREADS) {
+        const int r = i / (K_MATRICES * 8), d = i % (K_MATRICES * 8);
+        const int query = (first_row + r) / GROUP, head = (first_row + r) % GROUP;
+        T x = T(0.0f);
+        if (query < s.seqlen_q && d < HEAD_DIM) {
+            device const T* row = q_rows + query * params.q_token_stride + head * params.q_head_stride;
+            x = params.rotary_half
+                ? rotated(row, d, rotary_position(s, params, query), rotary_cos, rotary_sin, params)
+                : row[d];
+        }
+        const int matrix = r / 8 * K_MATRICES + KeyDims::matrix_of(d), dim_slot = KeyDims::slot_of(d);
+        query_elements[(matrix * 32 + lane_at(r % 8, dim_slot & ~1)) * 2 + (dim_slot & 1)] = x;
     }
+    threadgroup const Pair* queries = reinterpret_cast<threadgroup const Pair*>(query_elements) + lane;
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    float maximum[ROWS], sum[ROWS];  // of each row: over all keys so far; over the keys this lane owned
-    float output[ROWS][V_DIMS];
+    // ---- The state of the rows: this lane's is row `slot` of each block for scores, columns `column` and + 1 for the output
+    ScoreRow score_rows[ROW_BLOCKS];
+    float maximum[ROW_BLOCKS], sum[ROW_BLOCKS];  // over all keys so far; over the keys of this lane
+    float2 output[ROW_BLOCKS * V_MATRICES];
     UNROLL
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < ROW_BLOCKS; r++) {
+        const int row = first_row + r * 8 + slot;
+        score_rows[r] = score_row(s, row / GROUP, alibi_slope(alibi_slopes, params, b, first_head + row % GROUP));
         maximum[r] = LOWEST;
         sum[r] = 0.0f;
-        UNROLL
-        for (int d = 0; d < V_DIMS; d++) output[r][d] = 0.0f;
     }
+    UNROLL
+    for (int i = 0; i < ROW_BLOCKS * V_MATRICES; i++) output[i] = float2(0.0f);
 
     // ---- The tiles
+    int page = 0, looked_up = 0;  // tiles whose pages are looked up
     for (int t = my_first_tile; t < tiles_end; t += SIMDGROUPS) {
+        if (looked_up == 0) {
+            page = next_page;
+            looked_up = LOOKUP_TILES;
+            const int next = t + LOOKUP_TILES * SIMDGROUPS;  // looked up while these tiles are worked on
+            if (next < tiles_end) next_page = looked_up_page(pages_of_sequence, next, lane, begin, end);
+        }
+        const int first_lane = (LOOKUP_TILES - looked_up--) * TILE_KEYS;
         Tile tile;
-        tile.first_key = t * 32;
-        tile.page = shared_page(page, lane);
+        tile.first_key = t * TILE_KEYS;
         tile.range = range;
-        const int key = tile.first_key + lane;
-        if (t + SIMDGROUPS < tiles_end) {  // looked up while this tile is worked on
-            page = looked_up_page(pages_of_sequence, t + SIMDGROUPS, lane, begin, end);
-        }
-
-        // New keys of this tile go to the cache first; then they are keys like all others.
-        if (tile.first_key + 32 > append_begin && append_begin < s.seqlen_k) {
-            for (int slot = max(append_begin, tile.first_key); slot < min(s.seqlen_k, tile.first_key + 32); slot++) {
-                const int token = slot - s.append_begin;
-                const int slot_page = simd_shuffle(tile.page, ushort(slot - tile.first_key));
-                append_token(
-                    slot_at(k_pages, slot_page, slot, params.k_page_stride, params.k_token_stride),
-                    slot_at(v_pages, slot_page, slot, params.v_page_stride, params.v_token_stride),
-                    k_new + b * params.k_new_batch_stride + token * params.k_new_token_stride
-                        + kv_head * params.k_new_head_stride,
-                    v_new + b * params.v_new_batch_stride + token * params.v_new_token_stride
-                        + kv_head * params.v_new_head_stride,
-                    slot, rotary_cos, rotary_sin, params, lane
-                );
-            }
-            simdgroup_barrier(mem_flags::mem_device);
-        }
-
-        // Q K^T: products of a few keys at a time with all rows, summed over lanes.
-        float partial[ROWS][K_LANES / KEY_BLOCK];
+        tile.inside = tile.first_key >= range.begin && tile.first_key + TILE_KEYS <= range.end;
         UNROLL
-        for (int step = 0; step < K_LANES; step += K_STEPS) {
-            Packed chunks[K_STEPS * K_CHUNKS];
-            load_steps<K_STEPS, K_LANES, K_CHUNKS, K_RUN, HEAD_DIM>(
-                chunks, step, k_pages, tile, k_page_stride, k_token_stride, lane
-            );
-            UNROLL
-            for (int block = 0; block < K_STEPS; block += KEY_BLOCK) {
-                float keys[KEY_BLOCK][K_DIMS];
-                UNROLL
-                for (int i = 0; i < KEY_BLOCK * K_CHUNKS; i++) {
-                    unpack(chunks[block * K_CHUNKS + i], &keys[i / K_CHUNKS][i % K_CHUNKS * CHUNK]);
-                }
-                simdgroup_barrier(mem_flags::mem_threadgroup);  // queries are read anew, not kept in registers
-                UNROLL
-                for (int r = 0; r < ROWS; r++) {
-                    float dots[KEY_BLOCK];
-                    UNROLL
-                    for (int i = 0; i < KEY_BLOCK; i++) dots[i] = 0.0f;
-                    UNROLL
-                    for (int d = 0; d < K_DIMS; d += SLICE) {
-                        const int slice = (d / SLICE * K_LANES + (lane & (K_LANES - 1))) * SLICE;
-                        const vec<float, SLICE> query =
-                            *reinterpret_cast<threadgroup const vec<float, SLICE>*>(scratch + r * QUERY_FLOATS + slice);
-                        UNROLL
-                        for (int i = 0; i < KEY_BLOCK; i++) {
-                            UNROLL
-                            for (int e = 0; e < SLICE; e++) dots[i] += query[e] * keys[i][d + e];
-                        }
-                    }
-                    partial[r][(step + block) / KEY_BLOCK] = TransposedSum<KEY_BLOCK, 1>::of(dots, lane_index);
-                }
-            }
+        for (int i = 0; i < LANE_KEYS; i++) {
+            const int owner = first_lane + (key_offset(i, lane) & ~(PAGE_RUN - 1));
+            tile.page[i] = i % 2 == 0 || PAGE_RUN == 1 ? simd_shuffle(page, ushort(owner)) : tile.page[i - 1];
+        }
+
+        // S = Q K^T
+        float2 scores[ROW_BLOCKS * KEY_BLOCKS];
+        UNROLL
+        for (int i = 0; i < ROW_BLOCKS * KEY_BLOCKS; i++) scores[i] = float2(0.0f);
+        simdgroup_barrier(mem_flags::mem_threadgroup);  // queries are read anew, not kept in registers
+        UNROLL
+        for (int c = 0; c + LOAD_CHUNKS <= K_CHUNKS; c += LOAD_CHUNKS) {
+            Loaded<LOAD_CHUNKS, 0> keys;
+            load_rows<HEAD_DIM>(keys, k_pages, c * 8 * CHUNK, tile, k_page_stride, k_token_stride, lane);
+            multiply_keys(scores, queries + c * CHUNK * 32, keys);
+        }
+        if (K_REST + K_TAIL > 0) {
+            const int c = K_CHUNKS - K_REST;
+            Loaded<K_REST, K_TAIL> keys;
+            load_rows<HEAD_DIM>(keys, k_pages, c * 8 * CHUNK, tile, k_page_stride, k_token_stride, lane);
+            multiply_keys(scores, queries + c * CHUNK * 32, keys);
         }
 
         // The first values are loaded while the softmax is computed.
-        Packed values[V_STEPS * V_CHUNKS];
-        load_steps<V_STEPS, V_LANES, V_CHUNKS, V_RUN, V_HEAD_DIM>(
-            values, 0, v_pages, tile, v_page_stride, v_token_stride, lane
-        );
+        Loaded<V_FIRST, V_FIRST_TAIL> first_values;
+        load_rows<V_HEAD_DIM>(first_values, v_pages, 0, tile, v_page_stride, v_token_stride, lane);
 
-        // Online softmax: once a tile, one key a lane.
-        float weight[ROWS];
+        // Online softmax: scores to weights, and those to P^T.
+        Pair weights[ROW_BLOCKS * KEY_BLOCKS];
         UNROLL
-        for (int r = 0; r < ROWS; r++) {
-            const float qk = TransposedSum<K_LANES / KEY_BLOCK, KEY_BLOCK>::of(partial[r], lane_index);
-            const ScoreRow row = score_row(s, (first_row + r) / GROUP, row_slope[r]);
-            const float score = masked_score(qk, key, row, score_params);
-            const float new_maximum = max(maximum[r], simd_max(score));
+        for (int r = 0; r < ROW_BLOCKS; r++) {
+            float new_maximum = maximum[r];
+            UNROLL
+            for (int i = 0; i < LANE_KEYS; i++) {
+                thread float2& pair = scores[r * KEY_BLOCKS + i / 2];
+                pair[i % 2] = masked_score(pair[i % 2], tile.first_key + key_offset(i, lane), score_rows[r], score_params);
+                new_maximum = max(new_maximum, pair[i % 2]);
+            }
+            new_maximum = row_max(new_maximum);
             const float alpha = fast::exp2(maximum[r] - new_maximum);
-            weight[r] = weight_of(score, new_maximum);
             maximum[r] = new_maximum;
-            sum[r] = sum[r] * alpha + weight[r];
+            sum[r] *= alpha;
             UNROLL
-            for (int d = 0; d < V_DIMS; d++) output[r][d] *= alpha;
+            for (int i = 0; i < KEY_BLOCKS; i++) {
+                const float2 score = scores[r * KEY_BLOCKS + i];
+                const float2 weight = float2(weight_of(score.x, new_maximum), weight_of(score.y, new_maximum));
+                sum[r] += weight.x + weight.y;
+                weights[r * KEY_BLOCKS + i] = transposed(weight, lane);
+            }
+            const float2 alphas = of_columns(alpha, lane);
+            UNROLL
+            for (int i = 0; i < V_MATRICES; i++) output[r * V_MATRICES + i] *= alphas;
         }
 
-        // P V: weights times values.
+        // O^T = O^T alpha + V^T P^T
+        multiply_values(output, weights, first_values);
         UNROLL
-        for (int step = 0; step < V_LANES; step += V_STEPS) {
-            if (tile.first_key + step >= range.end) break;
-            if (step > 0) {
-                load_steps<V_STEPS, V_LANES, V_CHUNKS, V_RUN, V_HEAD_DIM>(
-                    values, step, v_pages, tile, v_page_stride, v_token_stride, lane
-                );
-            }
-            UNROLL
-            for (int i = 0; i < V_STEPS; i++) {
-                float value[V_DIMS];
-                UNROLL
-                for (int c = 0; c < V_CHUNKS; c++) unpack(values[i * V_CHUNKS + c], &value[c * CHUNK]);
-                const ushort owner = ushort((lane & ~(V_LANES - 1)) + step + i);
-                UNROLL
-                for (int r = 0; r < ROWS; r++) {
-                    const float w = simd_shuffle(weight[r], owner);
-                    UNROLL
-                    for (int d = 0; d < V_DIMS; d++) output[r][d] += w * value[d];
-                }
-            }
+        for (int c = LOAD_CHUNKS; c + LOAD_CHUNKS <= V_CHUNKS; c += LOAD_CHUNKS) {
+            Loaded<LOAD_CHUNKS, 0> values;
+            load_rows<V_HEAD_DIM>(values, v_pages, c * 8 * CHUNK, tile, v_page_stride, v_token_stride, lane);
+            multiply_values(output + c * CHUNK, weights, values);
+        }
+        if (V_CHUNKS >= LOAD_CHUNKS && V_REST + V_TAIL > 0) {
+            const int c = V_CHUNKS - V_REST;
+            Loaded<V_REST, V_TAIL> values;
+            load_rows<V_HEAD_DIM>(values, v_pages, c * 8 * CHUNK, tile, v_page_stride, v_token_stride, lane);
+            multiply_values(output + c * CHUNK, weights, values);
         }
     }
 
-    // ---- Reduce: the lane groups of a simdgroup, then the simdgroups
+    // ---- Reduce the simdgroups, some rows at a time
     UNROLL
-    for (int r = 0; r < ROWS; r++) {
-        UNROLL
-        for (int other = V_LANES; other < 32; other *= 2) {
-            UNROLL
-            for (int d = 0; d < V_DIMS; d++) output[r][d] += simd_shuffle_xor(output[r][d], ushort(other));
-        }
-        sum[r] = simd_sum(sum[r]);
-        if (lane == 0) {
-            row_maximum[simdgroup * ROWS + r] = maximum[r];
-            row_sum[simdgroup * ROWS + r] = sum[r];
+    for (int r = 0; r < ROW_BLOCKS; r++) {
+        const float total = row_sum(sum[r]);
+        if (column == 0) {
+            row_maximum[simdgroup * ROWS + r * 8 + slot] = maximum[r];
+            row_total[simdgroup * ROWS + r * 8 + slot] = total;
         }
     }
-
-    UNROLL
-    for (int block = 0; block < ROWS; block += REDUCE_ROWS) {
+    for (int block = 0; block < rows; block += REDUCE_ROWS) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         UNROLL
-        for (int i = 0; i < REDUCE_ROWS; i++) {
-            const int r = block + i;
-            if (r < ROWS && lane < V_LANES) {
+        for (int r = 0; r < ROW_BLOCKS; r++) {
+            UNROLL
+            for (int e = 0; e < 2; e++) {
+                const int row = r * 8 + column + e;
+                if (row < block || row >= block + REDUCE_ROWS) continue;
                 float top = LOWEST;
-                for (int other = 0; other < SIMDGROUPS; other++) top = max(top, row_maximum[other * ROWS + r]);
-                const float alpha = exp2(maximum[r] - top);
+                for (int other = 0; other < SIMDGROUPS; other++) top = max(top, row_maximum[other * ROWS + row]);
+                const float alpha = exp2(row_maximum[simdgroup * ROWS + row] - top);
                 UNROLL
-                for (int c = 0; c < V_CHUNKS; c++) {
-                    const int column = (c * V_LANES + lane) * CHUNK;
-                    if (column < V_HEAD_DIM) {
-                        UNROLL
-                        for (int e = 0; e < CHUNK; e++) {
-                            scratch[(simdgroup * REDUCE_ROWS + i) * V_HEAD_DIM + column + e] = output[r][c * CHUNK + e] * alpha;
-                        }
-                    }
+                for (int i = 0; i < V_MATRICES; i++) {
+                    const int d = DimOrder<CHUNK, V_CHUNKS, V_TAIL>::dim_at(i, slot);
+                    if (d >= V_HEAD_DIM) continue;
+                    scratch[(simdgroup * REDUCE_ROWS + row - block) * V_HEAD_DIM + d] = output[r * V_MATRICES + i][e] * alpha;
                 }
             }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
         // ---- Write: the output, or the partial output of this split
-        for (int i = thread_index; i < REDUCE_ROWS * V_HEAD_DIM; i += THREADS) {
+        for (int i = thread_index; i < min(REDUCE_ROWS, rows - block) * V_HEAD_DIM; i += THREADS) {
             const int r = block + i / V_HEAD_DIM, d = i % V_HEAD_DIM;
             const int query = (first_row + r) / GROUP, head = first_head + (first_row + r) % GROUP;
-            if (r >= ROWS || query >= s.rows) break;
 
             float top = LOWEST, total = 0.0f, x = 0.0f;
             for (int other = 0; other < SIMDGROUPS; other++) top = max(top, row_maximum[other * ROWS + r]);
             for (int other = 0; other < SIMDGROUPS; other++) {
-                total += row_sum[other * ROWS + r] * exp2(row_maximum[other * ROWS + r] - top);
+                total += row_total[other * ROWS + r] * exp2(row_maximum[other * ROWS + r] - top);
                 x += scratch[other * REDUCE_ROWS * V_HEAD_DIM + i];
             }
             const int row = s.first_row + query;
             const long out_row = long(row) * params.num_heads + head;
             if (num_splits > 1) {
                 const long partial = out_row * num_splits + split;
-                if (d < 2) softmax_partial[partial * 2 + d] = d == 0 ? top : total;
+                if (d == 0) {
+                    softmax_partial[partial * 2] = top;
+                    softmax_partial[partial * 2 + 1] = total;
+                }
                 if (total > 0.0f) out_partial[partial * V_HEAD_DIM + d] = x;
             } else {
                 const Normaliser n = normaliser_of(top, total, params.has_sinks, params.has_sinks ? sinks[head] : 0.0f);

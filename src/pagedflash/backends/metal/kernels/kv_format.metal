@@ -1,67 +1,78 @@
 // How elements of the cache are loaded and stored. All kernels go through here; q, k_new and v_new have the same type.
 //
-// Defined by the launcher: T, T_BYTES, T_IS_BFLOAT, CHUNK (elements a load), ALIGNED (whether every row starts at a multiple
-// of CHUNK elements).
-
-#define WORDS (CHUNK * T_BYTES / 4)  // of 32 bits a load: 1, 2 or 4
-
-#if WORDS == 4
-typedef uint4 Packed;
-#elif WORDS == 2
-typedef uint2 Packed;
-#else
-typedef uint Packed;
-#endif
+// Defined by the launcher: T, T_BYTES, ALIGNED (whether every row of K and V starts at a multiple of its widest load).
 
 typedef vec<T, 2> Pair;
 
-inline float2 widened(Pair pair) {
-    return float2(float(pair.x), float(pair.y));
-}
+// WIDTH neighbouring elements as they lie in memory: 2 to 16 bytes.
+template <int BYTES> struct Word;
+template <> struct Word<16> { typedef uint4 type; };
+template <> struct Word<8> { typedef uint2 type; };
+template <> struct Word<4> { typedef uint type; };
+template <> struct Word<2> { typedef ushort type; };
+template <int WIDTH> using Packed = typename Word<WIDTH * T_BYTES>::type;
 
 inline uint word_of(uint4 packed, int i) { return packed[i]; }
 inline uint word_of(uint2 packed, int i) { return packed[i]; }
 inline uint word_of(uint packed, int i) { return packed; }
+inline uint word_of(ushort packed, int i) { return packed; }
 
-#if !ALIGNED
-inline uint assembled_word(device const T* row, int i) {
+inline void set_word(thread uint4& packed, int i, uint word) { packed[i] = word; }
+inline void set_word(thread uint2& packed, int i, uint word) { packed[i] = word; }
+inline void set_word(thread uint& packed, int i, uint word) { packed = word; }
+inline void set_word(thread ushort& packed, int i, uint word) { packed = ushort(word); }
+
+// The bits of element d of a row of DIMS elements, 0 behind its end.
+template <int DIMS>
+inline uint bits_at(device const T* row, int d) {
+    if (d >= DIMS) return 0;
 #if T_BYTES == 4
-    return as_type<uint>(row[i]);
+    return as_type<uint>(row[d]);
 #else
-    return uint(as_type<ushort>(row[2 * i])) | (uint(as_type<ushort>(row[2 * i + 1])) << 16);
+    return as_type<ushort>(row[d]);
 #endif
 }
-#endif
 
-// CHUNK elements as they lie in memory.
-inline Packed load_chunk(device const T* row) {
+// Elements d to d + WIDTH of a row of DIMS elements; 0 behind its end. In one load where that can be.
+template <int WIDTH, int DIMS>
+inline Packed<WIDTH> load(device const T* row, int d) {
 #if ALIGNED
-    return *reinterpret_cast<device const Packed*>(row);
-#elif WORDS == 4
-    return uint4(assembled_word(row, 0), assembled_word(row, 1), assembled_word(row, 2), assembled_word(row, 3));
-#elif WORDS == 2
-    return uint2(assembled_word(row, 0), assembled_word(row, 1));
-#else
-    return assembled_word(row, 0);
+    if (DIMS % WIDTH == 0) {
+        return d < DIMS ? *reinterpret_cast<device const Packed<WIDTH>*>(row + d) : Packed<WIDTH>(0);
+    }
 #endif
-}
-
-// The same elements as floats.
-inline void unpack(Packed packed, thread float* x) {
+    Packed<WIDTH> packed = Packed<WIDTH>(0);
     UNROLL
-    for (int i = 0; i < WORDS; i++) {
-        const uint word = word_of(packed, i);
+    for (int i = 0; i < (WIDTH * T_BYTES + 3) / 4; i++) {
 #if T_BYTES == 4
-        x[i] = as_type<float>(word);
-#elif T_IS_BFLOAT
-        x[2 * i] = as_type<float>(word << 16);
-        x[2 * i + 1] = as_type<float>(word & 0xffff0000u);
+        set_word(packed, i, bits_at<DIMS>(row, d + i));
 #else
-        const half2 pair = as_type<half2>(word);
-        x[2 * i] = float(pair.x);
-        x[2 * i + 1] = float(pair.y);
+        const uint second = WIDTH > 1 ? bits_at<DIMS>(row, d + 2 * i + 1) : 0;
+        set_word(packed, i, bits_at<DIMS>(row, d + 2 * i) | (second << 16));
 #endif
     }
+    return packed;
+}
+
+// Element i of two rows.
+template <typename PackedRow>
+inline Pair pair_of(PackedRow first, PackedRow second, int i) {
+#if T_BYTES == 4
+    return Pair(as_type<float>(word_of(first, i)), as_type<float>(word_of(second, i)));
+#else
+    const uint x = word_of(first, i / 2), y = word_of(second, i / 2);
+    return as_type<Pair>(i % 2 == 0 ? (x & 0xffffu) | (y << 16) : (x >> 16) | (y & 0xffff0000u));
+#endif
+}
+
+// Elements 2 * i and 2 * i + 1 of one row.
+template <typename PackedRow>
+inline Pair neighbours_of(PackedRow row, int i) {
+#if T_BYTES == 4
+    return Pair(as_type<float>(word_of(row, 2 * i)), as_type<float>(word_of(row, 2 * i + 1)));
+#else
+    return as_type<Pair>(word_of(row, i));
+#endif
 }
 
 // Element d of a slot of the cache.

@@ -11,30 +11,49 @@
 //
 // Tiles of keys that no row of the threadgroup sees are never visited.
 //
-// Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP, PAGE_SIZE, PAGED, KEY_TILE, SIMDGROUPS.
+// Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP, PAGE_SIZE, PAGED, KEY_TILE, SIMDGROUPS; CHUNK (elements of 16 bytes),
+// K_TAIL (as in decode).
 
 #define QUERY_TILE (SIMDGROUPS * 8)
-#define K_CHUNKS (HEAD_DIM / CHUNK)    // chunks of one key
-#define V_CHUNKS (V_HEAD_DIM / CHUNK)
-#define K_ROW ((K_CHUNKS + 1) * CHUNK) // elements of a row in threadgroup memory: 16 bytes more keep banks apart
-#define V_ROW ((V_CHUNKS + 1) * CHUNK)
+#define K_CHUNKS (HEAD_DIM / (8 * CHUNK))                  // reads of a key by one lane
+#define K_MATRICES (K_CHUNKS * CHUNK + K_TAIL)             // along the dims
+#define V_MATRICES ((V_HEAD_DIM + 7) / 8)
+#define V_CHUNKS (V_MATRICES / (CHUNK / 2))                // reads of a value by one lane: 2 dims of each of CHUNK / 2 matrices
+#define K_ROW (K_MATRICES * 8 / CHUNK + 1)                 // loads a row in threadgroup memory: 16 bytes more keep banks apart
+#define V_ROW (V_MATRICES * 8 / CHUNK + 1)
+
+typedef DimOrder<CHUNK, K_CHUNKS, K_TAIL> KeyDims;
 
 // Rows of K or V for one tile of keys, from their pages into threadgroup memory; 0 for keys outside the range.
 // Lane l of each simdgroup knows the page of key l of the tile.
-template <int CHUNKS>
+template <int ROW, int DIMS>
 inline void load_tile(
-    threadgroup Packed* tile, device const T* pages, int page, int first_key, KVRange range,
+    threadgroup Packed<CHUNK>* tile, device const T* pages, int page, int first_key, KVRange range,
     long page_stride, int token_stride, int thread_index
 ) {
-    for (int i = thread_index; i < (KEY_TILE * CHUNKS + THREADS - 1) / THREADS * THREADS; i += THREADS) {
-        const int row = i / CHUNKS, chunk = i % CHUNKS;
+    const int loads = ROW - 1;
+    for (int i = thread_index; i < (KEY_TILE * loads + THREADS - 1) / THREADS * THREADS; i += THREADS) {
+        const int row = i / loads, chunk = i % loads;
         const int key = first_key + row;
         const int row_page = simd_shuffle(page, ushort(min(row, KEY_TILE - 1)));
         if (row < KEY_TILE) {
-            tile[row * (CHUNKS + 1) + chunk] = contains(range, key)
-                ? load_chunk(token_at(pages, row_page, key, page_stride, token_stride) + chunk * CHUNK)
-                : Packed(0);
+            tile[row * ROW + chunk] = contains(range, key)
+                ? load<CHUNK, DIMS>(token_at(pages, row_page, key, page_stride, token_stride), chunk * CHUNK)
+                : Packed<CHUNK>(0);
         }
+    }
+}
+
+// scores += Q K^T over the dims of one read: those of two keys from dim d on.
+template <int READ>
+inline void multiply_keys(thread float2* scores, thread const Pair* queries, threadgroup const T* keys, int row) {
+    UNROLL
+    for (int j = 0; j < KEY_TILE / 8; j++) {
+        threadgroup const T* first = keys + j * 8 * row;
+        const Packed<READ> x = *reinterpret_cast<threadgroup const Packed<READ>*>(first);
+        const Packed<READ> y = *reinterpret_cast<threadgroup const Packed<READ>*>(first + row);
+        UNROLL
+        for (int i = 0; i < READ; i++) multiply_add(scores[j], queries[i], pair_of(x, y, i));
     }
 }
 
@@ -62,9 +81,9 @@ kernel void prefill(
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]]
 ) {
-    threadgroup Packed k_tile[KEY_TILE * (K_CHUNKS + 1)];
-    threadgroup Packed v_tile[KEY_TILE * (V_CHUNKS + 1)];
-    threadgroup const T* k_rows = reinterpret_cast<threadgroup const T*>(k_tile);
+    threadgroup Packed<CHUNK> k_tile[KEY_TILE * K_ROW];
+    threadgroup Packed<CHUNK> v_tile[KEY_TILE * V_ROW];
+    threadgroup T* k_rows = reinterpret_cast<threadgroup T*>(k_tile);
     threadgroup const T* v_rows = reinterpret_cast<threadgroup const T*>(v_tile);
 
     const int lane = int(lane_index);
@@ -89,33 +108,36 @@ kernel void prefill(
     if (first_row >= s.rows * GROUP) return;
 
     // ---- Q, a few rows at a time through the tile of K, and of it this lane's two elements of each 8x8 matrix
-    const int matrix_row = fragment_row(lane), matrix_column = fragment_column(lane);
-    const int r = first_row + simdgroup * 8 + matrix_row;
+    const int slot = matrix_row(lane), column = matrix_column(lane);
+    const int r = first_row + simdgroup * 8 + slot;
     const int query = r / GROUP, head = first_head + r % GROUP;
-    const int rotary_at = rotary_position(s, params, query);
 
     device const T* q_rows = q + first_head * params.q_head_stride
         + (params.has_cu_seqlens_q ? s.first_row * params.q_token_stride : b * params.q_batch_stride);
-    Pair queries[HEAD_DIM / 8];
+    Pair queries[K_MATRICES];
     for (int first = 0; first < QUERY_TILE; first += KEY_TILE) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (int i = thread_index; i < KEY_TILE * K_CHUNKS; i += THREADS) {
-            const int row = i / K_CHUNKS, chunk = i % K_CHUNKS;
+        const int step = params.rotary_half ? 1 : CHUNK;  // dims at a time: rotated ones one by one
+        for (int i = thread_index * step; i < KEY_TILE * K_MATRICES * 8; i += THREADS * step) {
+            const int row = i / (K_MATRICES * 8), d = i % (K_MATRICES * 8);
             const int row_query = (first_row + first + row) / GROUP, row_head = (first_row + first + row) % GROUP;
-            k_tile[row * (K_CHUNKS + 1) + chunk] = row_query < s.seqlen_q
-                ? load_chunk(q_rows + row_query * params.q_token_stride + row_head * params.q_head_stride + chunk * CHUNK)
-                : Packed(0);
+            device const T* q_row = q_rows + row_query * params.q_token_stride + row_head * params.q_head_stride;
+            const bool in_use = row_query < s.seqlen_q;
+            if (params.rotary_half) {
+                const int position = rotary_position(s, params, row_query);
+                k_rows[row * K_ROW * CHUNK + d] = in_use && d < HEAD_DIM
+                    ? rotated(q_row, d, position, rotary_cos, rotary_sin, params)
+                    : T(0.0f);
+            } else {
+                k_tile[row * K_ROW + d / CHUNK] = in_use ? load<CHUNK, HEAD_DIM>(q_row, d) : Packed<CHUNK>(0);
+            }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (simdgroup * 8 / KEY_TILE * KEY_TILE == first) {
-            threadgroup const T* q_row = k_rows + (simdgroup * 8 - first + matrix_row) * K_ROW;
+            threadgroup const T* q_row = k_rows + (simdgroup * 8 - first + slot) * K_ROW * CHUNK;
             UNROLL
-            for (int i = 0; i < HEAD_DIM / 8; i++) {
-                const int d = i * 8 + matrix_column;
-                queries[i] = params.rotary_half && query < s.seqlen_q
-                    ? Pair(rotated(q_row, d, rotary_at, rotary_cos, rotary_sin, params),
-                           rotated(q_row, d + 1, rotary_at, rotary_cos, rotary_sin, params))
-                    : *reinterpret_cast<threadgroup const Pair*>(q_row + d);
+            for (int i = 0; i < K_MATRICES; i++) {
+                queries[i] = Pair(q_row[KeyDims::dim_at(i, column)], q_row[KeyDims::dim_at(i, column + 1)]);
             }
         }
     }
@@ -131,30 +153,32 @@ kernel void prefill(
     const int k_token_stride = int(params.k_token_stride), v_token_stride = int(params.v_token_stride);
 
     float maximum = LOWEST, sum = 0.0f;  // of this lane's row; the sum over this lane's columns only
-    float2 output[V_HEAD_DIM / 8];
+    float2 output[V_MATRICES];
     UNROLL
-    for (int i = 0; i < V_HEAD_DIM / 8; i++) output[i] = float2(0.0f);
+    for (int i = 0; i < V_MATRICES; i++) output[i] = float2(0.0f);
 
     // ---- The tiles of keys
     for (int first_key = range.begin / KEY_TILE * KEY_TILE; first_key < range.end; first_key += KEY_TILE) {
         const int page = page_of(pages_of_sequence, clamp(first_key + min(lane, KEY_TILE - 1), range.begin, range.end - 1));
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        load_tile<K_CHUNKS>(k_tile, k_pages, page, first_key, range, k_page_stride, k_token_stride, thread_index);
-        load_tile<V_CHUNKS>(v_tile, v_pages, page, first_key, range, v_page_stride, v_token_stride, thread_index);
+        load_tile<K_ROW, HEAD_DIM>(k_tile, k_pages, page, first_key, range, k_page_stride, k_token_stride, thread_index);
+        load_tile<V_ROW, V_HEAD_DIM>(v_tile, v_pages, page, first_key, range, v_page_stride, v_token_stride, thread_index);
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
-        // S = Q K^T: the matrix of keys is read transposed.
+        // S = Q K^T
         float2 scores[KEY_TILE / 8];
         UNROLL
-        for (int j = 0; j < KEY_TILE / 8; j++) {
-            scores[j] = float2(0.0f);
-            threadgroup const T* keys = k_rows + (j * 8 + matrix_column) * K_ROW + matrix_row;
-            UNROLL
-            for (int i = 0; i < HEAD_DIM / 8; i++) {
-                const float2 key_pair = float2(float(keys[i * 8]), float(keys[i * 8 + K_ROW]));
-                multiply_add(scores[j], widened(queries[i]), key_pair);
-            }
+        for (int j = 0; j < KEY_TILE / 8; j++) scores[j] = float2(0.0f);
+        UNROLL
+        for (int c = 0; c < K_CHUNKS; c++) {
+            simdgroup_barrier(mem_flags::mem_none);  // so that compilers do not read all keys first, into registers
+            threadgroup const T* keys = k_rows + column * K_ROW * CHUNK + (c * 8 + slot) * CHUNK;
+            multiply_keys<CHUNK>(scores, queries + c * CHUNK, keys, K_ROW * CHUNK);
         }
+#if K_TAIL
+        threadgroup const T* last_keys = k_rows + column * K_ROW * CHUNK + K_CHUNKS * 8 * CHUNK + slot * K_TAIL;
+        multiply_keys<K_TAIL>(scores, queries + K_CHUNKS * CHUNK, last_keys, K_ROW * CHUNK);
+#endif
 
         // Online softmax of each row.
         float tile_maximum = LOWEST;
@@ -162,7 +186,7 @@ kernel void prefill(
         for (int j = 0; j < KEY_TILE / 8; j++) {
             UNROLL
             for (int e = 0; e < 2; e++) {
-                const int key = first_key + j * 8 + matrix_column + e;
+                const int key = first_key + j * 8 + column + e;
                 scores[j][e] = masked_score(scores[j][e], key, score_row_of_lane, score_params);
                 tile_maximum = max(tile_maximum, scores[j][e]);
             }
@@ -171,23 +195,34 @@ kernel void prefill(
         const float alpha = fast::exp2(maximum - new_maximum);
         maximum = new_maximum;
         sum *= alpha;
+        Pair weights[KEY_TILE / 8];
         UNROLL
         for (int j = 0; j < KEY_TILE / 8; j++) {
-            UNROLL
-            for (int e = 0; e < 2; e++) {
-                scores[j][e] = weight_of(scores[j][e], maximum);
-                sum += scores[j][e];
-            }
+            const float2 weight = float2(weight_of(scores[j].x, maximum), weight_of(scores[j].y, maximum));
+            sum += weight.x + weight.y;
+            weights[j] = Pair(T(weight.x), T(weight.y));
         }
 
         // O = O alpha + P V
         UNROLL
-        for (int i = 0; i < V_HEAD_DIM / 8; i++) {
-            output[i] *= alpha;
+        for (int i = 0; i < V_MATRICES; i++) output[i] *= alpha;
+        threadgroup const T* values = v_rows + slot * V_ROW * CHUNK;
+        UNROLL
+        for (int j = 0; j < KEY_TILE / 8; j++) {
+            simdgroup_barrier(mem_flags::mem_none);
             UNROLL
-            for (int j = 0; j < KEY_TILE / 8; j++) {
-                threadgroup const T* values = v_rows + (j * 8 + matrix_row) * V_ROW + i * 8 + matrix_column;
-                multiply_add(output[i], scores[j], widened(*reinterpret_cast<threadgroup const Pair*>(values)));
+            for (int c = 0; c < V_CHUNKS; c++) {
+                threadgroup const T* read = values + j * 8 * V_ROW * CHUNK + c * 4 * CHUNK + column / 2 * CHUNK;
+                const Packed<CHUNK> value = *reinterpret_cast<threadgroup const Packed<CHUNK>*>(read);
+                UNROLL
+                for (int i = 0; i < CHUNK / 2; i++) {
+                    multiply_add(output[c * (CHUNK / 2) + i], weights[j], neighbours_of(value, i));
+                }
+            }
+            UNROLL
+            for (int i = V_CHUNKS * (CHUNK / 2); i < V_MATRICES; i++) {
+                threadgroup const T* read = values + j * 8 * V_ROW * CHUNK + i * 8 + column;
+                multiply_add(output[i], weights[j], *reinterpret_cast<threadgroup const Pair*>(read));
             }
         }
     }
@@ -199,9 +234,11 @@ kernel void prefill(
     const int row = s.first_row + query;
     device T* out_row = out + (long(row) * params.num_heads + head) * V_HEAD_DIM;
     UNROLL
-    for (int i = 0; i < V_HEAD_DIM / 8; i++) {
-        out_row[i * 8 + matrix_column] = T(output[i].x * n.factor);
-        out_row[i * 8 + matrix_column + 1] = T(output[i].y * n.factor);
+    for (int i = 0; i < V_MATRICES; i++) {
+        const int chunk = i / (CHUNK / 2);
+        const int d = chunk < V_CHUNKS ? chunk * 4 * CHUNK + column / 2 * CHUNK + i % (CHUNK / 2) * 2 : i * 8 + column;
+        if (d < V_HEAD_DIM) out_row[d] = T(output[i].x * n.factor);
+        if (d + 1 < V_HEAD_DIM) out_row[d + 1] = T(output[i].y * n.factor);
     }
-    if (matrix_column == 0) lse[lse_index(params, row, head)] = n.lse;
+    if (column == 0) lse[lse_index(params, row, head)] = n.lse;
 }

@@ -21,7 +21,7 @@ inline Normaliser normaliser_of(float maximum, float sum, bool has_sink, float s
     Normaliser n;
     if (sum == 0.0f) {  // saw no key
         n.factor = 0.0f;
-        n.lse = INFINITY;
+        n.lse = INFINITE;
         return n;
     }
     float top = maximum;
@@ -44,5 +44,5 @@ inline long lse_index(constant Params& params, int row, int head) {
 inline void write_empty_row(device T* out, device float* lse, constant Params& params, int row, int head, int thread_index) {
     const long out_row = long(row) * params.num_heads + head;
     for (int d = thread_index; d < V_HEAD_DIM; d += THREADS) out[out_row * V_HEAD_DIM + d] = T(0.0f);
-    if (thread_index == 0) lse[lse_index(params, row, head)] = INFINITY;
+    if (thread_index == 0) lse[lse_index(params, row, head)] = INFINITE;
 }
