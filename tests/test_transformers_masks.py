@@ -204,6 +204,13 @@ def test_what_adds_to_scores_is_refused(name: str) -> None:
         attention.forward(LIAR, *states(1, 3, 3), None, **{name: torch.zeros(1)})
 
 
+def test_weights_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r'^pagedflash: output_attentions is not supported: .*; use attn_implementation="eager"$'
+    ):
+        attention.forward(LIAR, *states(1, 3, 3), None, output_attentions=True)
+
+
 def test_dropout_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pagedflash: dropout of 0.1 is not supported"):
         attention.forward(LIAR, *states(1, 3, 3), None, dropout=0.1)

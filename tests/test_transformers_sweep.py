@@ -15,8 +15,8 @@ from tiny_models import family_names
 FAMILIES = family_names()
 WELL_KNOWN = (
     *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_moe", "qwen3_next"),
-    *("gemma", "gemma2", "gemma3", "gemma3_text", "phi3", "gpt2", "gpt_neox", "gpt_oss", "opt", "starcoder2", "olmo2"),
-    *("cohere2", "deepseek_v3", "glm4", "granite", "smollm3", "jamba", "bamba", "llava", "idefics3", "paligemma"),
+    *("gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "gpt_oss", "opt", "starcoder2", "olmo2"),
+    *("cohere2", "deepseek_v3", "glm4", "granite", "smollm3", "jamba", "bamba", "llava", "idefics3"),
     *("bert", "roberta", "modernbert", "distilbert", "bart", "mbart", "pegasus", "m2m_100", "whisper", "wav2vec2"),
     *("vit", "dinov2", "clip_text_model", "siglip_vision_model"),
 )

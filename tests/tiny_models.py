@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -132,8 +133,9 @@ def sample(family: str, model_class: Any) -> Sample:
         except Exception as error:
             problem = problem or error
             continue
-        for inputs in _inputs(model):
+        for make_inputs in _inputs(model):
             try:
+                inputs = make_inputs()
                 with torch.no_grad():
                     model(**inputs)
                 return Sample(config, inputs)
@@ -196,7 +198,7 @@ def _randomize(model: torch.nn.Module) -> None:
                 weights.add_(0.1 * noise)
 
 
-def _inputs(model: Any) -> Iterator[dict[str, Tensor]]:
+def _inputs(model: Any) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """What the model's forward may take: text if it can, an image or sound, or both."""
     takes = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(0)
@@ -207,46 +209,59 @@ def _inputs(model: Any) -> Iterator[dict[str, Tensor]]:
     def setting(*names: str, default: Any) -> Any:
         return next((value for part in parts for name in names if (value := getattr(part, name, None))), default)
 
+    def first(*names: str, default: int) -> int:
+        value = setting(*names, default=default)
+        return value if isinstance(value, int) else value[0]
+
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    def tokens(length: int, *names: str) -> Tensor:
+    def ids(length: int, *names: str) -> Tensor:
         return torch.randint(3, setting(*names, default=128) - 1, (2, length), generator=generator)
 
-    def first(value: Any) -> int:
-        return value if isinstance(value, int) else value[0]
+    def image(*before: int) -> Tensor:
+        size = setting("image_size", default=32)
+        sides = (size, size) if isinstance(size, int) else size
+        return random(2, *before, first("num_channels", "in_channels", "in_chans", default=3), *sides)
 
-    size, channels = setting("image_size", default=32), setting("num_channels", "in_channels", "in_chans", default=3)
-    height, width = (size, size) if isinstance(size, int) else size
-    mel = setting("num_mel_bins", "feature_size", "mel_bins", default=80)
-    frames = first(setting("num_frames", "frames_per_clip", "tubelet_size", default=4))
-    patch = setting("temporal_patch_size", default=1) * first(setting("patch_size", default=8)) ** 2
-    decoder = {}
-    if "decoder_input_ids" in takes:
-        decoder["decoder_input_ids"] = tokens(DECODER_LENGTH, "vocab_size", "decoder_vocab_size")
+    def video() -> Tensor:
+        return image(first("num_frames", "frames_per_clip", "tubelet_size", default=4))
 
-    ids, image = tokens(LENGTH, "vocab_size"), random(2, channels, height, width)
-    video, patches, grid = random(2, frames, channels, height, width), random(48, channels * patch), [[1, 4, 4], [1, 4, 8]]
-    candidates: list[dict[str, Tensor]] = [
-        dict(input_ids=ids),
+    def patches() -> Tensor:
+        channels = first("num_channels", "in_channels", "in_chans", default=3)
+        return random(48, channels * first("temporal_patch_size", default=1) * first("patch_size", default=8) ** 2)
+
+    def mel() -> Tensor:
+        bins = setting("num_mel_bins", "feature_size", "mel_bins", default=80)
+        return random(2, bins, 2 * setting("max_source_positions", default=50))
+
+    def series() -> Tensor:
+        return random(2, setting("context_length", default=32), setting("num_input_channels", default=1))
+
+    prompt = partial(ids, LENGTH, "vocab_size")
+    layouts: list[dict[str, Callable[[], Tensor]]] = [
+        dict(input_ids=prompt),
         dict(pixel_values=image),
-        dict(input_ids=ids, pixel_values=image),
+        dict(input_ids=prompt, pixel_values=image),
         dict(pixel_values=video),
-        dict(input_features=random(2, mel, 2 * setting("max_source_positions", default=50))),
-        dict(input_features=random(2, 100, mel)),
-        dict(input_values=random(2, 4000)),
-        dict(input_values=random(2, 1, 4000)),
+        dict(input_features=mel),
+        dict(input_features=lambda: mel().transpose(1, 2)),
+        dict(input_values=lambda: random(2, 4000)),
+        dict(input_values=lambda: random(2, 1, 4000)),
         dict(pixel_values_videos=video),
-        dict(input_ids=ids, pixel_values=video),
-        dict(input_ids=ids, pixel_values_videos=video),
-        dict(inputs_embeds=random(2, LENGTH, setting("hidden_size", default=64))),
-        dict(hidden_states=patches, grid_thw=torch.tensor(grid)),
-        dict(pixel_values=patches, grid_thw=torch.tensor(grid)),
-        dict(past_values=random(2, setting("context_length", default=32), setting("num_input_channels", default=1))),
+        dict(input_ids=prompt, pixel_values=video),
+        dict(input_ids=prompt, pixel_values_videos=video),
+        dict(inputs_embeds=lambda: random(2, LENGTH, setting("hidden_size", default=64))),
+        dict(hidden_states=patches, grid_thw=lambda: torch.tensor([[1, 4, 4], [1, 4, 8]])),
+        dict(pixel_values=patches, grid_thw=lambda: torch.tensor([[1, 4, 4], [1, 4, 8]])),
+        dict(past_values=series),
     ]
-    for inputs in candidates:
-        if all(name in takes for name in inputs):
-            yield {**inputs, **decoder}
+    decoder: dict[str, Callable[[], Tensor]] = {}
+    if "decoder_input_ids" in takes:
+        decoder["decoder_input_ids"] = partial(ids, DECODER_LENGTH, "vocab_size", "decoder_vocab_size")
+    for layout in layouts:
+        if layout.keys() <= takes.keys():
+            yield lambda layout=layout: {name: make() for name, make in (layout | decoder).items()}
 
 
 def first_line(error: Exception) -> str:

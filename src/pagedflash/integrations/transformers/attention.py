@@ -54,8 +54,10 @@ def forward(
     for name in _CHANGES_SCORES:
         if kwargs.get(name) is not None:
             refuse(f"{name} of {type(module).__name__}", "flash attention has no place for it")
+    if kwargs.get("output_attentions"):
+        refuse("output_attentions", "flash attention never has the weights", instead='"eager"')
     if dropout:
-        refuse(f"dropout of {dropout}", "there is no backward pass yet, so nothing to train with it")
+        refuse(f"dropout of {dropout}", "there is no backward pass yet to train with, so call model.eval()")
     if isinstance(cache, PagedAttentionCache) and isinstance(kwargs.get("cu_seq_lens_k"), dict):
         key, value = cache.update(key, value, module.layer_idx, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -5,6 +5,6 @@ from __future__ import annotations
 from typing import NoReturn
 
 
-def refuse(what: str, why: str) -> NoReturn:
+def refuse(what: str, why: str, instead: str = '"sdpa" or "eager"') -> NoReturn:
     """Raise the one form of error of this package: what came, why it cannot be done, what to use instead."""
-    raise ValueError(f'pagedflash: {what} is not supported: {why}; use attn_implementation="sdpa" or "eager"')
+    raise ValueError(f"pagedflash: {what} is not supported: {why}; use attn_implementation={instead}")
