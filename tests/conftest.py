@@ -41,7 +41,7 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 
 
 @pytest.fixture
-def rounds(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+def rounds(request: pytest.FixtureRequest):
     """``rounds(n)``: n, or twenty times n under --nightly."""
     return lambda usual: usual * (20 if request.config.getoption("--nightly") else 1)
 

@@ -37,7 +37,7 @@ SIZES = dict(
 
 
 @pytest.fixture
-def enabled():  # type: ignore[no-untyped-def]
+def enabled():
     """pagedflash known to transformers for the time of a test."""
     pagedflash.transformers.enable()
     yield
@@ -55,7 +55,7 @@ def smollm2() -> generate.Loaded:
 
 
 @contextmanager
-def implementation(model, name: str):  # type: ignore[no-untyped-def]
+def implementation(model, name: str):
     """The model on another attention implementation, for a while."""
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
@@ -65,7 +65,7 @@ def implementation(model, name: str):  # type: ignore[no-untyped-def]
         model.set_attn_implementation(before)
 
 
-def greedy(model, max_new_tokens: int) -> GenerationConfig:  # type: ignore[no-untyped-def]
+def greedy(model, max_new_tokens: int) -> GenerationConfig:
     ids = model.generation_config
     return GenerationConfig(
         do_sample=False,
@@ -75,7 +75,7 @@ def greedy(model, max_new_tokens: int) -> GenerationConfig:  # type: ignore[no-u
     )
 
 
-def padded(model, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:  # type: ignore[no-untyped-def]
+def padded(model, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """``generate()`` of all prompts in one left-padded batch: the new tokens of each, up to its first end token."""
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
@@ -89,7 +89,7 @@ def _until(tokens: list[int], end: int | None) -> list[int]:
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
-def batched(  # type: ignore[no-untyped-def]
+def batched(
     model, prompts: list[list[int]], max_new_tokens: int, page_size: int, num_blocks: int, max_batch_tokens: int = 256
 ) -> list[list[int]]:
     """``generate_batch()``, continuous batching: the new tokens of each prompt."""

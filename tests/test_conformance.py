@@ -83,7 +83,7 @@ class TestMetal(_AsInTheseTests):
 def backend(**changes: Any) -> ModuleType:
     """The reference, with something changed."""
     known = {name: getattr(reference, name) for name in ("NAME", "available", "supports", "attention", "kv_write")}
-    return SimpleNamespace(**(known | {"CAPABILITIES": Capabilities()} | changes))  # type: ignore[return-value]
+    return SimpleNamespace(**(known | {"CAPABILITIES": Capabilities()} | changes))
 
 
 def reads_what_it_does_not_own(problem: AttentionProblem) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ def run_recorded(replay: Path, problem: AttentionProblem, directory: Path) -> tu
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_options(replay: Path, rng: random.Random, rounds, dtype: torch.dtype, layout: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_all_options(replay: Path, rng: random.Random, rounds, dtype: torch.dtype, layout: str, tmp_path: Path) -> None:
     for _ in range(rounds(2)):
         problem = random_problem(rng, dtype=dtype, layout=layout, max_keys=400)
         assert_matches_reference(problem, lambda problem: run_recorded(replay, problem, tmp_path))

@@ -50,13 +50,13 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_options(isa: str, rng: random.Random, rounds, layout: str, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def test_all_options(isa: str, rng: random.Random, rounds, layout: str, dtype: torch.dtype) -> None:
     for _ in range(rounds(8)):
         assert_matches_reference(random_problem(rng, dtype=dtype, layout=layout), backend.attention)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_long_sequences_are_split_and_reduced(isa: str, rng: random.Random, rounds, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def test_long_sequences_are_split_and_reduced(isa: str, rng: random.Random, rounds, dtype: torch.dtype) -> None:
     """Thousands of keys: several tasks a sequence, for decode (few rows) and prefill (many)."""
     for _ in range(rounds(2)):
         for layout in ("paged", "paged varlen"):
@@ -180,7 +180,7 @@ def test_offsets_of_more_than_32_bits(isa: str) -> None:
     torch.testing.assert_close(out, want, rtol=0, atol=0)
 
 
-def test_kv_write(isa: str, rng: random.Random, rounds) -> None:  # type: ignore[no-untyped-def]
+def test_kv_write(isa: str, rng: random.Random, rounds) -> None:
     for _ in range(rounds(40)):
         problem = random_problem(rng, layout=rng.choice(("paged", "cache")))
         if problem.append is None:
@@ -214,7 +214,7 @@ def _damage(rng: random.Random, problem: AttentionProblem) -> AttentionProblem:
     return damaged
 
 
-def _is_rejected(run, problem: AttentionProblem | CacheWrite) -> bool:  # type: ignore[no-untyped-def]
+def _is_rejected(run, problem: AttentionProblem | CacheWrite) -> bool:
     try:
         run(problem)
     except ValueError:
@@ -222,7 +222,7 @@ def _is_rejected(run, problem: AttentionProblem | CacheWrite) -> bool:  # type: 
     return False
 
 
-def test_the_native_validation_rejects_what_the_python_check_rejects(rng: random.Random, rounds) -> None:  # type: ignore[no-untyped-def]
+def test_the_native_validation_rejects_what_the_python_check_rejects(rng: random.Random, rounds) -> None:
     """Neither more nor less, and before anything is written."""
     rejections = 0
     for _ in range(rounds(150)):

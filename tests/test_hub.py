@@ -35,7 +35,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(variant: Path) -> ModuleType:
     kernels = pytest.importorskip("kernels")
-    return kernels.get_local_kernel(variant)  # type: ignore[no-any-return]
+    return kernels.get_local_kernel(variant)
 
 
 @pytest.fixture(scope="module")

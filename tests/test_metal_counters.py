@@ -18,7 +18,7 @@ def simulated(device: str) -> None:
         pytest.skip("only the simulator counts")
 
 
-def decode(problem: PagedProblem, **options) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def decode(problem: PagedProblem, **options) -> torch.Tensor:
     with pagedflash.use_backend("metal"):
         return flash_attn_with_kvcache(
             problem.q,

@@ -25,7 +25,7 @@ def tiny_llama() -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="pagedflash", dtype=torch.float32).eval()
 
 
-def test_generate_batch_on_the_metal_kernels(enabled, device) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_generate_batch_on_the_metal_kernels(enabled, device) -> None:  # noqa: F811
     model = tiny_llama()
     options = dict(max_new_tokens=8, page_size=8, num_blocks=48)
     with pagedflash.use_backend("reference"):

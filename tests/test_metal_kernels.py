@@ -33,13 +33,13 @@ def launches(device: str) -> Iterator[list[Launch]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_options(rng: random.Random, rounds, launches, device, layout, dtype) -> None:  # type: ignore[no-untyped-def]
+def test_all_options(rng: random.Random, rounds, launches, device, layout, dtype) -> None:
     for _ in range(rounds(1)):
         assert_matches_reference(random_problem(rng, dtype=dtype, layout=layout, device=device), metal.attention)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_options_under_the_simulator_checks(rng: random.Random, rounds, launches, device, layout) -> None:  # type: ignore[no-untyped-def]
+def test_all_options_under_the_simulator_checks(rng: random.Random, rounds, launches, device, layout) -> None:
     """Bounds, alignment, races, uninitialised memory and divergence, with the threads in any order."""
     if device != "cpu":
         pytest.skip("the checks are the simulator's")
@@ -51,7 +51,7 @@ def test_all_options_under_the_simulator_checks(rng: random.Random, rounds, laun
 
 @pytest.mark.parametrize("queries", (1, 12), ids=("decode", "prefill"))
 @pytest.mark.parametrize("head_dim", (*HEAD_DIMS, *OTHER_HEAD_DIMS))
-def test_head_dims(rng: random.Random, launches, device, head_dim, queries) -> None:  # type: ignore[no-untyped-def]
+def test_head_dims(rng: random.Random, launches, device, head_dim, queries) -> None:
     """Every head dim from 1 to 256 runs in the kernels; here those of models, and some that fill no load and no matrix."""
     layout = rng.choice(("paged", "cache") if queries == 1 else ("varlen", "dense"))
     problem = random_problem(
@@ -61,19 +61,19 @@ def test_head_dims(rng: random.Random, launches, device, head_dim, queries) -> N
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_page_sizes(rng: random.Random, launches, device, page_size) -> None:  # type: ignore[no-untyped-def]
+def test_page_sizes(rng: random.Random, launches, device, page_size) -> None:
     layout = rng.choice(("paged", "paged varlen"))
     problem = random_problem(rng, layout=layout, page_sizes=(page_size,), max_keys=400, device=device)
     assert_matches_reference(problem, metal.attention)
 
 
 @pytest.mark.parametrize("group", (1, 2, 3, 4, 5, 6, 7, 8, 12, 16))
-def test_query_heads_of_a_kv_head(rng: random.Random, launches, device, group) -> None:  # type: ignore[no-untyped-def]
+def test_query_heads_of_a_kv_head(rng: random.Random, launches, device, group) -> None:
     problem = random_problem(rng, layout="paged", groups=(group,), head_dims=(64, 128), max_queries=1, device=device)
     assert_matches_reference(problem, metal.attention)
 
 
-def test_the_order_of_threads_changes_nothing(launches, device) -> None:  # type: ignore[no-untyped-def]
+def test_the_order_of_threads_changes_nothing(launches, device) -> None:
     if device != "cpu":
         pytest.skip("only the simulator can choose the order")
     problem = paged_decode(2, 6, 2, 64, 700, torch.float16)
@@ -89,7 +89,7 @@ def test_the_order_of_threads_changes_nothing(launches, device) -> None:  # type
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def decode(problem, **options) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def decode(problem, **options) -> torch.Tensor:
     return flash_attn_with_kvcache(
         problem.q,
         problem.k_cache,
@@ -101,17 +101,17 @@ def decode(problem, **options) -> torch.Tensor:  # type: ignore[no-untyped-def]
     )
 
 
-def on(device: str, problem):  # type: ignore[no-untyped-def]
+def on(device: str, problem):
     return type(problem)(*(tensor.to(device) for tensor in problem))
 
 
-def test_upstream_case(launches, device) -> None:  # type: ignore[no-untyped-def]
+def test_upstream_case(launches, device) -> None:
     problem = paged_decode(4, 16, 16, 128, 50, torch.float32)
     difference = (decode(on(device, problem)).cpu() - gathered_sdpa(problem)).abs()
     assert difference.isfinite().all() and difference.max() <= 2e-6
 
 
-def test_write_is_one_dispatch(launches, device) -> None:  # type: ignore[no-untyped-def]
+def test_write_is_one_dispatch(launches, device) -> None:
     problem = on(device, paged_decode(3, 4, 2, 64, 40, torch.float16))
     new = torch.randn(3, 5, 2, 64, dtype=torch.float16, device=device)
     with pagedflash.use_backend("reference"):
@@ -130,7 +130,7 @@ def test_write_is_one_dispatch(launches, device) -> None:  # type: ignore[no-unt
 
 
 @pytest.mark.parametrize("splits, kernels", ((1, ["decode"]), (4, ["decode", "combine"])))
-def test_dispatches_of_append_and_decode(launches, device, splits, kernels) -> None:  # type: ignore[no-untyped-def]
+def test_dispatches_of_append_and_decode(launches, device, splits, kernels) -> None:
     problem = on(device, paged_decode(2, 8, 2, 64, 300, torch.float16))
     new = torch.randn(2, 1, 2, 64, dtype=torch.float16, device=device)
     flash_attn_with_kvcache(
@@ -140,7 +140,7 @@ def test_dispatches_of_append_and_decode(launches, device, splits, kernels) -> N
     assert [launch.kernel for launch in launches] == kernels
 
 
-def test_strided_inputs_are_bound_where_they_lie(launches, device) -> None:  # type: ignore[no-untyped-def]
+def test_strided_inputs_are_bound_where_they_lie(launches, device) -> None:
     """q and the new keys are slices of a fused projection, K and V of one allocation: the kernel gets these very tensors."""
     fused = torch.randn(2, 1, 8 + 2 + 2, 64, device=device)
     q, k_new, v_new = fused.split((8, 2, 2), dim=2)
@@ -154,7 +154,7 @@ def test_strided_inputs_are_bound_where_they_lie(launches, device) -> None:  # t
     assert {tensor.data_ptr() for tensor in (q, k, v, k_new, v_new)} <= bound
 
 
-def test_rows_to_skip_read_and_write_nothing(launches, device) -> None:  # type: ignore[no-untyped-def]
+def test_rows_to_skip_read_and_write_nothing(launches, device) -> None:
     k = torch.full((4, 16, 2, 64), torch.nan, device=device)
     v, new = k.clone(), torch.ones(3, 1, 2, 64, device=device)
     out, lse = flash_attn_with_kvcache(
@@ -164,7 +164,7 @@ def test_rows_to_skip_read_and_write_nothing(launches, device) -> None:  # type:
     assert (out == 0).all() and (lse == torch.inf).all() and k.isnan().all() and v.isnan().all()
 
 
-def test_pages_beyond_32_bit_offsets(launches, device) -> None:  # type: ignore[no-untyped-def]
+def test_pages_beyond_32_bit_offsets(launches, device) -> None:
     """Page 2 begins 2^31 elements into the cache. Only its pages that are used take memory."""
     if device != "cpu":
         pytest.skip("needs an allocation of 4 GiB that is never touched")
@@ -182,7 +182,7 @@ def test_pages_beyond_32_bit_offsets(launches, device) -> None:  # type: ignore[
         torch.testing.assert_close(out, flash_attn_func(q, dense_k, dense_v), rtol=2e-3, atol=2e-3)
 
 
-def test_unsupported_caches_run_on_the_reference_and_say_so(launches, device) -> None:  # type: ignore[no-untyped-def]
+def test_unsupported_caches_run_on_the_reference_and_say_so(launches, device) -> None:
     """Offsets inside a page take 32 bits: tokens that lie 2^27 elements apart are too far."""
     storage = torch.randn(64, device=device)
     far = storage.as_strided((1, 1, 1, 64), (64, 2**27, 64, 1))  # unpaged keys are taken for pages of 32
@@ -203,7 +203,7 @@ def test_what_is_missing_is_said() -> None:
     assert metal.available().ok == torch.backends.mps.is_available()
 
 
-def test_an_empty_batch_launches_nothing(launches, device) -> None:  # type: ignore[no-untyped-def]
+def test_an_empty_batch_launches_nothing(launches, device) -> None:
     q = torch.randn(0, 1, 4, 64, device=device)
     assert flash_attn_func(q, q, q).shape == (0, 1, 4, 64) and not launches
 

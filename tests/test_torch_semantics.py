@@ -19,7 +19,7 @@ TABLE = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32)
 def qkv() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     q, k, v = ((2, 3, 4, 16), (2, 5, 2, 16), (2, 5, 2, 16))
-    return tuple(torch.randn(shape, generator=generator) for shape in (q, k, v))  # type: ignore[return-value]
+    return tuple(torch.randn(shape, generator=generator) for shape in (q, k, v))
 
 
 def test_functionalize_runs() -> None:

@@ -50,7 +50,7 @@ def _reduce_up_to(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("combine_is")
-def test_all_options(rng: random.Random, rounds, device: str, layout: str) -> None:  # type: ignore[no-untyped-def]
+def test_all_options(rng: random.Random, rounds, device: str, layout: str) -> None:
     for _ in range(rounds(2)):
         assert_matches_reference(random_problem(rng, layout=layout, device=device), backend.attention)
 
@@ -67,7 +67,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     seen = Launches([], [])
     original = compiled.CompiledLaunch.__call__
 
-    def spy(self, *arguments):  # type: ignore[no-untyped-def]
+    def spy(self, *arguments):
         seen.kernels.append(self.kernel.__name__)
         seen.ctas.append(self.grid[0])
         original(self, *arguments)
@@ -183,7 +183,7 @@ def test_keys_left_of_the_window_are_not_touched(device: str, launches: Launches
     cache = problem.cache
     seen_from = 1100 - queries - 20
     for token in range(seen_from):
-        page = int(cache.block_table[0, token // 16])  # type: ignore[index]
+        page = int(cache.block_table[0, token // 16])
         cache.k[page, token % 16] = torch.nan
         cache.v[page, token % 16] = torch.nan
     again, _ = backend.attention(problem)
@@ -291,12 +291,12 @@ class _Launcher36:
     def __init__(self) -> None:
         self.seen: list[tuple[object, ...]] = []
 
-    def __call__(self, gridX, gridY, gridZ, stream, function, *args):  # type: ignore[no-untyped-def]
+    def __call__(self, gridX, gridY, gridZ, stream, function, *args):
         self.seen.append((gridX, gridY, gridZ, stream, function, *args))
 
 
 class _Launcher37(_Launcher36):
-    def __call__(  # type: ignore[no-untyped-def]
+    def __call__(
         self, gridX, gridY, gridZ, stream, function,
         kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, *args,
     ):  # fmt: skip

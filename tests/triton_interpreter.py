@@ -24,7 +24,7 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 class _Builder(interpreter.InterpreterBuilder):
-    def cast_impl(self, src, dst_type):  # type: ignore[no-untyped-def]
+    def cast_impl(self, src, dst_type):
         kinds = (src.dtype.scalar, dst_type.scalar)
         if kinds == (tl.bfloat16, tl.float32):
             return interpreter.TensorHandle(_to_float32(src.data), tl.float32)
@@ -32,7 +32,7 @@ class _Builder(interpreter.InterpreterBuilder):
             return interpreter.TensorHandle(_to_bfloat16(src.data), tl.bfloat16)
         return super().cast_impl(src, dst_type)
 
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
 
