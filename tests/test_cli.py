@@ -96,7 +96,7 @@ def test_generate_prints_texts_speeds_the_path_taken_and_a_verdict(llama: Path) 
     arguments = ("--prompt", "abc", "--prompt", "de", "--max-new-tokens", str(NEW_TOKENS), "--compare", "sdpa")
     result = run("generate", "--model", str(llama), *arguments)
     assert result.exit_code == 0, result.output
-    assert "2 prompts, 5 tokens" in result.stdout and "─ abc ─" in result.stdout and "─ de ─" in result.stdout
+    assert "Prompts: 2, 5 tokens in all" in result.stdout and "─ abc ─" in result.stdout and "─ de ─" in result.stdout
     where = f"{'cpu' if pagedflash.availability()['cpu'].ok else 'reference'} backend on cpu"
     counts = path_taken(result)
     assert counts.pop(f"flash_attn_with_kvcache, block table, {where}") == LAYERS * (NEW_TOKENS - 1)
@@ -117,7 +117,7 @@ def test_generate_without_prompts_asks_about_long_texts(llama: Path) -> None:
     for question in generate.DEFAULT_QUESTIONS.values():
         assert f"─ {question} ─" in result.stdout
     tokens = sum(1024 + len(f"\n\n{question}") for question in generate.DEFAULT_QUESTIONS.values())
-    assert f"4 prompts, {tokens:,} tokens, " in result.stdout
+    assert f"Prompts: 4, {tokens:,} tokens in all" in result.stdout
 
 
 def test_generate_says_when_texts_differ(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

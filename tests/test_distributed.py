@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from pagedflash.cli.generate import INTERRUPTED, GenerateError, find_model, load
 from pagedflash.integrations.transformers import engine, hooks
 from pagedflash.integrations.transformers.tensor_parallel import check_ranks
 
+DOCUMENTATION = Path(__file__).parent.parent / "docs/distributed.md"
 RANKS = 2
 PROMPTS = [[5, 7, 11], [13] * 3 + list(range(17, 60)), [43, 47], [53, 59, 61, 67, 71, 73] * 4]
 NEW_TOKENS = 12
@@ -81,11 +83,16 @@ def environment_for(device: str) -> dict[str, str]:
     return environment
 
 
-def run_with_torchrun(directory: Path, device: str, ranks: int) -> list[dict[str, Any]]:
+def torchrun(device: str, ranks: int, *program: str | Path) -> str:
+    """What it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [__file__, str(directory), device]
-    done = subprocess.run(command, env=environment_for(device), capture_output=True, text=True)
+    done = subprocess.run([*command, *program], env=environment_for(device), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_ranks_of_this_file(directory: Path, device: str, ranks: int) -> list[dict[str, Any]]:
+    torchrun(device, ranks, __file__, directory, device)
     return [json.loads((directory / f"{rank} of {ranks}.json").read_text()) for rank in range(ranks)]
 
 
@@ -102,8 +109,8 @@ def test_two_ranks_give_the_tokens_of_one(device: str, tmp_path: Path) -> None:
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **{**SIZES, **options})
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
-    [one] = run_with_torchrun(tmp_path, device, 1)
-    both = run_with_torchrun(tmp_path, device, RANKS)
+    [one] = run_ranks_of_this_file(tmp_path, device, 1)
+    both = run_ranks_of_this_file(tmp_path, device, RANKS)
     for family, alone in one.items():
         assert alone["generate"] == alone["generate_batch"]
         assert alone["calls"]["paged"] > 0
@@ -239,6 +246,13 @@ def model_with_a_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from test_cli import save_model
 
     return save_model(tmp_path_factory.mktemp("llama"), "llama", num_key_value_heads=2, max_position_embeddings=4096)
+
+
+def test_the_script_of_the_documentation(model_with_a_tokenizer: Path, tmp_path: Path) -> None:
+    [source] = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(), flags=re.DOTALL)
+    script = tmp_path / "two_gpus.py"
+    script.write_text(re.sub(r'name = ".*"', f'name = "{model_with_a_tokenizer}"', source))
+    assert len(torchrun("cpu", RANKS, script).splitlines()) == 2, "two prompts, printed once"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -87,7 +87,9 @@ def generate(
         loaded = _load(files, where, number, parallel.loading_options(tp))
         titled = {prompt: prompt for prompt in prompts} or generation.default_prompts(loaded)
         ids = generation.encode(loaded.tokenizer, titled.values())
-        console.print(f"{len(ids)} prompts, {sum(map(len, ids)):,} tokens, and up to {max_new_tokens} new ones for each")
+        console.print(
+            f"Prompts: {len(ids)}, {sum(map(len, ids)):,} tokens in all, and up to {max_new_tokens} new ones for each"
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the summary says which backend ran, and why
             result = _run(loaded, ids, max_new_tokens, integration.NAME)
