@@ -16,6 +16,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, MistralConfig, MistralForCausalLM
 
 import pagedflash.transformers
+from benchmarks.problems import SMOLLM2_SIZES
 from pagedflash.cli.generate import PAGE_SIZE, find_model, load
 from pagedflash.integrations.transformers import engine
 
@@ -112,18 +113,7 @@ def smollm2() -> Any:
 
 def random_mistral() -> Any:
     """SmolLM2-135M's shape, with windows."""
-    config = MistralConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        sliding_window=WINDOW,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        attn_implementation=THEIRS,
-    )
+    config = MistralConfig(**SMOLLM2_SIZES, sliding_window=WINDOW, attn_implementation=THEIRS)
     torch.manual_seed(0)
     return MistralForCausalLM(config).eval()
 

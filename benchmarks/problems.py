@@ -1,14 +1,26 @@
-"""Packed problems: prompts of several lengths, and new tokens of several sequences on cached ones."""
+"""Packed problems: prompts of several lengths, and new tokens of several sequences on cached ones; the sizes of a model."""
 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pagedflash.testing import PagedProblem, paged_problem
+
+SMOLLM2_SIZES: dict[str, Any] = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+    initializer_range=0.05,
+)
+"""Of a random model in the shape of SmolLM2-135M, for a configuration of transformers."""
 
 
 class PackedProblem(NamedTuple):

@@ -139,3 +139,15 @@ def test_threads_follow_the_block_they_run_in_unless_they_have_their_own(picky):
         thread.join()
     assert seen == {"reference": ["reference", "reference"], "picky": ["picky"]}
     assert runs_on() == "cpu"
+
+
+def test_a_call_found_by_its_signature_keeps_its_own_hint(picky, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are shared by calls whose longest sequence is promised to be about as long; the problems are not."""
+    seen = []
+    monkeypatch.setattr(picky, "attention", lambda problem: (seen.append(problem), torch.zeros(problem.lse_shape)))
+    offsets = torch.tensor([0, 3], dtype=torch.int32)
+    with use_backend("picky"):
+        for hint in (5, 5, 7, 9):
+            pagedflash.flash_attn_varlen_func(Q[0], Q[0, :, :2], Q[0, :, :2], offsets, offsets, 3, hint)
+    assert [problem.cache.max_seqlen_k for problem in seen] == [5, 5, 7, 9]
+    assert seen[0].entry is seen[2].entry is not seen[3].entry

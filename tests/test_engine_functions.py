@@ -141,6 +141,10 @@ def test_a_wrong_packed_append_writes_nothing() -> None:
         (dict(max_seqlen_q=4), "max_seqlen_q is"),
         (dict(out=torch.empty(9, 4, 16)), "out is of shape"),
     )
+    shared = step["block_table"].clone()
+    shared[2, 0] = shared[0, 0]  # two sequences that write to slots 2 and 2 of one page
+    wrong += ((dict(block_table=shared), "block_table is sending two new tokens to slot 2 of page 7"),)
+    wrong += ((dict(block_table=None, page_table=shared), "page_table is sending two new tokens to slot 2 of page 7"),)
     before = step["k_cache"].clone(), step["v_cache"].clone()
     for change, message in wrong:
         with pytest.raises(ValueError, match=message):

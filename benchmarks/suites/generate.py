@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.problems import SMOLLM2_SIZES
 from benchmarks.suite import Figures, Options, Row, suite
 from benchmarks.suites.cuda import no_cuda
 from pagedflash.cli.bench import OURS, dtype_name
@@ -139,16 +140,7 @@ def random_llama(implementation: str) -> Any:
     """Of SmolLM2-135M's shape, with the same weights each time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-    )
+    config = LlamaConfig(**SMOLLM2_SIZES)
     config._attn_implementation = implementation
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()

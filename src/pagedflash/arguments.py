@@ -87,7 +87,8 @@ def packed(
         seqlens = max_seqlen_q, plan_cache.round_hint(max_seqlen_k)
         entry = plan_cache.entry_of_arguments(tensors, ("packed", *seqlens, num_splits, *options))
     if (problem := _known(AttentionProblem, entry, tensors)) is not None:
-        problem.numbers = (max_seqlen_q, max_seqlen_k, *problem.numbers[2:])
+        before, after = problem.numbers[: problem.HINT], problem.numbers[problem.HINT + 1 :]
+        problem.numbers = (*before, max_seqlen_k, *after)  # what is kept has one of the same power of two
         return problem, names
 
     _require_axes("q", q, 3)
@@ -201,7 +202,7 @@ def write(
 def _write_to_slots(
     k: Given, v: Given, k_cache: Given, v_cache: Given, block_table: Given, seq_lens: Given, slot_mapping: Given
 ) -> CacheWrite:
-    """Packed tokens, each to a slot of its own: sequences of one token, whose table is the page of that slot."""
+    """Packed tokens, each to a slot of its own."""
     for name, other in (("block_table", block_table), ("seq_lens", seq_lens)):
         if other is not None:
             reject("slot_mapping", f"given together with {name}", "one of the two: a slot mapping already says where")
@@ -215,6 +216,11 @@ def _write_to_slots(
     page_size = max(k_cache.shape[1], 1)
     pages = slot_mapping.div(page_size, rounding_mode="floor")
     offsets = torch.where(slot_mapping < 0, slot_mapping, slot_mapping - pages * page_size)
+    return _write_of_tokens(k, v, k_cache, v_cache, pages, offsets)
+
+
+def _write_of_tokens(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, offsets: Tensor) -> CacheWrite:
+    """Packed tokens, each to ``offsets (total,)`` of a page of its own: sequences of one token. -1 writes nothing."""
     return CacheWrite.of(
         KVCache(k_cache, v_cache, _int32("slot_mapping", pages).unsqueeze(1), seqused_k=_int32("slot_mapping", offsets)),
         Append(_inner_contiguous(k).unsqueeze(1), _inner_contiguous(v).unsqueeze(1)),
@@ -230,12 +236,12 @@ def packed_append(
     cu_seqlens_k: Given,
     seqused_k: Given,
     block_table: Given,
-) -> tuple[Tensor, Tensor]:
-    """Where ``flash_attn_varlen_func`` writes the new tokens of packed sequences, as many as queries.
+) -> tuple[CacheWrite, Tensor]:
+    """The append of ``flash_attn_varlen_func``: the new tokens of packed sequences, as many as queries.
 
     Returns:
-        ``(slot_mapping, seqused_k)``: ``(total,)`` int64 slots, -1 for tokens behind the last sequence, and ``(B,)`` int32
-        keys of each sequence with the new ones. Nothing is read on the host.
+        The write of the tokens, of those behind the last sequence to nowhere, and ``seqused_k (B,)`` int32, the keys of each
+        sequence with the new ones. Nothing is read on the host.
     """
     if block_table is None:
         reject("k_new", "given without {block_table}", "pages to append to")
@@ -260,8 +266,11 @@ def packed_append(
     # A position that does not fit is left to the check of values: its sequence is longer than its table.
     fits = (sequence < table.shape[0]) & (before[in_batch] >= 0) & (position < width * page_size)
     page = table[in_batch, position.div(page_size, rounding_mode="floor").clamp(0, max(width - 1, 0))].long()
-    slot_mapping = torch.where(fits & (page >= 0), page * page_size + position % page_size, -1)
-    return slot_mapping, torch.where(before < 0, before, before + offsets.diff()).to(torch.int32)
+    fits &= page >= 0
+    write = _write_of_tokens(
+        k_new, v_new, k_cache, v_cache, torch.where(fits, page, -1), torch.where(fits, position % page_size, -1)
+    )
+    return write, torch.where(before < 0, before, before + offsets.diff()).to(torch.int32)
 
 
 # A step of a generation is mostly like the one before, and short: how arguments became a problem is kept with their

@@ -40,10 +40,7 @@ def attention(problem: AttentionProblem, names: Names, out: Tensor | None = None
         if not torch.compiler.is_compiling():
             if _may_pass_by(problem.entry) and (out is None or out.__class__ is Tensor):
                 return dispatch.attention(problem, out)
-            # Before the operator's schema turns away what is no tensor.
-            validate(problem, dispatch.backend_for(problem.queries.q).CAPABILITIES)
-            if out is not None:
-                validate_out(problem, out)
+            _validate(problem, out)  # before the operator's schema turns away what is no tensor
         appends = problem.tensors[K_NEW] is not None
         if out is not None:
             return out, (_ATTENTION_WITH_APPEND_INTO if appends else _ATTENTION_INTO)(*problem.flat, out)
@@ -58,13 +55,17 @@ def check(problem: AttentionProblem, names: Names, out: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     try:
-        validate(problem, dispatch.backend_for(problem.queries.q).CAPABILITIES)
-        if out is not None:
-            validate_out(problem, out)
+        _validate(problem, out)
         if dispatch.values_wanted(problem.queries.q):
             check_values(problem)
     except InvalidArgument as error:
         raise error.renamed(names) from None
+
+
+def _validate(problem: AttentionProblem, out: Tensor | None) -> None:
+    validate(problem, dispatch.backend_for(problem.queries.q).CAPABILITIES)
+    if out is not None:
+        validate_out(problem, out)
 
 
 def write_cache(write: CacheWrite, names: Names) -> None:
@@ -123,15 +124,16 @@ def _attention_into(*flat_and_out: Any) -> Tensor:
 
 def _attention_into_fake(*flat_and_out: Any) -> Tensor:
     *flat, out = flat_and_out
-    _, lse = _attention_fake(*flat)
-    validate_out(AttentionProblem.from_flat(tuple(flat)), out)
-    return lse
+    return _fake_results(AttentionProblem.from_flat(tuple(flat)), out)[1]
 
 
 def _attention_fake(*flat: Any) -> tuple[Tensor, Tensor]:
-    problem = AttentionProblem.from_flat(flat)
+    return _fake_results(AttentionProblem.from_flat(flat), None)
+
+
+def _fake_results(problem: AttentionProblem, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    _validate(problem, out)
     q = problem.queries.q
-    validate(problem, dispatch.backend_for(q).CAPABILITIES)
     return q.new_empty(problem.out_shape), q.new_empty(problem.lse_shape, dtype=torch.float32)
 
 

@@ -27,14 +27,13 @@ Problem = TypeVar("Problem", bound="_Flat")
 class TensorSpec:
     """What a signature holds of a tensor, with a tensor's names for it. No address, no values."""
 
-    __slots__ = ("_strides", "device", "dtype", "requires_grad", "shape")
+    __slots__ = ("_strides", "device", "dtype", "shape")
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape = tensor.shape
         self._strides = tensor.stride()
         self.dtype = tensor.dtype
         self.device = tensor.device
-        self.requires_grad = tensor.requires_grad
 
     def stride(self, axis: int | None = None) -> Any:
         return self._strides if axis is None else self._strides[axis]
@@ -73,7 +72,7 @@ def entry_of(problem: _Flat) -> Entry | None:
     return _find(
         problem.tensors,
         problem.numbers,
-        _HINT[type(problem).__name__],
+        problem.HINT,
         lambda: Entry(signature_of(problem), _is_plain(problem.tensors)),
     )
 
@@ -89,13 +88,9 @@ def _entry_of_nothing() -> Entry:
 
 def signature_of(problem: Problem) -> Problem:
     """The problem with a :class:`TensorSpec` in the place of each tensor, and hints rounded up as in its key."""
-    numbers = _rounded(problem.numbers, _HINT[type(problem).__name__])
+    numbers = _rounded(problem.numbers, problem.HINT)
     specs = tuple(None if tensor is None else TensorSpec(tensor) for tensor in problem.tensors)
     return type(problem)(specs, numbers)  # type: ignore[arg-type]
-
-
-_HINT = {"AttentionProblem": 1, "CacheWrite": 0}
-"""Kind of problem -> where its numbers have max_seqlen_k, another hint in each step of a generation."""
 
 
 def _rounded(numbers: tuple[Any, ...], hint: int) -> tuple[Any, ...]:

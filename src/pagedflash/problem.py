@@ -114,9 +114,12 @@ class _Flat:
     RECORDS: tuple[type, ...]
     TENSOR_FIELDS: tuple[_Field, ...]
     NUMBER_FIELDS: tuple[_Field, ...]
+    HINT: int
+    """Where the numbers have max_seqlen_k, another one in each step of a generation."""
 
     def __init_subclass__(cls) -> None:
         cls.TENSOR_FIELDS, cls.NUMBER_FIELDS = _fields(cls.RECORDS, tensors=True), _fields(cls.RECORDS, tensors=False)
+        cls.HINT = [name for name, _ in cls.NUMBER_FIELDS].index("max_seqlen_k")
 
     def __init__(self, tensors: Tensors, numbers: Numbers) -> None:
         self.tensors = tensors
