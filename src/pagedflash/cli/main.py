@@ -78,7 +78,7 @@ def generate(
         where = _device(device)
         if tp > 1 and not parallel.in_a_rank():
             sys.exit(parallel.run_ranks(tp, where))
-        number = DTYPES[dtype] if dtype else (torch.float32 if where.type == "cpu" else torch.bfloat16)
+        number = _dtype(dtype, where)
         ranks = f", {tp} ranks," if tp > 1 else ""
         console.print(f"[bold]{escape(files.name)}[/] on {where}{ranks} in {str(number).removeprefix('torch.')}")
 
@@ -131,7 +131,7 @@ def serve(model: str | None, host: str, port: int, device: str | None, dtype: st
     try:
         files = generation.find_model(model)
         where = _device(device)
-        number = DTYPES[dtype] if dtype else (torch.float32 if where.type == "cpu" else torch.bfloat16)
+        number = _dtype(dtype, where)
         generation.quiet_transformers()
         server.serve(files, where, number, host, port, memory, on_ready)
     except generation.GenerateError as error:
@@ -203,6 +203,11 @@ def _device(name: str | None) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise generation.GenerateError(f"device {name} cannot be used: {reason}") from error
     return device
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """What a model is loaded in."""
+    return DTYPES[name] if name else (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
 def _load(
