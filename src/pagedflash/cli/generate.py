@@ -31,7 +31,7 @@ DEFAULT_QUESTIONS = {
 }
 """Chapters of Python's documentation, as Python carries it along, and a question on each."""
 
-CONTEXT = 2048
+CONTEXT = 1536
 """Tokens of a chapter that a default prompt has: enough for attention to be most of the work of decoding."""
 
 LOADING_STEPS = ("tokenizer", "configuration", "weights")
