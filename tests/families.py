@@ -174,10 +174,9 @@ def main(families: list[str]) -> None:
         if not families or family in families:
             outcomes[family] = check(family, names)
             if families or any(outcome.verdict in ("wrong", "error") for outcome in outcomes[family].values()):
-                print(
-                    family,
-                    *(f"\n  {name}: {': '.join(filter(None, outcome))}" for name, outcome in outcomes[family].items()),
-                )
+                print(family, flush=True)
+                for name, outcome in outcomes[family].items():
+                    print(f"  {name}:", *filter(None, outcome), flush=True)
     if not families:
         print(summary(outcomes))
 

@@ -82,6 +82,8 @@ def visible_keys(
     if not standard:
         use_vmap = kwargs.get("use_vmap", False)
         key_mask.function = MaskFunction(mask_function, use_vmap, first_query, kv_offset, batch_size, visible.device)
+    if q_length == 1 and not torch.compiler.is_compiling():
+        key_mask.where(batch_size, visible.device)  # generate() compiles the step that gets this mask: it finds it done
     setattr(visible, _ATTRIBUTE, key_mask)
     return visible
 
