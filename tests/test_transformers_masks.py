@@ -237,6 +237,13 @@ def test_weights_are_refused() -> None:
         attention.forward(LIAR, *states(1, 3, 3), None, output_attentions=True)
 
 
+@pytest.mark.parametrize("change", [lambda x: x[..., :4], lambda x: x.double()], ids=["head dim", "dtype"])
+def test_what_no_kernel_takes_names_the_layer(change: Any) -> None:
+    """In one sentence, which says what to use instead."""
+    with pytest.raises(ValueError, match=r'^pagedflash: SimpleNamespace is not supported: .*; use attn_impl\S+ or "eager"$'):
+        attention.forward(LIAR, *map(change, states(1, 3, 3)), None)
+
+
 def test_dropout_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pagedflash: dropout of 0.1 is not supported"):
         attention.forward(LIAR, *states(1, 3, 3), None, dropout=0.1)
