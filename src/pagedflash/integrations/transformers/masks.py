@@ -192,11 +192,11 @@ class KeyMask:
         if self.padding is None:
             return self._ranges(ends, None)
 
-        slots = torch.arange(self.keys, device=device)
+        slots = torch.arange(self.keys, dtype=torch.int32, device=device)
         seen = (self.padding & (slots < self.end)).expand(batch_size, -1)
         counts = seen.sum(-1, dtype=torch.int32)
-        lasts = torch.where(seen, slots + 1, 0).amax(-1).to(torch.int32)
-        firsts = torch.where(seen, slots, self.keys).amin(-1).to(torch.int32).minimum(lasts)
+        lasts = torch.where(seen, slots + 1, 0).amax(-1)
+        firsts = torch.where(seen, slots, self.keys).amin(-1).minimum(lasts)
         in_one_piece, any_seen = (lasts - firsts == counts).all(), (counts > 0).all()
         decoding = self.causal and self.queries == 1
         if torch.compiler.is_compiling():
@@ -250,9 +250,7 @@ class KeyMask:
             self.causal = False
             return None
         if self.causal and not function.use_vmap and self.padding is None and self.queries == self.keys:
-            queries = torch.arange(self.queries, device=function.device)
-            begins = ~function.shows_one_before(self.queries)
-            first_keys = torch.where(begins, queries, 0).cummax(-1).values
+            first_keys = _first_keys(~function.shows_one_before(self.queries))
             if self._agrees_in_pieces(function, first_keys):
                 return first_keys
         refuse("this model's mask", "flash attention takes causal masks, windows, padding and packed sequences")
@@ -290,6 +288,14 @@ def _padding(attention_mask: Tensor | None, kv_offset: int, kv_length: int) -> T
 
 def _cumulative(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _first_keys(begins: Tensor) -> Tensor:
+    """``(B, S)``, where the sequence of each token begins, counted in its row. ``begins (B, S)``: where one does."""
+    batch, length = begins.shape
+    begins = begins | (torch.arange(length, device=begins.device) == 0)
+    sequence = begins.flatten().cumsum(0) - 1
+    return begins.nonzero()[:, 1][sequence].view(batch, length)
 
 
 def _packed(first_keys: Tensor) -> Packing:
