@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -174,10 +175,9 @@ def main(families: list[str]) -> None:
         if not families or family in families:
             outcomes[family] = check(family, names)
             if families or any(outcome.verdict in ("wrong", "error") for outcome in outcomes[family].values()):
-                print(
-                    family,
-                    *(f"\n  {name}: {': '.join(filter(None, outcome))}" for name, outcome in outcomes[family].items()),
-                )
+                print(family, flush=True)
+                for name, outcome in outcomes[family].items():
+                    print(f"  {name}:", *filter(None, outcome), flush=True)
     if not families:
         print(summary(outcomes))
 
@@ -206,7 +206,12 @@ def summary(outcomes: dict[str, dict[str, Outcome]]) -> str:
         lines.append(f"| {name} | {counts['equal']} | {counts['refused']} | {wrong} | {counts['not run']} |")
     for group in ("Wrong", "As eager", "As eager, some of it refused", "Refused", "Not run"):
         if group in groups:
-            lines += ["", f"**{group}** ({len(groups[group])}): {', '.join(groups[group])}."]
+            lines += [
+                "",
+                textwrap.fill(
+                    f"**{group}** ({len(groups[group])}): {', '.join(groups[group])}.", 125, break_on_hyphens=False
+                ),
+            ]
     return "\n".join(lines)
 
 

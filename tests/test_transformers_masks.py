@@ -110,7 +110,8 @@ def test_attention_as_with_the_matrix(kind: str, padding: str, place: str, rng: 
             assert_as_transformers(arguments, keys)
         except ValueError as error:
             assert str(error).startswith("pagedflash: ") and 'use attn_implementation="sdpa" or "eager"' in str(error)
-            assert "window" in kind and (padding == "holes" or place != "alone"), error
+            nothing_seen = "shows a new token no key" in str(error) and padding in ("both", "holes")
+            assert nothing_seen or ("window" in kind and (padding == "holes" or place != "alone")), error
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -192,6 +193,31 @@ def test_other_masks_are_refused(mask: Tensor) -> None:
         attention.forward(LIAR, q, k, v, mask)
 
 
+def test_a_mask_copied_to_another_device() -> None:
+    """A copy has its values only: with what the layer says that is enough for padding, and for nothing else."""
+    arguments = mask_arguments("causal", 1, batch_size=2, q_length=7, kv_length=7)
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]).bool()
+    q, k, v = states(2, 7, 7)
+    copied = masks.visible_keys(**arguments, attention_mask=padding).clone()
+    out, _ = attention.forward(SimpleNamespace(is_causal=True), q, k, v, copied)
+    expected = attend(q, k, v, matrix({**arguments, "attention_mask": padding}))
+    torch.testing.assert_close(out[padding], expected[padding], rtol=1e-4, atol=1e-5)
+
+    packed = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2))
+    function = masking_utils.and_masks(masking_utils.causal_mask_function, packed)
+    copied = masks.visible_keys(**{**arguments, "mask_function": function, "allow_is_causal_skip": False}).clone()
+    with pytest.raises(ValueError, match=r"a mask of shape .* is not supported"):
+        attention.forward(SimpleNamespace(is_causal=True), q, k, v, copied)
+
+
+def test_a_new_token_that_sees_nothing_is_refused() -> None:
+    """Recurrent Gemma's masks over a static cache, up to 5.24."""
+    arguments = mask_arguments("causal", 1, batch_size=2, q_length=1, kv_length=9)
+    padding = torch.tensor([[0, 0] + [1] * 7, [1] * 9]).bool()
+    with pytest.raises(ValueError, match="pagedflash: a mask that shows a new token no key is not supported"):
+        masks.visible_keys(**arguments, attention_mask=padding)
+
+
 def test_a_mask_for_other_keys_is_refused() -> None:
     mask = masks.visible_keys(**mask_arguments("causal", 1, batch_size=2, q_length=3, kv_length=7, q_offset=4))
     with pytest.raises(ValueError, match="a mask made for 3 queries and 7 keys with 3 queries and 6 keys is not supported"):
@@ -209,6 +235,13 @@ def test_weights_are_refused() -> None:
         ValueError, match=r'^pagedflash: output_attentions is not supported: .*; use attn_implementation="eager"$'
     ):
         attention.forward(LIAR, *states(1, 3, 3), None, output_attentions=True)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[..., :4], lambda x: x.double()], ids=["head dim", "dtype"])
+def test_what_no_kernel_takes_names_the_layer(change: Any) -> None:
+    """In one sentence, which says what to use instead."""
+    with pytest.raises(ValueError, match=r'^pagedflash: SimpleNamespace is not supported: .*; use attn_impl\S+ or "eager"$'):
+        attention.forward(LIAR, *map(change, states(1, 3, 3)), None)
 
 
 def test_dropout_is_refused() -> None:

@@ -319,6 +319,7 @@ def test_a_prefix_that_sees_all_of_itself() -> None:
 def compiler() -> Any:
     """Nothing compiled before counts."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -339,6 +340,20 @@ def test_compiled_as_plain(mask: torch.Tensor | None) -> None:
                 for run, cache in zip((compiled, model), caches)
             )
             torch.testing.assert_close(came, expected)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_generate_compiles_one_step_for_all() -> None:
+    """Over a static cache, as transformers does on CUDA: the mask of a step comes ready, and asks for no other graph."""
+    options = dict(attention_mask=LEFT, max_new_tokens=6, do_sample=False, cache_implementation="static")
+    model = llama("pagedflash", num_hidden_layers=1)
+    model.generation_config.eos_token_id = None
+    expected = model.generate(IDS * LEFT, **options)
+    compile_config = transformers.CompileConfig(backend="aot_eager", mode=None, fullgraph=False)
+    compile_config._compile_all_devices = True
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert model.generate(IDS * LEFT, **options, compile_config=compile_config).tolist() == expected.tolist()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.usefixtures("compiler")

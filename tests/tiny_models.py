@@ -54,8 +54,8 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     **{f"{name}_text": dict(rope_parameters=_MROPE) for name in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "paddleocr_vl")},
     **{f"{name}_text": dict(rope_parameters=_HALF_MROPE) for name in ("glm4v", "glm4v_moe", "glm_ocr", "glm_image")},
     "bailing_hybrid": _LINEAR_AND_FULL,
-    "kimi_linear": _LINEAR_AND_FULL,
-    "bamba": dict(attn_layer_indices=[1]),
+    "kimi_linear": dict(linear_num_heads=4, linear_head_dim=16, **_LINEAR_AND_FULL),
+    "bamba": dict(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_state=16),
     "chameleon": dict(vocabulary_map={"<image>": 120}),
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0),
@@ -63,18 +63,22 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     ),
     "emu3": dict(pad_token_id=0, vocabulary_map={"<image>": 120, "<|extra_200|>": 121}),
     "esm": dict(vocab_size=33),
+    "falcon_h1": dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16),
     "gemma3n_text": dict(
         num_hidden_layers=4,
         layer_types=["sliding_attention", "full_attention"] * 2,
         num_kv_shared_layers=2,
         activation_sparsity_pattern=[0.0] * 4,
     ),
-    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"], mamba_n_heads=4, mamba_d_state=16),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "mistral4": dict(head_dim=32),
     "recurrent_gemma": dict(num_hidden_layers=3),
+    "sam2_hiera_det_model": dict(hidden_size=96, image_size=128),
     "sam3_lite_text_text_model": dict(num_hidden_layers=3),
+    "vjepa2": dict(crop_size=32, frames_per_clip=4),
+    "yolos": dict(image_size=[32, 48]),
     "zamba2": dict(layers_block_type=["mamba", "hybrid"]),
     "xmod": dict(default_language="en_XX"),
 }
@@ -231,8 +235,9 @@ def _inputs(model: Any) -> Iterator[Callable[[], dict[str, Tensor]]]:
         channels = first("num_channels", "in_channels", "in_chans", default=3)
         return random(48, channels * first("temporal_patch_size", default=1) * first("patch_size", default=8) ** 2)
 
+    bins = setting("num_mel_bins", "feature_size", "mel_bins", default=80)
+
     def mel() -> Tensor:
-        bins = setting("num_mel_bins", "feature_size", "mel_bins", default=80)
         return random(2, bins, 2 * setting("max_source_positions", default=50))
 
     def series() -> Tensor:
@@ -243,11 +248,13 @@ def _inputs(model: Any) -> Iterator[Callable[[], dict[str, Tensor]]]:
         dict(input_ids=prompt),
         dict(pixel_values=image),
         dict(input_ids=prompt, pixel_values=image),
+        dict(input_ids=prompt, pixel_values=image, qformer_input_ids=prompt),
         dict(pixel_values=video),
         dict(input_features=mel),
         dict(input_features=lambda: mel().transpose(1, 2)),
         dict(input_values=lambda: random(2, 4000)),
         dict(input_values=lambda: random(2, 1, 4000)),
+        dict(input_values=lambda: random(2, first("max_length", default=100), bins)),
         dict(pixel_values_videos=video),
         dict(input_ids=prompt, pixel_values=video),
         dict(input_ids=prompt, pixel_values_videos=video),

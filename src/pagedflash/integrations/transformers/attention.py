@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching import PagedAttentionCache
 
+from ...errors import InvalidArgument
 from ...interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from . import engine, masks
 from .refusals import refuse
@@ -66,28 +67,36 @@ def forward(
     if sliding_window:
         options["window_size"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
 
+    try:
+        return _attend(q, k, v, attention_mask, sliding_window or None, options, kwargs), None
+    except InvalidArgument as error:  # a head dim or dtype that no kernel takes
+        refuse(type(module).__name__, str(error).removeprefix("pagedflash: "))
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None, options: dict[str, Any], kwargs: dict[str, Any]
+) -> Tensor:
+    """The call that the layer's arguments are for: pages, packed sequences, or dense queries over keys where they lie."""
     if engine.is_paged(kwargs):
-        return engine.paged_attention(q, k, v, kwargs, **options), None
+        return cast(Tensor, engine.paged_attention(q, k, v, kwargs, **options))
     if kwargs.get("block_table") is not None:
-        return _decode_from_pages(q, k, v, options, kwargs), None
+        return _decode_from_pages(q, k, v, options, kwargs)
     if all(kwargs.get(name) is not None for name in _PACKED):
         cu_seqlens_q, cu_seqlens_k, *longest = (kwargs[name] for name in _PACKED)
         max_seqlen_q, max_seqlen_k = (int(n.item()) if isinstance(n, Tensor) else n for n in longest)
-        packing = masks.Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return _packed(q, k, v, packing, options), None
-    if attention_mask is None:
-        return cast(Tensor, flash_attn_func(q, k, v, **options)), None
+        return _packed(q, k, v, masks.Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), options)
+    if mask is None:
+        return cast(Tensor, flash_attn_func(q, k, v, **options))
 
-    window = sliding_window or None
-    key_mask = masks.key_mask_of(attention_mask, causal, window, q.shape[1], k.shape[1])
+    key_mask = masks.key_mask_of(mask, options["causal"], window, q.shape[1], k.shape[1])
     where = key_mask.where(q.shape[0], q.device)
-    options |= {"causal": key_mask.causal, "window_size": key_mask.window_size}
+    options = {**options, "causal": key_mask.causal, "window_size": key_mask.window_size}
     if where is None:
-        return cast(Tensor, flash_attn_func(q, k, v, **options)), None
+        return cast(Tensor, flash_attn_func(q, k, v, **options))
     if isinstance(where, masks.Packing):
-        return _packed(q, k, v, where, options), None
+        return _packed(q, k, v, where, options)
     out = flash_attn_with_kvcache(q, k, v, cache_seqlens=where.ends, cache_leftpad=where.starts, **options)
-    return cast(Tensor, out), None
+    return cast(Tensor, out)
 
 
 def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

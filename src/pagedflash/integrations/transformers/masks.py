@@ -58,7 +58,7 @@ def visible_keys(
     """What transformers' ``ALL_MASK_ATTENTION_FUNCTIONS`` calls, with the arguments of its ``sdpa_mask``.
 
     Returns:
-        ``(batch_size, kv_length)`` bool with a :class:`KeyMask`.
+        ``(batch_size, kv_length)`` bool with a :class:`KeyMask`; ``(batch_size, 1, kv_length)`` if there may be more to it.
     """
     if attention_mask is not None and hasattr(attention_mask, _ATTRIBUTE):
         return attention_mask  # made by an outer model for the one inside; transformers leaves 4D masks as they are, too
@@ -80,8 +80,11 @@ def visible_keys(
         visible &= torch.arange(kv_length, device=visible.device) < end
     key_mask = KeyMask(causal, window, first_query, q_length, kv_length, end, padding)
     if not standard:
+        visible = visible[:, None]  # so that it is refused, should it lose its KeyMask on the way to another device
         use_vmap = kwargs.get("use_vmap", False)
         key_mask.function = MaskFunction(mask_function, use_vmap, first_query, kv_offset, batch_size, visible.device)
+    if q_length == 1 and not torch.compiler.is_compiling():
+        key_mask.where(batch_size, visible.device)  # generate() compiles the step that gets this mask: it finds it done
     setattr(visible, _ATTRIBUTE, key_mask)
     return visible
 
@@ -89,7 +92,8 @@ def visible_keys(
 def key_mask_of(mask: Tensor, causal: bool, window: int | None, queries: int, keys: int) -> KeyMask:
     """The :class:`KeyMask` of a mask as it came to a layer.
 
-    ``causal`` and ``window`` are what the layer says of itself: they count only for masks that models make on their own.
+    ``causal`` and ``window`` are what the layer says of itself: they count only for masks that models make on their own, or
+    that were copied to the device of a layer.
     """
     known: KeyMask | None = getattr(mask, _ATTRIBUTE, None)
     if known is not None:
@@ -188,16 +192,22 @@ class KeyMask:
         if self.padding is None:
             return self._ranges(ends, None)
 
-        slots = torch.arange(self.keys, device=device)
+        slots = torch.arange(self.keys, dtype=torch.int32, device=device)
         seen = (self.padding & (slots < self.end)).expand(batch_size, -1)
         counts = seen.sum(-1, dtype=torch.int32)
-        lasts = torch.where(seen, slots + 1, 0).amax(-1).to(torch.int32)
-        firsts = torch.where(seen, slots, self.keys).amin(-1).to(torch.int32).minimum(lasts)
-        in_one_piece = (lasts - firsts == counts).all()
+        lasts = torch.where(seen, slots + 1, 0).amax(-1)
+        firsts = torch.where(seen, slots, self.keys).amin(-1).minimum(lasts)
+        in_one_piece, any_seen = (lasts - firsts == counts).all(), (counts > 0).all()
+        decoding = self.causal and self.queries == 1
         if torch.compiler.is_compiling():
-            torch._assert_async(in_one_piece, "pagedflash: attention_mask has padding between tokens; do not compile")
-        elif not in_one_piece:
-            return self._without_holes(seen, counts)
+            ranges = in_one_piece & any_seen if decoding else in_one_piece
+            torch._assert_async(ranges, "pagedflash: attention_mask has padding between tokens, which cannot be compiled")
+        else:
+            in_one_piece, any_seen = torch.stack((in_one_piece, any_seen)).tolist()  # one synchronization
+            if decoding and not any_seen:
+                refuse("a mask that shows a new token no key", "eager attention would average keys that are not there")
+            if not in_one_piece:
+                return self._without_holes(seen, counts)
         if self.causal:  # padding behind the last token is seen by padding only
             return self._ranges(ends, firsts.minimum(ends))
         return self._ranges(lasts, firsts)
@@ -240,9 +250,7 @@ class KeyMask:
             self.causal = False
             return None
         if self.causal and not function.use_vmap and self.padding is None and self.queries == self.keys:
-            queries = torch.arange(self.queries, device=function.device)
-            begins = ~function.shows_one_before(self.queries)
-            first_keys = torch.where(begins, queries, 0).cummax(-1).values
+            first_keys = _first_keys(~function.shows_one_before(self.queries))
             if self._agrees_in_pieces(function, first_keys):
                 return first_keys
         refuse("this model's mask", "flash attention takes causal masks, windows, padding and packed sequences")
@@ -280,6 +288,14 @@ def _padding(attention_mask: Tensor | None, kv_offset: int, kv_length: int) -> T
 
 def _cumulative(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _first_keys(begins: Tensor) -> Tensor:
+    """``(B, S)``, where the sequence of each token begins, counted in its row. ``begins (B, S)``: where one does."""
+    batch, length = begins.shape
+    begins = begins | (torch.arange(length, device=begins.device) == 0)
+    sequence = begins.flatten().cumsum(0) - 1
+    return begins.nonzero()[:, 1][sequence].view(batch, length)
 
 
 def _packed(first_keys: Tensor) -> Packing:
