@@ -20,7 +20,7 @@ REDUCE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups r
 
 MIN_SIMDGROUPS = 512  # to have in flight even on small GPUs
 SPLIT_OVERHEAD_KEYS = 48  # what comes before and after the tiles of a split takes as long as so many keys
-MIN_TILES = 2  # of each simdgroup of a split
+MIN_TILES = 3  # of each simdgroup of a split
 KEYS_PER_ROW = 48  # of a split, at least: the queries it loads and the partial output it stores stay near 3 % of its keys
 MAX_SPLITS = 128
 
