@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import metalsim
 import pytest
 import torch
-from metal_harness import kernels_on, paged_decode
+from metal_harness import kernels_on, paged_decode, sources_of
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache
 from pagedflash.backends import metal
-from pagedflash.backends.metal import compiler, launch, params, tiling
+from pagedflash.backends.metal import compiler, launch, params, tiling, tune
 from pagedflash.backends.metal.compiler import current_target
 from pagedflash.problem import AttentionProblem
 from pagedflash.testing import LAYOUTS, assert_matches_reference, copy_of, random_problem
@@ -202,6 +202,19 @@ def test_decode_fits_the_registers_of_an_apple_gpu(rows: int) -> None:
             assert output + loads + scores + state <= 128, (element_bytes, head_dim, t)
 
 
+def test_prefill_fits_the_registers_of_an_apple_gpu() -> None:
+    for element_bytes in (2, 4):
+        for head_dim in range(1, 257):
+            t = tiling.prefill_tiling(head_dim, head_dim, element_bytes, metal.Tuning())
+            queries, output = (t.k_chunks * t.chunk + t.k_tail) * element_bytes // 2, 2 * t.v_matrices
+            assert queries + output <= 96, (element_bytes, head_dim, t)
+            rows = t.dim_split * 8 * (t.k_chunks * t.chunk + t.k_tail), t.dim_split * 8 * t.v_matrices
+            assert min(rows) >= head_dim
+            tiles = t.key_tile * (sum(rows) * element_bytes + 32)
+            parts = (t.dim_split - 1) * t.simdgroups * t.key_tile * 32
+            assert t.key_tile in (8, 16, 32) and tiles + parts <= 32 * 1024, (element_bytes, head_dim, t)
+
+
 def test_tuning_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tiling.TUNING_VARIABLE, "load_registers=32, decode_simdgroups=8")
     compiler._environment_tuning.cache_clear()
@@ -222,7 +235,7 @@ def test_a_wrong_tuning_is_rejected(text: str) -> None:
     (
         "load_registers=64",
         "load_registers=32,decode_simdgroups=8",
-        "prefill_simdgroups=8,prefill_keys=16",
+        "prefill_simdgroups=8,prefill_keys=16,prefill_registers=32",
         "prefill_keys=64",
     ),
 )
@@ -231,3 +244,28 @@ def test_every_tuning_computes_the_same(rng: random.Random, tuning: str) -> None
         problem = random_problem(rng, layout=layout, head_dims=(64, 128, 256))
         with metal.use_compiler(metalsim.compile_shader, tuning=metal.Tuning.parse(tuning)):
             assert_matches_reference(problem, metal.attention)
+
+
+def test_the_sweep_finds_the_fastest_numbers() -> None:
+    """On a GPU that likes wide loads and two simdgroups, and does not care about the rest."""
+    tried = []
+
+    def clock(run: Any) -> float:
+        tried.append(current_target().tuning)
+        run()
+        return 1.0 / current_target().tuning.load_registers + 0.1 * current_target().tuning.decode_simdgroups
+
+    steps = []
+
+    sources_of(lambda: steps.extend(tune.sweep(tune.cases("cpu"), clock)))
+    assert steps[-1].tuning == metal.Tuning(load_registers=64, decode_simdgroups=2)
+    assert tune.override(steps[-1].tuning) == "load_registers=64,decode_simdgroups=2"
+    assert metal.Tuning.parse(tune.override(steps[-1].tuning)) == steps[-1].tuning
+    assert len(tried) == sum(len(step.seconds) for step in steps)
+    assert tune.override(metal.Tuning()) == ""
+
+
+def test_tuning_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="there is no Apple GPU to tune for"):
+        tune.main()

@@ -217,10 +217,11 @@ def _add_prefill(planner: _Planner, problem: AttentionProblem, offset: int) -> N
     q, cache = problem.queries.q, problem.cache
     tiling = prefill_tiling(q.shape[-1], cache.v.shape[-1], q.element_size(), planner.target.tuning)
     threads = LANES * tiling.simdgroups
+    row_tiles = -(-decode_rows(problem) // tiling.rows)
     planner.dispatch(
         "prefill",
         _definitions(problem, tiling, offset),
-        (threads * -(-decode_rows(problem) // (8 * tiling.simdgroups)), cache.k.shape[-2], _grid_batch(problem)),
+        (threads * row_tiles, cache.k.shape[-2], _grid_batch(problem)),
         (threads, 1, 1),
     )
 

@@ -20,7 +20,7 @@ REDUCE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups r
 
 MIN_SIMDGROUPS = 512  # to have in flight even on small GPUs
 SPLIT_OVERHEAD_KEYS = 48  # what comes before and after the tiles of a split takes as long as so many keys
-MIN_TILES = 2  # of each simdgroup of a split
+MIN_TILES = 3  # of each simdgroup of a split
 KEYS_PER_ROW = 48  # of a split, at least: the queries it loads and the partial output it stores stay near 3 % of its keys
 MAX_SPLITS = 128
 
@@ -37,6 +37,7 @@ class Tuning(NamedTuple):
     decode_simdgroups: int = 4  # of a threadgroup of decode
     simdgroups_per_core: int = 13  # that a core has registers for
     prefill_simdgroups: int = 4  # of a threadgroup of prefill
+    prefill_registers: int = 96  # of a lane, at most, for Q and the output accumulator of prefill
     prefill_keys: int = 32  # of a tile of prefill, where threadgroup memory has room; half of it from head dim 128 on
 
     @staticmethod
@@ -128,21 +129,34 @@ class PrefillTiling(NamedTuple):
     """Of prefill. Names in capitals in prefill.metal."""
 
     chunk: int  # elements of one load
+    k_chunks: int  # reads of a key by one lane
     k_tail: int
+    v_matrices: int  # along the dims of V that a simdgroup has
+    dim_split: int  # simdgroups that share rows, each with its part of the dims
     key_tile: int
     simdgroups: int
+
+    @property
+    def rows(self) -> int:
+        return MATRIX * self.simdgroups // self.dim_split
 
 
 def prefill_tiling(head_dim: int, v_head_dim: int, element_bytes: int, tuning: Tuning) -> PrefillTiling:
     chunk = LOAD_BYTES // element_bytes
-    k_tail = _tail(head_dim, chunk)
-    k_dims = MATRIX * (head_dim // (MATRIX * chunk) * chunk + k_tail)
-    v_dims = -(-v_head_dim // MATRIX) * MATRIX
+    k_chunks, k_tail = head_dim // (MATRIX * chunk), _tail(head_dim, chunk)
+    v_matrices = -(-v_head_dim // MATRIX)
+    dim_split = 1
+    if (k_chunks * chunk + k_tail) * element_bytes // 2 + v_matrices * 2 > tuning.prefill_registers:
+        dim_split = 2
+        k_chunks, k_tail = -(-head_dim // (dim_split * MATRIX * chunk)), 0
+        v_matrices = -(-v_matrices // (dim_split * chunk // 2)) * chunk // 2  # whole reads
+    row_bytes = dim_split * MATRIX * (k_chunks * chunk + k_tail + v_matrices) * element_bytes + 2 * LOAD_BYTES
+    simdgroups = dim_split * tuning.prefill_simdgroups
     key_tile = _power_of_two(tuning.prefill_keys if head_dim < 128 else max(1, tuning.prefill_keys // 2))
     key_tile = max(MATRIX, min(LANES, key_tile))  # a lane looks up the page of one key
-    while key_tile * ((k_dims + v_dims) * element_bytes + 2 * LOAD_BYTES) > THREADGROUP_BYTES:
+    while key_tile > MATRIX and key_tile * (row_bytes + (dim_split - 1) * simdgroups * LANES) > THREADGROUP_BYTES:
         key_tile //= 2
-    return PrefillTiling(chunk, k_tail, key_tile, tuning.prefill_simdgroups)
+    return PrefillTiling(chunk, k_chunks, k_tail, v_matrices, dim_split, key_tile, simdgroups)
 
 
 def _tail(head_dim: int, chunk: int) -> int:

@@ -1,26 +1,29 @@
 // prefill: many queries. Tiles of QUERY_TILE rows against tiles of KEY_TILE keys, on 8x8 matrices, with an online softmax.
 //
 // As in decode, GQA is packed: the rows of a KV head are its queries times the query heads that share it, row r is query
-// r / GROUP, head r % GROUP. A threadgroup has four simdgroups of 8 rows each; each keeps its rows of Q and of the output
-// in registers. Keys and values pass through threadgroup memory, read straight from their pages, 16 bytes a lane:
+// r / GROUP, head r % GROUP. A simdgroup has 8 rows and keeps their Q and output in registers. Keys and values pass through
+// threadgroup memory, read straight from their pages, 16 bytes a lane:
 //
 //                    K tile: KEY_TILE x HEAD_DIM            V tile: KEY_TILE x V_HEAD_DIM
 //   simdgroup 0      S(8 x KEY_TILE) = Q K^T  -> softmax -> O(8 x V_HEAD_DIM) += P V         rows  0 ..  7
 //   simdgroup 1      ...                                                                     rows  8 .. 15
 //   simdgroup 2, 3   ...                                                                     rows 16 .. 31
 //
+// Where Q and the output are too wide for the registers, DIM_SPLIT simdgroups share 8 rows. Each has its part of the dims of Q
+// and of the output; they add up their scores through threadgroup memory.
+//
 // Tiles of keys that no row of the threadgroup sees are never visited.
 //
-// Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP, PAGE_SIZE, PAGED, KEY_TILE, SIMDGROUPS; CHUNK (elements of 16 bytes),
-// K_TAIL (as in decode).
+// Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP, PAGE_SIZE, PAGED, KEY_TILE, SIMDGROUPS, DIM_SPLIT; CHUNK (elements of 16
+// bytes), K_CHUNKS (reads of a key by one lane), K_TAIL (as in decode), V_MATRICES (along the dims of one part).
 
-#define QUERY_TILE (SIMDGROUPS * 8)
-#define K_CHUNKS (HEAD_DIM / (8 * CHUNK))                  // reads of a key by one lane
-#define K_MATRICES (K_CHUNKS * CHUNK + K_TAIL)             // along the dims
-#define V_MATRICES ((V_HEAD_DIM + 7) / 8)
+#define QUERY_TILE (SIMDGROUPS / DIM_SPLIT * 8)
+#define K_MATRICES (K_CHUNKS * CHUNK + K_TAIL)             // along the dims of one part
 #define V_CHUNKS (V_MATRICES / (CHUNK / 2))                // reads of a value by one lane: 2 dims of each of CHUNK / 2 matrices
-#define K_ROW (K_MATRICES * 8 / CHUNK + 1)                 // loads a row in threadgroup memory: 16 bytes more keep banks apart
-#define V_ROW (V_MATRICES * 8 / CHUNK + 1)
+#define K_DIMS (DIM_SPLIT * K_MATRICES * 8)
+#define V_DIMS (DIM_SPLIT * V_MATRICES * 8)
+#define K_ROW (K_DIMS / CHUNK + 1)                         // loads a row in threadgroup memory: 16 bytes more keep banks apart
+#define V_ROW (V_DIMS / CHUNK + 1)
 
 typedef DimOrder<CHUNK, K_CHUNKS, K_TAIL> KeyDims;
 
@@ -83,6 +86,9 @@ kernel void prefill(
 ) {
     threadgroup Packed<CHUNK> k_tile[KEY_TILE * K_ROW];
     threadgroup Packed<CHUNK> v_tile[KEY_TILE * V_ROW];
+#if DIM_SPLIT > 1
+    threadgroup float2 score_parts[SIMDGROUPS * KEY_TILE / 8 * 32];
+#endif
     threadgroup T* k_rows = reinterpret_cast<threadgroup T*>(k_tile);
     threadgroup const T* v_rows = reinterpret_cast<threadgroup const T*>(v_tile);
 
@@ -109,7 +115,8 @@ kernel void prefill(
 
     // ---- Q, a few rows at a time through the tile of K, and of it this lane's two elements of each 8x8 matrix
     const int slot = matrix_row(lane), column = matrix_column(lane);
-    const int r = first_row + simdgroup * 8 + slot;
+    const int part = simdgroup % DIM_SPLIT, row_group = simdgroup / DIM_SPLIT;
+    const int r = first_row + row_group * 8 + slot;
     const int query = r / GROUP, head = first_head + r % GROUP;
 
     device const T* q_rows = q + first_head * params.q_head_stride
@@ -118,8 +125,8 @@ kernel void prefill(
     for (int first = 0; first < QUERY_TILE; first += KEY_TILE) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         const int step = params.rotary_half ? 1 : CHUNK;  // dims at a time: rotated ones one by one
-        for (int i = thread_index * step; i < KEY_TILE * K_MATRICES * 8; i += THREADS * step) {
-            const int row = i / (K_MATRICES * 8), d = i % (K_MATRICES * 8);
+        for (int i = thread_index * step; i < KEY_TILE * K_DIMS; i += THREADS * step) {
+            const int row = i / K_DIMS, d = i % K_DIMS;
             const int row_query = (first_row + first + row) / GROUP, row_head = (first_row + first + row) % GROUP;
             device const T* q_row = q_rows + row_query * params.q_token_stride + row_head * params.q_head_stride;
             const bool in_use = row_query < s.seqlen_q;
@@ -133,8 +140,8 @@ kernel void prefill(
             }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        if (simdgroup * 8 / KEY_TILE * KEY_TILE == first) {
-            threadgroup const T* q_row = k_rows + (simdgroup * 8 - first + slot) * K_ROW * CHUNK;
+        if (row_group * 8 / KEY_TILE * KEY_TILE == first) {
+            threadgroup const T* q_row = k_rows + (row_group * 8 - first + slot) * K_ROW * CHUNK + part * K_MATRICES * 8;
             UNROLL
             for (int i = 0; i < K_MATRICES; i++) {
                 queries[i] = Pair(q_row[KeyDims::dim_at(i, column)], q_row[KeyDims::dim_at(i, column + 1)]);
@@ -169,15 +176,28 @@ kernel void prefill(
         float2 scores[KEY_TILE / 8];
         UNROLL
         for (int j = 0; j < KEY_TILE / 8; j++) scores[j] = float2(0.0f);
+        threadgroup const T* keys = k_rows + column * K_ROW * CHUNK + part * K_MATRICES * 8;
         UNROLL
         for (int c = 0; c < K_CHUNKS; c++) {
             simdgroup_barrier(mem_flags::mem_none);  // so that compilers do not read all keys first, into registers
-            threadgroup const T* keys = k_rows + column * K_ROW * CHUNK + (c * 8 + slot) * CHUNK;
-            multiply_keys<CHUNK>(scores, queries + c * CHUNK, keys, K_ROW * CHUNK);
+            multiply_keys<CHUNK>(scores, queries + c * CHUNK, keys + (c * 8 + slot) * CHUNK, K_ROW * CHUNK);
         }
 #if K_TAIL
-        threadgroup const T* last_keys = k_rows + column * K_ROW * CHUNK + K_CHUNKS * 8 * CHUNK + slot * K_TAIL;
+        threadgroup const T* last_keys = keys + K_CHUNKS * 8 * CHUNK + slot * K_TAIL;
         multiply_keys<K_TAIL>(scores, queries + K_CHUNKS * CHUNK, last_keys, K_ROW * CHUNK);
+#endif
+#if DIM_SPLIT > 1
+        UNROLL
+        for (int j = 0; j < KEY_TILE / 8; j++) score_parts[(simdgroup * (KEY_TILE / 8) + j) * 32 + lane] = scores[j];
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        UNROLL
+        for (int j = 0; j < KEY_TILE / 8; j++) {
+            scores[j] = float2(0.0f);
+            UNROLL
+            for (int p = 0; p < DIM_SPLIT; p++) {
+                scores[j] += score_parts[((row_group * DIM_SPLIT + p) * (KEY_TILE / 8) + j) * 32 + lane];
+            }
+        }
 #endif
 
         // Online softmax of each row.
@@ -206,7 +226,7 @@ kernel void prefill(
         // O = O alpha + P V
         UNROLL
         for (int i = 0; i < V_MATRICES; i++) output[i] *= alpha;
-        threadgroup const T* values = v_rows + slot * V_ROW * CHUNK;
+        threadgroup const T* values = v_rows + slot * V_ROW * CHUNK + part * V_MATRICES * 8;
         UNROLL
         for (int j = 0; j < KEY_TILE / 8; j++) {
             simdgroup_barrier(mem_flags::mem_none);
@@ -236,9 +256,10 @@ kernel void prefill(
     UNROLL
     for (int i = 0; i < V_MATRICES; i++) {
         const int chunk = i / (CHUNK / 2);
-        const int d = chunk < V_CHUNKS ? chunk * 4 * CHUNK + column / 2 * CHUNK + i % (CHUNK / 2) * 2 : i * 8 + column;
+        const int d = part * V_MATRICES * 8
+            + (chunk < V_CHUNKS ? chunk * 4 * CHUNK + column / 2 * CHUNK + i % (CHUNK / 2) * 2 : i * 8 + column);
         if (d < V_HEAD_DIM) out_row[d] = T(output[i].x * n.factor);
         if (d + 1 < V_HEAD_DIM) out_row[d + 1] = T(output[i].y * n.factor);
     }
-    if (column == 0) lse[lse_index(params, row, head)] = n.lse;
+    if (column == 0 && part == 0) lse[lse_index(params, row, head)] = n.lse;
 }
