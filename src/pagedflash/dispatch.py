@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .backends import reference
 from .backends.protocol import Backend, Support
@@ -49,6 +49,12 @@ class CallKind(NamedTuple):
 OUT_ALIGNMENT = 16
 """Bytes. Kernels store the output in pieces of this size."""
 
+_bump_versions: Callable[[Iterable[Tensor]], None] = getattr(
+    torch._C, "_increment_version", torch.autograd.graph.increment_version
+)
+"""Kernels write to tensors behind autograd's back: a graph that saved one must find out. The private function, where torch
+has it, does without an ``isinstance`` that takes as long as the rest."""
+
 _forced = Scoped[str]("pagedflash_backend")
 _counters: list[Counter[CallKind]] = []
 
@@ -72,7 +78,7 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
         _count(CallKind(problem.layout, backend.NAME, q.device.type))
     results = backend.attention(problem) if out is None else _attention_into(problem, backend, out)
     if problem.tensors[K_NEW] is not None:
-        _bump_versions(problem.tensors[K], problem.tensors[V])
+        _bump_versions((problem.tensors[K], problem.tensors[V]))  # type: ignore[arg-type]
     return results
 
 
@@ -80,7 +86,7 @@ def _attention_into(problem: AttentionProblem, backend: Backend, out: Tensor) ->
     validate_out(problem, out)
     if out.is_contiguous() and out.data_ptr() % OUT_ALIGNMENT == 0:
         _, lse = backend.attention(problem, out)
-        increment_version(out)
+        _bump_versions((out,))
     else:
         result, lse = backend.attention(problem)
         out.copy_(result)
@@ -101,7 +107,7 @@ def kv_write(write: CacheWrite) -> None:
     if _counters:
         _count(CallKind("write", backend.NAME, k_cache.device.type))
     backend.kv_write(write)
-    _bump_versions(k_cache, v_cache)
+    _bump_versions((k_cache, v_cache))  # type: ignore[arg-type]
 
 
 def backend_for(tensor: Tensor) -> Backend:
@@ -146,11 +152,6 @@ def count_calls() -> Iterator[Counter[CallKind]]:
 def availability() -> dict[str, Support]:
     """Backend -> (available here, the reason if not)."""
     return {name: _load(name)[1] for name in BACKEND_MODULES}
-
-
-def _bump_versions(*caches: Tensor | None) -> None:
-    """Kernels write to caches behind autograd's back: a graph that saved one must find out."""
-    increment_version(caches)  # type: ignore[arg-type]
 
 
 def _count(kind: CallKind) -> None:
