@@ -178,7 +178,9 @@ class _Draw:
 
     def query_lengths(self, batch: int, most: int) -> list[int]:
         if self.layout in ("varlen", "paged varlen"):
-            if batch and self.maybe(0.3):  # as a server sends them: a chunk of one prompt, and a token of each other sequence
+            if batch and self.maybe(
+                0.3
+            ):  # as a server sends them: a chunk of one prompt, and a token of each other sequence
                 lengths = [1] * batch
                 lengths[self.rng.randrange(batch)] = most
                 return lengths

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...geometry import decode_rows, may_be_mixed, max_visible_keys, queries_rotate_by_position, strides
+from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, strides
 from ...problem import Append, AttentionProblem, CacheWrite, fold_scores
 from .compiled import CompiledLaunch, addresses_of, has_pdl, num_sms
 from .kernels.combine import combine

@@ -119,9 +119,7 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
                     first_cta = cta_of(work_begin, active_ctas, total_tiles)
                     last_cta = cta_of(work_end - 1, active_ctas, total_tiles)
                     if is_last(tensors.semaphores + work_tile, last_cta - first_cta):
-                        reduced = reduce_few(
-                            tensors, problem, tile, work_tile + first_cta, work_tile + last_cta, owned_rows
-                        )
+                        reduced = reduce_few(tensors, problem, tile, work_tile + first_cta, work_tile + last_cta, owned_rows)
                         reduced_row = tl.arange(0, tile.ROWS)
                         reduced_i = reduced_row // GROUP
                         reduced_head = kv_head * GROUP + reduced_row % GROUP

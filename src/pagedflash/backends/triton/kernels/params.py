@@ -80,7 +80,9 @@ class QueryParams(NamedTuple):
     total_q: int
     max_seqlen_q: int  # of each sequence, unless packed
     GROUP: int  # query heads of a KV head
-    DECODE_LIMIT: int | None  # in a mixed batch, sequences of up to so many queries are ``decode``'s, the others ``prefill``'s
+    DECODE_LIMIT: (
+        int | None
+    )  # in a mixed batch, sequences of up to so many queries are ``decode``'s, the others ``prefill``'s
 
 
 class CacheParams(NamedTuple):

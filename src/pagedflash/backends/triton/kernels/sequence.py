@@ -1,9 +1,9 @@
-# ruff: noqa: SIM102, SIM108 (an if on constants chooses code when the kernel is compiled)
+# ruff: noqa: SIM102 (an if on constants chooses code when the kernel is compiled)
 """How long each sequence is, and which of its keys any of its queries sees.
 
-These functions take a sequence ``b``, one number or a vector of them alike; ``inside`` masks those past the batch. Lengths and
-offsets are read here, and nowhere else, and come out within what q and the cache hold, whatever a call gives: nobody has
-checked them.
+These functions take a sequence ``b``, one number or a vector of them alike; ``inside`` masks those past the batch. Nobody
+has checked the lengths and offsets that a call gives: whatever they are, what comes out lies within what q and the cache
+hold.
 """
 
 import triton
