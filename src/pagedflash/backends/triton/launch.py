@@ -319,7 +319,7 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _is_elsewhere(device: torch.device) -> bool:
     """Whether Triton would launch on another device than the tensors'."""
-    return device.type == "cuda" and _cuda_devices() > 1 and device.index != torch.cuda.current_device()
+    return _cuda_devices() > 1 and device.type == "cuda" and device.index != torch.cuda.current_device()
 
 
 @cache
