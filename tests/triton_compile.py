@@ -60,11 +60,27 @@ def all_ones(num_queries: int) -> AttentionProblem:
     )  # fmt: skip
 
 
+def mixed(problem: AttentionProblem, total_q: int) -> AttentionProblem:
+    """The same with packed queries, fewer than if all sequences were as long as the longest."""
+    q, batch_size = problem.queries.q, problem.batch_size
+    offsets = torch.zeros(batch_size + 1, dtype=torch.int32)
+    return problem.replace(
+        q=q.new_zeros(total_q, *q.shape[-2:]), cu_seqlens_q=offsets, k_new=None, v_new=None, rotary_cos=None, rotary_sin=None
+    )
+
+
 if __name__ == "__main__":
     assert not compiled.INTERPRETED
     launch.num_sms = lambda device: 132
     launch.has_pdl = lambda device: True
     launch.semaphores = lambda device, count: torch.zeros(count, dtype=torch.int32)
     compiled.CompiledLaunch.__call__ = compile_launch
-    for problem in (everything(1, torch.bfloat16), everything(70, torch.float16), all_ones(1), all_ones(70)):
+    for problem in (
+        everything(1, torch.bfloat16),
+        everything(70, torch.float16),
+        mixed(everything(70, torch.bfloat16), 72),
+        all_ones(1),
+        all_ones(70),
+        mixed(all_ones(70), 69),
+    ):
         launch.attention(problem)

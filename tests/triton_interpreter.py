@@ -2,9 +2,14 @@
 
 In Triton 3.6 the interpreter multiplies the bit patterns of bfloat16 matrices, rounds float32 to bfloat16 towards zero,
 and calls ``int`` on arrays of one element, which NumPy 2.4 refuses.
+
+It also shows every access to memory to who ``watch_accesses``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import triton
@@ -23,7 +28,38 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+Watcher = Callable[[np.ndarray, bool], None]
+_watchers: list[Watcher] = []
+
+
+@contextmanager
+def watch_accesses(watcher: Watcher) -> Iterator[None]:
+    """Call ``watcher(addresses, written)`` before each access of a kernel in here, with those that are not masked."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def _show(pointers, mask, written: bool) -> None:
+    for watcher in _watchers:
+        watcher(pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)], written)
+
+
 class _Builder(interpreter.InterpreterBuilder):
+    def create_masked_load(self, ptrs, mask, *others):
+        _show(ptrs, mask, False)
+        return super().create_masked_load(ptrs, mask, *others)
+
+    def create_masked_store(self, ptrs, value, mask, *others):
+        _show(ptrs, mask, True)
+        return super().create_masked_store(ptrs, value, mask, *others)
+
+    def create_atomic_rmw(self, operation, ptr, value, mask, *others):
+        _show(ptr, mask, True)
+        return super().create_atomic_rmw(operation, ptr, value, mask, *others)
+
     def cast_impl(self, src, dst_type):
         kinds = (src.dtype.scalar, dst_type.scalar)
         if kinds == (tl.bfloat16, tl.float32):
