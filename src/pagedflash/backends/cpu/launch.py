@@ -20,7 +20,7 @@ from ...validate_values import check_values, check_write_values
 from .abi import AttentionShape, QueryShape, Strides, WriteShape, mismatch, pack_addresses, pack_shape
 
 ISA_VARIABLE = "PAGEDFLASH_CPU_ISA"
-"""Names the instruction set to use (``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``generic``), not the best one."""
+"""The instruction set to use instead of the best: ``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``generic``."""
 
 LIBRARY_VARIABLE = "PAGEDFLASH_CPU_LIBRARY"
 """Path of a library to use instead of the installed one: a build with sanitizers, for one."""
