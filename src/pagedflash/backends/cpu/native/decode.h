@@ -90,10 +90,6 @@ struct DecodeScratch {
   int64_t bytes;
 };
 
-inline int64_t decode_scratch_bytes(const AttentionProblem& problem) {
-  return DecodeScratch<float, KVFormat<float>>(ScratchArena(nullptr), problem, problem.write.kv_heads, MAX_DECODE_ROWS).bytes;
-}
-
 template <class T, class KV>
 class Decode {
  public:
@@ -269,7 +265,7 @@ class Decode {
   void softmax(Range heads, int64_t first, int64_t tokens) {
     for (int64_t i = heads.begin * rows_; i < heads.end * rows_; i++) {
       const float alpha = softmax_tile(scratch_.scores + i * DECODE_TILE, score_, scratch_.score_rows[i], first, tokens,
-                                       scratch_.states[i]);
+                                       scratch_.states[i], [](float* row, int64_t j, Vec p) { store(row + j, p); });
       if (alpha == 1.0f) continue;
       float* chunk = row_accumulators(i);
       for (int64_t d = 0; d < out_size_; d += CHUNK, chunk += rows_ * CHUNK)
