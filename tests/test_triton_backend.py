@@ -216,7 +216,7 @@ def _mixed_problem(device: str, queries: list[int], lengths: list[int], **option
     return problem.map_tensors(lambda tensor: tensor.to(device))
 
 
-QUERIES, KEYS = [1, 70, 0, 1, 130, 8, 9, 1], [500, 90, 3, -1, 200, 8, 20, 0]
+QUERIES, KEYS = [1, 70, 0, 1, 130, 8, 9, 1], [1100, 90, 3, -1, 200, 8, 20, 0]
 """Of a mixed batch: with two query heads a KV head, those of up to 8 queries are ``decode``'s."""
 
 
