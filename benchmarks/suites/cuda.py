@@ -286,7 +286,7 @@ def decode_alone(problem: PackedProblem) -> Contender:
     q, k, v, _, _, table = problem
     assert table is not None
     decoding = len(table) - 1
-    arguments = dict(cache_seqlens=problem.seqused_k[:decoding], block_table=table[:decoding])
+    arguments: Any = dict(cache_seqlens=problem.seqused_k[:decoding], block_table=table[:decoding])
     return Contender(partial(flash_attn_with_kvcache, q[:decoding, None], k, v, causal=True, **arguments), output=None)
 
 

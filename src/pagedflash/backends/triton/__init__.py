@@ -40,7 +40,8 @@ def supports(problem: AttentionProblem) -> Support:
 
 def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend: ``(out, lse)`` of the problem's ``out_shape`` and ``lse_shape``."""
-    return _launch().attention(problem, out)
+    results: tuple[Tensor, Tensor] = _launch().attention(problem, out)
+    return results
 
 
 def kv_write(write: CacheWrite) -> None:
