@@ -6,10 +6,12 @@ import importlib.metadata
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import pagedflash
@@ -34,6 +36,22 @@ SIZES = dict(
     eos_token_id=2,
 )
 """The configuration of a tiny random model of any family."""
+
+
+WORDS = [f"w{i}" for i in range(3, SIZES["vocab_size"])]
+"""What the tokenizer of :func:`save_model` knows."""
+
+
+def save_model(path: Path) -> None:
+    """A tiny random model with a sliding window, and a tokenizer of whole words."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).save_pretrained(path)
 
 
 @pytest.fixture

@@ -23,15 +23,14 @@ pytest.importorskip("openai")
 import openai
 import torch
 from click.testing import CliRunner
-from models import SIZES
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from models import WORDS, save_model
+from transformers import MistralForCausalLM, PreTrainedTokenizerFast
 
 import pagedflash.transformers
 from pagedflash.cli import main as cli
 from pagedflash.cli import serve
 
-WORDS = [f"w{i}" for i in range(3, SIZES["vocab_size"])]
+EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMPTS = [" ".join(WORDS[i : i + 3 * i]) for i in range(1, 6)]
 NEW_TOKENS = 24
 START = 120
@@ -40,16 +39,8 @@ START = 120
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny random model with a sliding window, and a tokenizer of whole words."""
     path = tmp_path_factory.mktemp("model")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).save_pretrained(path)
+    save_model(path)
     return str(path)
 
 
@@ -139,6 +130,14 @@ def test_requests_at_once_one_cancelled_one_bad(server: Server, directory: str) 
     assert server.healthy()
     assert server.stop(signal.SIGTERM) == 0, server.log.read_text()
     assert "Traceback" not in server.log.read_text()
+
+
+def test_the_example_of_a_client(server: Server) -> None:
+    """Its questions have no word that the model knows; all are answered."""
+    command = [sys.executable, str(EXAMPLES / "serve_client.py"), server.model, server.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("?\n  ") == 3
 
 
 def test_ctrl_c_while_a_request_is_under_way(server: Server) -> None:
