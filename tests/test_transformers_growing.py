@@ -15,7 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
+from pagedflash.integrations.transformers import growing
 from pagedflash.integrations.transformers.growing import GrowingLayer
+
+
+@pytest.fixture(autouse=True)
+def small_caches_grow_in_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "_SMALL", 0)
 
 
 def tokens(count: int, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -100,6 +106,18 @@ def test_a_token_copies_itself_only() -> None:
     for _ in range(50):
         append([layer], 1)
     assert layer.keys.data_ptr() == place
+
+
+def test_a_small_cache_is_copied_until_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = pair()
+    append(layers, 100)
+    monkeypatch.setattr(growing, "_SMALL", layers[0].keys.nbytes + 1)
+    grows = []
+    for _ in range(4):
+        append(layers, 1)
+        grows.append(layers[0]._room is not None)
+        assert_same(*layers)
+    assert grows == [False, True, True, True]
 
 
 def test_gradients_and_other_dtypes_take_transformers_way() -> None:

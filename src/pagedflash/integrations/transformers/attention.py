@@ -62,7 +62,8 @@ def forward(
     if isinstance(cache, PagedAttentionCache) and isinstance(kwargs.get("cu_seq_lens_k"), dict):
         key, value = cache.update(key, value, module.layer_idx, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    q, k, v = (tensor.transpose(1, 2) for tensor in _of_one_dtype(query, key, value))
+    query, key, value = _of_one_dtype(query, key, value)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0, "s_aux": s_aux, "causal": causal}
     if sliding_window:
         options["window_size"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
@@ -81,7 +82,7 @@ def _attend(
         return cast(Tensor, engine.paged_attention(q, k, v, kwargs, **options))
     if kwargs.get("block_table") is not None:
         return _decode_from_pages(q, k, v, options, kwargs)
-    if all(kwargs.get(name) is not None for name in _PACKED):
+    if kwargs.get(_PACKED[0]) is not None and all(kwargs.get(name) is not None for name in _PACKED):
         cu_seqlens_q, cu_seqlens_k, *longest = (kwargs[name] for name in _PACKED)
         max_seqlen_q, max_seqlen_k = (int(n.item()) if isinstance(n, Tensor) else n for n in longest)
         return _packed(q, k, v, masks.Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), options)
@@ -101,9 +102,11 @@ def _attend(
 
 def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast its dtype; where a norm or rotary embedding left float32 behind, that of the values."""
-    device = query.device.type
-    autocast = query.dtype is torch.float32 and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else value.dtype
+    dtype = value.dtype
+    if query.dtype is torch.float32 and torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    if query.dtype is key.dtype is value.dtype is dtype:
+        return query, key, value
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 

@@ -14,6 +14,9 @@ from . import hooks
 _SLACK = 64
 """Tokens that there is room for at the least, when a layer grows; or a quarter of what it holds."""
 
+_SMALL = 2**17
+"""Bytes of keys, up to which copying all of them takes less time than finding the place of the new ones."""
+
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """A :class:`DynamicLayer` whose keys and values are views of larger tensors, into which new tokens are written.
@@ -32,16 +35,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Append ``(B, Hkv, tokens, D)`` and ``(B, Hkv, tokens, Dv)``; returns all keys and values."""
         if not self._can_grow(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        start = self.keys.shape[-2]
-        end = start + key_states.shape[-2]
+        start, new = self.keys.shape[-2], key_states.shape[-2]
+        end = start + new
         if not self._has_room(end):
             self._room, self._owner = (self._larger(self.keys, end), self._larger(self.values, end)), id(self)
         assert self._room is not None
         keys, values = self._room
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
-        self._left = self.keys, self.values
+        keys.narrow(-2, start, new).copy_(key_states)
+        values.narrow(-2, start, new).copy_(value_states)
+        self.keys, self.values = self._left = keys.narrow(-2, 0, end), values.narrow(-2, 0, end)
         return self._left
 
     def _has_room(self, length: int) -> bool:
@@ -51,15 +53,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return untouched and length <= self._room[0].shape[-2]
 
     def _can_grow(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Whether there is something to append to, by plain tensors that nothing is recorded for."""
-        if torch.compiler.is_compiling() or not self.is_initialized or self.get_seq_length() == 0:
+        """Whether there is enough to append to, by plain tensors that nothing is recorded for."""
+        if torch.compiler.is_compiling() or not self.is_initialized or self.keys.nbytes <= _SMALL:
             return False
         recorded = torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad)
-        alike = all(
-            (new.dtype, new.device) == (old.dtype, old.device)
-            for new, old in ((key_states, self.keys), (value_states, self.values))
-        )
-        return alike and not recorded
+        return not recorded and _alike(key_states, self.keys) and _alike(value_states, self.values)
 
     @staticmethod
     def _larger(tensor: Tensor, length: int) -> Tensor:
@@ -67,6 +65,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         larger = tensor.new_empty(batch, heads, length + max(_SLACK, length // 4), dim)
         larger[:, :, :filled] = tensor
         return larger
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.dtype is other.dtype and one.device == other.device
 
 
 def install() -> None:

@@ -79,6 +79,10 @@ def install() -> Mapping[str, Any]:
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], **options: Any) -> Tensor:
     """One layer of a step: write the new keys and values into their pages, then attend through the block table.
 
+    Where each request has one token this is one call. Otherwise it is two: the slots of the new tokens are the same in every
+    layer and are worked out once a step, while ``k_new`` of the packed function works them out in each call, which takes
+    longer than the second call does.
+
     Args:
         q: ``(1, total, Hq, D)``, the new tokens of all requests, one after another.
         k: ``(1, total, Hkv, D)``.
