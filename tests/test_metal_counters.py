@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import metalsim
 import pytest
 import torch
 from metal_harness import counted, gathered_sdpa, kernels_on, paged_decode, pairs, plain_decode
@@ -134,6 +135,28 @@ def test_prefill_over_pages_gathers_nothing() -> None:
         (only,) = counted(lambda: pagedflash.flash_attn_varlen_func(*arguments, **options))
     tiles = 32 * 2 // 32
     assert only.counters.device_bytes_loaded <= 1.15 * tiles * problem.cache_bytes
+
+
+def test_a_mixed_batch_costs_its_parts() -> None:
+    """Seven sequences decode, one has a chunk of 40: bytes, multiplies and dispatches of a call for each of the two."""
+    problem = paged_decode(8, 8, 2, 64, 512, torch.float16)
+    _, k, v, lengths, table = problem
+    q = torch.randn(7 + 40, 8, 64).half()
+
+    def call(first: int, sequences: slice, queries: list[int]) -> list[metalsim.Dispatch]:
+        offsets = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
+        rows = q[first : first + sum(queries)]
+        arguments = (rows, k, v, offsets, None, max(queries), 512)
+        options = dict(block_table=table[sequences], seqused_k=lengths[sequences], causal=True, num_splits=2)
+        with pagedflash.use_backend("metal"):
+            return counted(lambda: pagedflash.flash_attn_varlen_func(*arguments, **options))
+
+    mixed = call(0, slice(0, 8), [1] * 7 + [40])
+    apart = [*call(0, slice(0, 7), [1] * 7), *call(7, slice(7, 8), [40])]
+    assert [d.kernel for d in mixed] == [d.kernel for d in apart] == ["decode", "combine", "prefill"]
+    for counter in ("device_bytes_loaded", "device_bytes_stored", "matrix_multiplies"):
+        ours, parts = (sum(getattr(d.counters, counter) for d in dispatches) for dispatches in (mixed, apart))
+        assert 0.9 * parts <= ours <= 1.05 * parts, counter
 
 
 def test_more_cores_get_more_splits() -> None:

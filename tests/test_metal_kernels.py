@@ -13,7 +13,10 @@ from metal_harness import Launch, gathered_sdpa, kernels_on, paged_decode
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache, kv_paged_write
 from pagedflash.backends import metal
+from pagedflash.backends.metal.tiling import DECODE_MAX_QUERIES
 from pagedflash.backends.protocol import Support
+from pagedflash.geometry import may_be_mixed
+from pagedflash.problem import AttentionProblem
 from pagedflash.testing import DTYPES, HEAD_DIMS, LAYOUTS, PAGE_SIZES, assert_matches_reference, random_problem
 
 OTHER_HEAD_DIMS = (1, 2, 5, 8, 13, 24, 40, 48, 56, 88, 104, 120, 136, 160, 176, 200, 248, 255)
@@ -58,6 +61,38 @@ def test_head_dims(rng: random.Random, launches, device, head_dim, queries) -> N
         rng, layout=layout, head_dims=(head_dim,), max_queries=queries, device=device, capabilities=metal.CAPABILITIES
     )
     assert_matches_reference(problem, metal.attention)
+
+
+def test_unused_queries_look_up_no_page(launches, device) -> None:
+    """A tile of them, behind a window's last key: with no page left in the table."""
+    if device != "cpu":
+        pytest.skip("the checks are the simulator's")
+    problem = paged_decode(1, 1, 1, 64, 64, torch.float32)
+    _, k, v, lengths, table = problem
+    offsets, used = torch.tensor([0, 80], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    fields = dict(
+        q=torch.randn(80, 1, 64), k=k, v=v, block_table=table, seqused_k=lengths, cu_seqlens_q=offsets, seqused_q=used
+    )
+    numbers = dict(max_seqlen_q=80, max_seqlen_k=64, window_left=3, scale=0.1)
+    with metalsim.simulate(check=True):
+        assert_matches_reference(AttentionProblem.of_fields(**fields, **numbers), metal.attention)
+
+
+def test_mixed_batches(rng: random.Random, rounds, launches, device) -> None:
+    """Decode and prefill have their own sequences, and all rows are written once: in any order of threads."""
+    if device != "cpu":
+        pytest.skip("the checks are the simulator's")
+    seen = 0
+    while seen < rounds(3):
+        problem = random_problem(rng, layout="paged varlen", head_dims=(32, 72), max_keys=400)
+        if not may_be_mixed(problem) or problem.queries.max_seqlen_q <= DECODE_MAX_QUERIES:
+            continue
+        seen += 1
+        launches.clear()
+        with metalsim.simulate(check=True, order=rng.choice(metalsim.ORDERS), seed=rng.getrandbits(32)):
+            assert_matches_reference(problem, metal.attention)
+        kernels = [launch.kernel for launch in launches]
+        assert kernels[0] == "decode" and kernels[-1] == "prefill"
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)

@@ -33,7 +33,7 @@ NOTICE_SECONDS = 1.0
 SOURCES = {
     "kv_write": ("kv_format", "paging", "sequence", "rotary", "kv_write"),
     "decode": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "decode"),
-    "combine": ("softmax", "combine"),
+    "combine": ("sequence", "softmax", "combine"),
     "prefill": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "prefill"),
 }
 """Kernel -> the files it is made of, in order, behind the prologue, its definitions and the structs."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import decode_rows, max_visible_keys, queries_rotate_by_position, strides
+from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, strides
 from ...problem import Append, AttentionProblem, CacheWrite, KVCache, fold_scores
 from ..protocol import Support
 from .compiler import Target, buffers_of, compiled, current_target, source_of
@@ -25,6 +25,7 @@ from .tiling import (
     LANES,
     LOAD_BYTES,
     MAX_SPLITS,
+    MIXED_DECODE_ROWS,
     PSEUDO_PAGE,
     DecodeTiling,
     PrefillTiling,
@@ -154,6 +155,10 @@ def _plan_attention(problem: AttentionProblem, target: Target, offset: int) -> P
     append, has_rows = problem.append, math.prod(problem.out_shape) > 0
     if has_rows and problem.queries.max_seqlen_q <= DECODE_MAX_QUERIES:
         _add_decode(planner, problem, offset)
+    elif has_rows and may_be_mixed(problem):
+        decode_limit = max(1, MIXED_DECODE_ROWS // problem.group)
+        _add_decode(planner, problem, offset, decode_limit)
+        _add_prefill(planner, problem, offset, decode_limit)
     else:
         planner.constants["params"] = packed(_params(problem))
         if append is not None:
@@ -176,31 +181,36 @@ def _add_write(planner: _Planner, cache: KVCache, append: Append) -> None:
     )
 
 
-def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int) -> None:
+def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int, decode_limit: int = 0) -> None:
     """Few queries a sequence: ``decode``, which appends; ``kv_write`` before it where several threadgroups read the keys
-    of one sequence and head, ``combine`` after it where they are split."""
+    of one sequence and head, ``combine`` after it where they are split. With a limit, only sequences of so few."""
     q, cache, append = problem.queries.q, problem.cache, problem.append
     kv_heads, head_dim, v_head_dim = cache.k.shape[-2], q.shape[-1], cache.v.shape[-1]
-    sequences, rows = problem.batch_size * kv_heads, max(problem.group, decode_rows(problem))  # q may be all padding
+    sequences = problem.batch_size * kv_heads
+    rows = decode_limit * problem.group or max(problem.group, decode_rows(problem))  # q may be all padding
     max_keys = max_visible_keys(problem)
     tuning = planner.target.tuning
     tiling = decode_tiling(rows, head_dim, v_head_dim, q.element_size(), _page_size(cache), tuning)
     row_tiles = -(-rows // tiling.rows)
     planned = choose_num_splits(sequences * row_tiles, tiling, min(rows, tiling.rows), max_keys, planner.target.simdgroups)
     num_splits = min(problem.num_splits or planned, MAX_SPLITS)
-    appends = append is not None and row_tiles == 1
-    planner.constants["params"] = packed(_params(problem)._replace(num_splits=num_splits, appends=int(appends)))
+    appends = append is not None and row_tiles == 1 and not decode_limit
+    planner.constants["params"] = packed(
+        _params(problem)._replace(num_splits=num_splits, appends=int(appends), decode_limit=decode_limit)
+    )
     if append is not None and not appends:
         _add_write(planner, cache, append)
     threads = LANES * tiling.simdgroups
     planner.dispatch(
         "decode",
         _definitions(problem, tiling, offset),
-        (threads * kv_heads, num_splits * row_tiles, _grid_batch(problem)),
+        (threads * kv_heads, num_splits * row_tiles, problem.batch_size if decode_limit else _grid_batch(problem)),
         (threads, 1, 1),
     )
     if num_splits > 1:
         out_rows = math.prod(problem.out_shape[:-1])
+        if decode_limit:
+            out_rows = problem.batch_size * decode_limit * q.shape[-2]
         planner.results["out_partial"] = Result((out_rows, num_splits, v_head_dim), torch.float32)
         planner.results["softmax_partial"] = Result((out_rows, num_splits, 2), torch.float32)
         threads = LANES * COMBINE_SIMDGROUPS
@@ -212,16 +222,20 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int) -> No
         )
 
 
-def _add_prefill(planner: _Planner, problem: AttentionProblem, offset: int) -> None:
-    """Many queries a sequence, over keys that are in the cache already."""
+def _add_prefill(planner: _Planner, problem: AttentionProblem, offset: int, decode_limit: int = 0) -> None:
+    """Many queries a sequence, over keys that are in the cache already. With a limit, only sequences of more."""
     q, cache = problem.queries.q, problem.cache
     tiling = prefill_tiling(q.shape[-1], cache.v.shape[-1], q.element_size(), planner.target.tuning)
     threads = LANES * tiling.simdgroups
-    row_tiles = -(-decode_rows(problem) // tiling.rows)
+    row_tiles, layers = -(-decode_rows(problem) // tiling.rows), _grid_batch(problem)
+    if decode_limit:  # as many tiles as all sequences may have, each a last one that is not full; and a layer behind them
+        total_q = q.shape[0]
+        row_tiles = -(-total_q * problem.group // tiling.rows) + min(problem.batch_size, total_q // (decode_limit + 1))
+        layers = 2
     planner.dispatch(
         "prefill",
         _definitions(problem, tiling, offset),
-        (threads * row_tiles, cache.k.shape[-2], _grid_batch(problem)),
+        (threads * row_tiles, cache.k.shape[-2], layers),
         (threads, 1, 1),
     )
 

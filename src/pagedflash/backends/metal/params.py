@@ -19,6 +19,9 @@ class Params(NamedTuple):
     capacity: int  # keys of a sequence whose length is not given
     num_new_tokens: int  # of each sequence, behind those its length counts
     appends: int  # whether decode writes them to the cache
+    decode_limit: (
+        int  # in a mixed batch, sequences of up to so many queries are decode's, the others prefill's; 0 = not mixed
+    )
     num_splits: int
     max_pages: int  # of a sequence: the width of block_table
     has_cu_seqlens_q: int

@@ -16,6 +16,7 @@ LOAD_BYTES = 16  # the widest load of a lane
 PSEUDO_PAGE = 32  # tokens of a page where keys are not paged: they are then pages that follow each other
 
 DECODE_MAX_QUERIES = 8  # longer sequences of queries fill the tiles of prefill
+MIXED_DECODE_ROWS = MATRIX  # of a sequence and KV head in a mixed batch: decode costs as much with one row as with these
 OUTPUT_REGISTERS = 64  # of a lane, at most, for the output accumulator of decode
 MAX_KEY_BLOCKS = 4  # matrices of keys in a tile of decode
 REDUCE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups reduce some rows at a time

@@ -11,9 +11,10 @@ kernel void combine(
     device const float* out_partial [[buffer(0)]],
     device const float2* softmax_partial [[buffer(1)]],
     device const float* sinks [[buffer(2)]],
-    device T* out [[buffer(3)]],
-    device float* lse [[buffer(4)]],
-    constant Params& params [[buffer(5)]],
+    device const int* cu_seqlens_q [[buffer(3)]],
+    device T* out [[buffer(4)]],
+    device float* lse [[buffer(5)]],
+    constant Params& params [[buffer(6)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]]
@@ -24,10 +25,17 @@ kernel void combine(
     const int simdgroup = int(simdgroup_index);
     const int num_splits = int(params.num_splits);
     const int head = int(group.x);
-    const int row = int(group.y);
+    int row = int(group.y);
+    const long partial = (long(row) * params.num_heads + head) * num_splits;
+    device const float2* max_and_sum = softmax_partial + partial;  // of each split
+    device const float* partials = out_partial + partial * V_HEAD_DIM;
+    if (params.decode_limit) {  // partial_row of a query that may be there
+        const int b = row / int(params.decode_limit), query = row % int(params.decode_limit);
+        const int rows = cu_seqlens_q[b + 1] - cu_seqlens_q[b];
+        if (query >= rows || !is_decoded(rows, params)) return;
+        row = cu_seqlens_q[b] + query;
+    }
     const long out_row = long(row) * params.num_heads + head;
-    device const float2* max_and_sum = softmax_partial + out_row * num_splits;  // of each split
-    device const float* partials = out_partial + out_row * num_splits * V_HEAD_DIM;
 
     // ---- Accumulate: the splits 32 at a time, one a lane; of them every simdgroup adds its own
     float maximum = LOWEST, sum = 0.0f;

@@ -195,7 +195,7 @@ kernel void decode(
         b, params, score_params, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_batch_idx, cache_leftpad
     );
     const int rows = min(ROWS, s.rows * GROUP - first_row);
-    if (rows <= 0) return;
+    if (rows <= 0 || !is_decoded(s.rows, params)) return;
 
     // ---- Which keys: those any row sees, plus the new ones, which must be written; of them the tiles of this split
     const KVRange range = kv_range(s, first_row / GROUP, (first_row + ROWS - 1) / GROUP);
@@ -398,7 +398,7 @@ kernel void decode(
             const int row = s.first_row + query;
             const long out_row = long(row) * params.num_heads + head;
             if (num_splits > 1) {
-                const long partial = out_row * num_splits + split;
+                const long partial = (partial_row(params, b, query, row) * params.num_heads + head) * num_splits + split;
                 if (d == 0) {
                     softmax_partial[partial * 2] = top;
                     softmax_partial[partial * 2 + 1] = total;

@@ -14,6 +14,8 @@
 //
 // Tiles of keys that no row of the threadgroup sees are never visited.
 //
+// A mixed batch has many sequences that are decode's. The row tiles of the others are then numbered, one sequence after another.
+//
 // Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP, PAGE_SIZE, PAGED, KEY_TILE, SIMDGROUPS, DIM_SPLIT; CHUNK (elements of 16
 // bytes), K_CHUNKS (reads of a key by one lane), K_TAIL (as in decode), V_MATRICES (along the dims of one part).
 
@@ -60,6 +62,21 @@ inline void multiply_keys(thread float2* scores, thread const Pair* queries, thr
     }
 }
 
+// The sequence of a row tile of a mixed batch, none (from batch_size on) behind the last; `tile` becomes its own tile. Each lane counts
+// the tiles of one of 32 sequences.
+inline int sequence_of(thread int& tile, device const int* cu_seqlens_q, constant Params& params, int lane) {
+    for (int first = 0; first < int(params.batch_size); first += 32) {
+        const int b = first + lane;
+        const int rows = b < int(params.batch_size) ? cu_seqlens_q[b + 1] - cu_seqlens_q[b] : 0;
+        const int tiles = is_decoded(rows, params) ? 0 : (rows * GROUP + QUERY_TILE - 1) / QUERY_TILE;
+        const int end = simd_prefix_inclusive_sum(tiles);
+        const int passed = simd_sum(end <= tile ? 1 : 0);
+        tile -= passed > 0 ? simd_shuffle(end, ushort(passed - 1)) : 0;
+        if (passed < 32) return first + passed;
+    }
+    return int(params.batch_size);
+}
+
 [[max_total_threads_per_threadgroup(THREADS)]]
 kernel void prefill(
     device const T* q [[buffer(0)]],
@@ -95,9 +112,14 @@ kernel void prefill(
     const int lane = int(lane_index);
     const int simdgroup = int(simdgroup_index);
     const int thread_index = simdgroup * 32 + lane;
-    const int first_row = int(group.x) * QUERY_TILE;
+    int row_tile = int(group.x), b = int(group.z);
+    if (params.decode_limit) {
+        const bool behind = b > 0;
+        b = behind ? int(params.batch_size) : sequence_of(row_tile, cu_seqlens_q, params, lane);
+        if (b >= int(params.batch_size) && !behind) return;
+    }
+    const int first_row = row_tile * QUERY_TILE;
     const int kv_head = int(group.y);
-    const int b = int(group.z);
     const int first_head = kv_head * GROUP;
 
     // ---- Padding rows of packed q, behind all sequences: the last threadgroups clear them
@@ -152,6 +174,7 @@ kernel void prefill(
     // ---- Which keys: those any row of the tile sees
     const ScoreRow score_row_of_lane = score_row(s, query, alibi_slope(alibi_slopes, params, b, head));
     const KVRange range = kv_range(s, first_row / GROUP, (first_row + QUERY_TILE - 1) / GROUP);
+    const int tiles_end = range.begin < range.end ? range.end : 0;
 
     device const T* k_pages = k + s.cache_row * params.k_batch_stride + kv_head * params.k_head_stride;
     device const T* v_pages = v + s.cache_row * params.v_batch_stride + kv_head * params.v_head_stride;
@@ -165,7 +188,7 @@ kernel void prefill(
     for (int i = 0; i < V_MATRICES; i++) output[i] = float2(0.0f);
 
     // ---- The tiles of keys
-    for (int first_key = range.begin / KEY_TILE * KEY_TILE; first_key < range.end; first_key += KEY_TILE) {
+    for (int first_key = range.begin / KEY_TILE * KEY_TILE; first_key < tiles_end; first_key += KEY_TILE) {
         const int page = page_of(pages_of_sequence, clamp(first_key + min(lane, KEY_TILE - 1), range.begin, range.end - 1));
         threadgroup_barrier(mem_flags::mem_threadgroup);
         load_tile<K_ROW, HEAD_DIM>(k_tile, k_pages, page, first_key, range, k_page_stride, k_token_stride, thread_index);

@@ -58,6 +58,17 @@ inline Sequence sequence_at(
     return s;
 }
 
+// Whether a sequence of so many queries is decode's: all are, unless the batch is mixed.
+inline bool is_decoded(int rows, constant Params& params) {
+    return !params.decode_limit || rows <= int(params.decode_limit);
+}
+
+// Where decode leaves what combine reduces for a query, whose row in out is `row`. In a mixed batch, each sequence has room for
+// as many queries as are decode's.
+inline long partial_row(constant Params& params, int b, int query, int row) {
+    return params.decode_limit ? long(b) * params.decode_limit + query : row;
+}
+
 // Keys from `begin` to `end`, which is not one of them; none if end <= begin.
 struct KVRange {
     int begin;
