@@ -190,7 +190,9 @@ def test_core_count_comes_from_torch_unless_it_is_given(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("rows", (1, 8, 9, 128))
 def test_decode_fits_the_registers_of_an_apple_gpu(rows: int) -> None:
-    """Live values of a lane, in 32-bit registers: with more than 128, fewer simdgroups run beside each other."""
+    """The values of a lane that the plan has live together, in 32-bit registers. What a compiler adds to them for addresses
+    and temporaries is estimated in test_metal_sources.py.
+    """
     for element_bytes in (2, 4):
         for head_dim in range(1, 257):
             t = tiling.decode_tiling(rows, head_dim, head_dim, element_bytes, 16, metal.Tuning())
@@ -207,7 +209,7 @@ def test_prefill_fits_the_registers_of_an_apple_gpu() -> None:
         for head_dim in range(1, 257):
             t = tiling.prefill_tiling(head_dim, head_dim, element_bytes, metal.Tuning())
             queries, output = (t.k_chunks * t.chunk + t.k_tail) * element_bytes // 2, 2 * t.v_matrices
-            assert queries + output <= 96, (element_bytes, head_dim, t)
+            assert queries + output <= 64, (element_bytes, head_dim, t)
             rows = t.dim_split * 8 * (t.k_chunks * t.chunk + t.k_tail), t.dim_split * 8 * t.v_matrices
             assert min(rows) >= head_dim
             tiles = t.key_tile * (sum(rows) * element_bytes + 32)
