@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import metalsim
 import pytest
 import torch
-from metal_harness import kernels_on, paged_decode
+from metal_harness import kernels_on, paged_decode, require_simulator
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache
@@ -125,6 +125,7 @@ class Mixed(NamedTuple):
 
 def test_a_struct_arrives_as_it_was_packed() -> None:
     """Whatever the order of ints and floats: a score option more is a field more."""
+    require_simulator()
     source = f"""
     #include <metal_stdlib>
     using namespace metal;
