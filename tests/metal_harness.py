@@ -67,7 +67,7 @@ def kernels_on(device: str, core_count: int | None = None) -> Iterator[list[Laun
         yield launches
 
 
-def sources_of(run: Callable[[], object]) -> dict[str, list[str]]:
+def sources_of(run: Callable[[], object], tuning: metal.Tuning | None = None) -> dict[str, list[str]]:
     """Kernel -> the sources that ``run`` has compiled for it. The kernels do nothing."""
     sources: dict[str, list[str]] = {}
 
@@ -78,7 +78,7 @@ def sources_of(run: Callable[[], object]) -> dict[str, list[str]]:
             sources.setdefault(name, []).append(self.source)
             return lambda *arguments, threads, group_size: None
 
-    with metal.use_compiler(lambda source: Library(source), core_count=40), pagedflash.use_backend("metal"):
+    with metal.use_compiler(lambda source: Library(source), 40, tuning), pagedflash.use_backend("metal"):
         run()
     return sources
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import metalsim
 import pytest
 import torch
-from metal_harness import counted, gathered_sdpa, kernels_on, paged_decode, pairs, plain_decode
+from metal_harness import counted, gathered_sdpa, kernels_on, paged_decode, pairs, plain_decode, require_simulator
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache
@@ -17,6 +17,7 @@ from pagedflash.testing import PagedProblem
 def simulated(device: str) -> None:
     if device != "cpu":
         pytest.skip("only the simulator counts")
+    require_simulator()
 
 
 def decode(problem: PagedProblem, **options) -> torch.Tensor:

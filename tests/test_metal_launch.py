@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import metalsim
 import pytest
 import torch
-from metal_harness import kernels_on, paged_decode
+from metal_harness import kernels_on, paged_decode, require_simulator
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache
@@ -125,6 +125,7 @@ class Mixed(NamedTuple):
 
 def test_a_struct_arrives_as_it_was_packed() -> None:
     """Whatever the order of ints and floats: a score option more is a field more."""
+    require_simulator()
     source = f"""
     #include <metal_stdlib>
     using namespace metal;
@@ -190,7 +191,9 @@ def test_core_count_comes_from_torch_unless_it_is_given(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("rows", (1, 8, 9, 128))
 def test_decode_fits_the_registers_of_an_apple_gpu(rows: int) -> None:
-    """Live values of a lane, in 32-bit registers: with more than 128, fewer simdgroups run beside each other."""
+    """The values of a lane that the plan has live together, in 32-bit registers. What a compiler adds to them for addresses
+    and temporaries is estimated in test_metal_sources.py.
+    """
     for element_bytes in (2, 4):
         for head_dim in range(1, 257):
             t = tiling.decode_tiling(rows, head_dim, head_dim, element_bytes, 16, metal.Tuning())
@@ -207,7 +210,7 @@ def test_prefill_fits_the_registers_of_an_apple_gpu() -> None:
         for head_dim in range(1, 257):
             t = tiling.prefill_tiling(head_dim, head_dim, element_bytes, metal.Tuning())
             queries, output = (t.k_chunks * t.chunk + t.k_tail) * element_bytes // 2, 2 * t.v_matrices
-            assert queries + output <= 96, (element_bytes, head_dim, t)
+            assert queries + output <= 64, (element_bytes, head_dim, t)
             rows = t.dim_split * 8 * (t.k_chunks * t.chunk + t.k_tail), t.dim_split * 8 * t.v_matrices
             assert min(rows) >= head_dim
             tiles = t.key_tile * (sum(rows) * element_bytes + 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import metalsim
@@ -11,19 +12,66 @@ import torch
 from metal_harness import paged_decode, require_simulator, sources_of
 
 from pagedflash import flash_attn_func, flash_attn_with_kvcache, kv_paged_write
-from pagedflash.backends.metal import compiler
+from pagedflash.backends.metal import Tuning, compiler
+from pagedflash.cli.bench import pagedflash_decode
+from pagedflash.cli.sweep import CANDIDATES
 from pagedflash.testing import DTYPES, paged_problem
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def simulated() -> None:
     require_simulator()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Apple's compiler
+# --------------------------------------------------------------------------------------------------------------------
+
+SHAPES = ((64, 64, 1), (64, 64, 4), (80, 80, 1), (96, 96, 4), (128, 128, 1), (128, 128, 4), (128, 128, 16), (192, 128, 8),
+          (256, 256, 4), (40, 40, 1), (5, 33, 3))  # fmt: skip
+"""Head dims of K and V, query heads a KV head."""
+
+
+@pytest.mark.parametrize("paged", (True, False), ids=("pages", "dense caches"))
+@pytest.mark.parametrize("head_dim, v_head_dim, group", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_apples_compiler_takes_every_kernel(
+    dtype: torch.dtype, head_dim: int, v_head_dim: int, group: int, paged: bool, device: str
+) -> None:
+    """All four kernels of a plan; decode with 8 rows and with 16. On a Mac; elsewhere the other tests compile them."""
+    if device != "mps":
+        pytest.skip("needs --device mps")
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    lengths = torch.tensor([900], dtype=torch.int32)
+    table = torch.arange(64, dtype=torch.int32).view(1, 64) if paged else None
+    k, v = (tensor(64, 16, 2, d) if paged else tensor(1, 1024, 2, d) for d in (head_dim, v_head_dim))
+
+    def run() -> None:
+        for queries in (1, 8, 64):
+            q, k_new, v_new = (
+                tensor(1, queries, heads, d) for heads, d in ((2 * group, head_dim), (2, head_dim), (2, v_head_dim))
+            )
+            flash_attn_with_kvcache(q, k, v, k_new, v_new, cache_seqlens=lengths, block_table=table, causal=True)
+
+    sources = sources_of(run)
+    assert set(sources) == set(compiler.SOURCES)
+    for name, of_kernel in sources.items():
+        for source in set(of_kernel):
+            assert callable(getattr(torch.mps.compile_shader(source), name))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What stays in registers
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", (1, 3, 8, 16))
 @pytest.mark.parametrize("head_dim", (64, 80, 128, 256))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decode_has_its_arrays_in_registers(dtype: torch.dtype, head_dim: int, group: int) -> None:
+def test_decode_has_its_arrays_in_registers(simulated: None, dtype: torch.dtype, head_dim: int, group: int) -> None:
     problem = paged_decode(1, 2 * group, 2, head_dim, 1024, dtype)
     new = torch.zeros(1, 1, 2, head_dim, dtype=dtype)
     sources = sources_of(
@@ -37,18 +85,58 @@ def test_decode_has_its_arrays_in_registers(dtype: torch.dtype, head_dim: int, g
 
 @pytest.mark.parametrize("head_dim", (64, 80, 128, 256))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-def test_prefill_has_its_arrays_in_registers(dtype: torch.dtype, head_dim: int) -> None:
+def test_prefill_has_its_arrays_in_registers(simulated: None, dtype: torch.dtype, head_dim: int) -> None:
     q, kv = torch.zeros(1, 64, 4, head_dim, dtype=dtype), torch.zeros(1, 64, 1, head_dim, dtype=dtype)
     (source,) = sources_of(lambda: flash_attn_func(q, kv, kv, causal=True))["prefill"]
     assert metalsim.stack_arrays(source) == []
 
 
-def test_kv_write_has_its_arrays_in_registers() -> None:
+def test_kv_write_has_its_arrays_in_registers(simulated: None) -> None:
     problem = paged_decode(1, 2, 2, 64, 64, torch.float16)
     new = torch.zeros(1, 3, 2, 64).half()
     run = lambda: kv_paged_write(new, new, *problem[1:3], problem.block_table, problem.cache_seqlens - 3)  # noqa: E731
     (source,) = sources_of(run)["kv_write"]
     assert metalsim.stack_arrays(source) == []
+
+
+@pytest.mark.parametrize("name, values", [(n, v) for numbers in CANDIDATES.values() for n, v in numbers.items()])
+def test_every_plan_of_the_sweep_has_its_arrays_in_registers(simulated: None, name: str, values: tuple[int, ...]) -> None:
+    problem = paged_decode(1, 32, 2, 128, 1024, torch.float16)
+    q, kv = torch.zeros(1, 64, 4, 128).half(), torch.zeros(1, 64, 1, 128).half()
+
+    def run() -> None:
+        flash_attn_with_kvcache(*problem[:3], cache_seqlens=problem.cache_seqlens, block_table=problem.block_table)
+        flash_attn_func(q, kv, kv, causal=True)
+
+    for value in values:
+        sources = sources_of(run, Tuning(**{name: value}))
+        assert all(metalsim.stack_arrays(source) == [] for kernel in sources.values() for source in kernel)
+
+
+SPILLED = {
+    torch.float16: {64: (0, 24, 0), 80: (0, 36, 0), 128: (0, 120, 60), 192: (48, 48, 40), 256: (212, 212, 72)},
+    torch.float32: {64: (0, 32, 0), 80: (0, 76, 0), 128: (16, 156, 68), 192: (60, 60, 20), 256: (132, 132, 76)},
+}
+"""Dtype -> head dim -> bytes a lane that are in memory with 128 registers: of decode with 8 rows, with 16, of prefill. Those
+of 16 rows are the price of reading the keys once, which decode_rows=8 does not pay."""
+
+
+@pytest.mark.parametrize("head_dim", (64, 80, 128, 192, 256))
+@pytest.mark.parametrize("dtype", SPILLED, ids=str)
+def test_spills_with_the_registers_of_an_apple_gpu(simulated: None, dtype: torch.dtype, head_dim: int) -> None:
+    """Estimated by another GPU's compiler, temporaries and addresses included."""
+
+    def spilled(kernel: str, run: Callable[[], object]) -> int:
+        (source,) = sources_of(run)[kernel]
+        return metalsim.count_registers(source)[kernel].spilled_bytes
+
+    few, many = (paged_decode(1, 2 * group, 2, head_dim, 64, dtype) for group in (8, 16))
+    q, kv = torch.zeros(1, 64, 4, head_dim, dtype=dtype), torch.zeros(1, 64, 1, head_dim, dtype=dtype)
+    found = (
+        *(spilled("decode", pagedflash_decode(problem).run) for problem in (few, many)),
+        spilled("prefill", lambda: flash_attn_func(q, kv, kv, causal=True)),
+    )
+    assert all(mine <= most for mine, most in zip(found, SPILLED[dtype][head_dim])), found
 
 
 def test_sources_are_what_every_compile_takes() -> None:
@@ -80,9 +168,10 @@ def test_few_queries_of_any_number_share_a_decode_kernel(group: int, kernels: in
 
 
 @pytest.mark.parametrize("paged", (True, False), ids=("pages", "dense caches"))
-def test_a_generation_compiles_four_kernels_at_most(paged: bool) -> None:
+@pytest.mark.parametrize("head_dim, dtype", ((128, torch.float16), (256, torch.float32)), ids=str)
+def test_a_generation_compiles_four_kernels_at_most(head_dim: int, dtype: torch.dtype, paged: bool) -> None:
     """Prompts, then single tokens with ever longer caches, and batches that come and go."""
-    heads, kv_heads, head_dim, dtype = 8, 2, 128, torch.float16
+    heads, kv_heads = 8, 2
 
     def run() -> None:
         for batch in (1, 3, 8):

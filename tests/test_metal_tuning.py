@@ -102,6 +102,7 @@ def test_a_wrong_tuning_is_rejected(gpu: None, text: str, monkeypatch: pytest.Mo
     (
         "load_registers=64",
         "load_registers=32,decode_simdgroups=8",
+        "decode_rows=8",
         "prefill_simdgroups=8,prefill_keys=16,prefill_registers=32",
         "prefill_keys=64",
     ),

@@ -18,14 +18,15 @@ from typing import Any
 from scikit_build_core import build as _scikit
 from scikit_build_core.build import build_sdist, get_requires_for_build_sdist  # noqa: F401  (hooks pip looks up)
 
-_ZIG = "ziglang>=0.13"
+_ZIG = ["ziglang>=0.13"] + (["ninja"] if os.name == "nt" else [])
 _COMPILERS = ("c++", "g++", "clang++")
 
 Settings = dict[str, Any] | None
 
 
 def _has_compiler() -> bool:
-    return bool(os.environ.get("CXX")) or any(map(_works, _COMPILERS))
+    # On Windows neither of the usual ones will do: cl has other flags, and GCC misaligns 32-byte vectors on the stack there.
+    return bool(os.environ.get("CXX")) or (os.name != "nt" and any(map(_works, _COMPILERS)))
 
 
 def _works(compiler: str) -> bool:
@@ -41,12 +42,12 @@ def _works(compiler: str) -> bool:
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     requires = _scikit.get_requires_for_build_wheel(config_settings)
-    return requires if _has_compiler() else [*requires, _ZIG]
+    return requires if _has_compiler() else [*requires, *_ZIG]
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
     requires = _scikit.get_requires_for_build_editable(config_settings)
-    return requires if _has_compiler() else [*requires, _ZIG]
+    return requires if _has_compiler() else [*requires, *_ZIG]
 
 
 def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
@@ -77,6 +78,8 @@ class _CompilerFound:
         self.directory = Path(tempfile.mkdtemp(prefix="pagedflash-zig-"))
         for variable, command in (("CC", "cc"), ("CXX", "c++"), ("AR", "ar"), ("RANLIB", "ranlib")):
             os.environ[variable] = str(_zig_script(self.directory, command))
+        if os.name == "nt":
+            os.environ.setdefault("CMAKE_GENERATOR", "Ninja")  # Visual Studio's takes no compiler but its own
 
     def __exit__(self, *error: object) -> None:
         if self.directory is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,9 @@ DECODE_CASES: tuple[tuple[Any, ...], ...] = (
 MAX_BYTES = 1.05
 """Bytes that decode may load, to those of K and V: queries, tables, lengths and the partial results are in them."""
 
+REGISTERS = "registers a lane, estimated, and bytes in memory with 128"
+"""The name of a figure."""
+
 MAX_CAUSAL = 0.6
 """Matrix multiplications of a causal prompt, to those of a full one."""
 
@@ -60,13 +63,24 @@ def decode(cases: tuple[tuple[Any, ...], ...]) -> Iterator[Row]:
         problem = paged_decode(*case)
         name = f"B={batch} {heads}/{kv_heads} D={head_dim} S={keys} {dtype_name(dtype)}"
         name += "".join(f", pages of {size}" for size in page_size)
+        run = pagedflash_decode(problem).run
         with use_backend("metal"):
-            figures = decode_figures(counted(pagedflash_decode(problem).run), problem)
+            figures = decode_figures(counted(run), problem) | registers(run, "decode")
         loaded = figures["bytes loaded / K and V"]
         failures = [f"{loaded:.3f} x the bytes of K and V loaded, more than {MAX_BYTES}"] if loaded > MAX_BYTES else ()
         yield Row(name, figures, failures)
         baseline = decode_figures(counted(partial(plain_decode, problem)), problem)
-        yield Row("", baseline | {"kernel": "baseline"})
+        yield Row("", baseline | {"kernel": "baseline", REGISTERS: ""})
+
+
+def registers(run: Callable[[], object], kernel: str) -> Figures:
+    """As another GPU's compiler counts them, and what it keeps in memory if there are 128."""
+    import metalsim
+    from metal_harness import sources_of
+
+    (source,) = sources_of(run)[kernel]
+    used, spilled = metalsim.count_registers(source)[kernel]
+    return {REGISTERS: f"{used}, {spilled} bytes" if spilled else str(used)}
 
 
 def decode_figures(dispatches: list[Dispatch], problem: PagedProblem) -> Figures:

@@ -8,12 +8,8 @@ from pathlib import Path
 
 from .errors import CompileError
 from .rejections import parse
-from .toolchain import CODE, LANGUAGE, MSL, cached, preprocess, readable, run_clang
+from .toolchain import CODE, INLINED, LANGUAGE, MSL, cached, preprocess, readable, run_clang
 from .translate import translate
-
-_OPTIONS = (
-    "-O2", "-fno-vectorize", "-fno-slp-vectorize", "-mllvm", "-inline-threshold=100000", "-S", "-emit-llvm", "-o", "-",
-)  # fmt: skip
 
 
 def stack_arrays(source: str) -> list[str]:
@@ -43,7 +39,7 @@ def _look(source: str, output: Path) -> None:
     _, tree = parse(preprocessed)
     found = [f"line {line}: a choice between elements of an array; load both, then choose" for line in tree.choices]
     program = f'#include "{MSL / "prelude.h"}"\n{translate(preprocessed).source}'
-    done = run_clang([*LANGUAGE, *CODE, *_OPTIONS, "-"], program)
+    done = run_clang([*LANGUAGE, *CODE, *INLINED, "-emit-llvm", "-"], program)
     if done.returncode:
         raise CompileError(readable(done.stderr))
     function = ""

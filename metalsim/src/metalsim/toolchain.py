@@ -32,6 +32,8 @@ CODE = (
     "-fPIC", "-w", "-fno-strict-aliasing", "-fno-stack-protector", "-fno-asynchronous-unwind-tables",
     "-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none",
 )  # fmt: skip
+# A listing, made as a GPU's compiler would: everything inlined.
+INLINED = ("-O2", "-fno-vectorize", "-fno-slp-vectorize", "-mllvm", "-inline-threshold=100000", "-S", "-o", "-")
 PROCESSOR = {"x86_64": ("-mavx2", "-mfma", "-mf16c")}
 
 
@@ -115,6 +117,7 @@ _PARTS = {
         "t*.py",
         "rejections.py",
         "stack.py",
+        "registers.py",
         "msl/*.h",
         "msl/headers/*",
         "runtime/api.h",

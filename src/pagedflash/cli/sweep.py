@@ -23,8 +23,13 @@ from .measure import Clock, WallClock, best_device
 Run = Callable[[], object]
 
 CANDIDATES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    "decode": {"load_registers": (8, 16, 32, 64), "decode_simdgroups": (2, 4, 8), "simdgroups_per_core": (8, 13, 26)},
-    "prefill": {"prefill_keys": (16, 32), "prefill_simdgroups": (2, 4, 8), "prefill_registers": (64, 96, 128)},
+    "decode": {
+        "load_registers": (8, 16, 32, 64),
+        "decode_rows": (8, 16),
+        "decode_simdgroups": (2, 4, 8),
+        "simdgroups_per_core": (8, 13, 26),
+    },
+    "prefill": {"prefill_keys": (16, 32), "prefill_simdgroups": (2, 4, 8), "prefill_registers": (40, 64, 96)},
 }
 """Kernel -> the numbers that concern it, and the values to try, one number after the other."""
 
@@ -44,11 +49,12 @@ class Step(NamedTuple):
 
 
 def cases(device: str) -> dict[str, dict[str, Run]]:
-    """Kernel -> what to time: a model of 32 heads in float16, one of wide heads in float32."""
+    """Kernel -> what to time: models of 32 heads in float16, one of wide heads in float32."""
     decode: dict[str, Run] = {}
     for batch, heads, head_dim, dtype in (
         (1, (32, 8), 128, torch.float16),
         (8, (32, 8), 128, torch.float16),
+        (8, (32, 2), 128, torch.float16),
         (1, (16, 4), 256, torch.float32),
     ):
         q, k, v, lengths, table = paged_problem([4096] * batch, heads=heads, head_dim=head_dim, dtype=dtype, device=device)

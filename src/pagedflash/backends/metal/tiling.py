@@ -59,7 +59,8 @@ def decode_tiling(
     chunk = LOAD_BYTES // element_bytes
     k_tail, v_tail = _tail(head_dim, chunk), _tail(v_head_dim, chunk)
     v_matrices = v_head_dim // (MATRIX * chunk) * chunk + v_tail
-    row_blocks = 2 if total_rows > MATRIX and 2 * 2 * v_matrices <= OUTPUT_REGISTERS else 1
+    rows = min(total_rows, tuning.decode_rows)
+    row_blocks = 2 if rows > MATRIX and 2 * 2 * v_matrices <= OUTPUT_REGISTERS else 1
     registers = max(4, tuning.load_registers // (2 * row_blocks))  # for each key of a lane, which has two of each matrix
     chunks = -(-head_dim // (MATRIX * chunk))
     load_chunks = min(chunks, registers * 4 // LOAD_BYTES)
