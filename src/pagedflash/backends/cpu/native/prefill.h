@@ -53,10 +53,7 @@ PAGEDFLASH_INLINE void multiply_block(const float* a, int64_t a_stride, const fl
     for (int i = 0; i < GEMM_VECS; i++) store(c + r * c_stride + i * LANES, sum[r][i]);
 }
 
-template <class T, class KV>
 struct PrefillScratch {
-  using Element = typename KV::Element;
-
   PrefillScratch(ScratchArena arena, const AttentionProblem& problem) {
     constexpr int64_t rows = PREFILL_ROWS + GEMM_ROWS;
     const int64_t head_dim = problem.write.head_dim, out_size = round_up(problem.write.v_head_dim, PANEL);
@@ -70,10 +67,11 @@ struct PrefillScratch {
     k_panel = arena.allocate<float>(head_dim * PANEL);
     v_panels = arena.allocate<float>(out_size * PREFILL_TILE);
     for (int i = 0; i < 2; i++) {
-      k[i] = arena.allocate<const Element*>(PREFILL_TILE);
-      v[i] = arena.allocate<const Element*>(PREFILL_TILE);
+      tokens[i].k = arena.allocate<const char*>(PREFILL_TILE);
+      tokens[i].v = arena.allocate<const char*>(PREFILL_TILE);
+      tokens[i].k_descale = arena.allocate<const float*>(PREFILL_TILE);
+      tokens[i].v_descale = arena.allocate<const float*>(PREFILL_TILE);
     }
-    query = arena.allocate<T>(head_dim);
     bytes = arena.used();
   }
 
@@ -86,16 +84,15 @@ struct PrefillScratch {
   Range* seen;             // (rows / GEMM_ROWS), of the tile
   float* k_panel;          // (head_dim, PANEL)
   float* v_panels;         // (v_head_dim / PANEL, PREFILL_TILE, PANEL)
-  const Element **k[2], **v[2];  // addresses of the tokens of this tile and of the next
-  T* query;                // (head_dim), one row as it is loaded
+  TokenAddresses tokens[2];  // of this tile and of the next
   int64_t bytes;
 };
 
 inline int64_t prefill_scratch_bytes(const AttentionProblem& problem) {
-  return PrefillScratch<float, KVFormat<float>>(ScratchArena(nullptr), problem).bytes;
+  return PrefillScratch(ScratchArena(nullptr), problem).bytes;
 }
 
-template <class T, class KV>
+template <class T>
 class Prefill {
  public:
   Prefill(const Plan& plan, const Task& task, void* scratch)
@@ -112,9 +109,9 @@ class Prefill {
       const int64_t tokens = tile_size(first);
       locate_tile(now ^ 1, first + PREFILL_TILE);
       find_seen(first, tokens);
-      score(scratch_.k[now], scratch_.v[now], tokens);
+      score(scratch_.tokens[now], tokens);
       softmax(first);
-      accumulate(scratch_.v[now], scratch_.k[now ^ 1], tokens, tile_size(first + PREFILL_TILE));
+      accumulate(scratch_.tokens[now], scratch_.tokens[now ^ 1], tokens, tile_size(first + PREFILL_TILE));
     }
     for (int64_t row = 0; row < rows_; row++)
       finish_row<T>(plan_, task_, kv_head_, task_.rows.begin + row, scratch_.accumulators + row * out_size_,
@@ -122,43 +119,39 @@ class Prefill {
   }
 
  private:
-  using Element = typename KV::Element;
-
   // Prefetches one head of keys or values, in so many `steps`.
   class Prefetcher {
    public:
-    Prefetcher(const Element* const* tokens, int64_t count, int64_t offset, int64_t size, int64_t steps)
+    Prefetcher(const char* const* tokens, int64_t count, int64_t offset, int64_t size, int64_t steps)
         : tokens_(tokens), count_(count), offset_(offset), size_(size),
-          lines_(divide_up(count * divide_up(size, LINE_ELEMENTS), steps)) {}
+          lines_(divide_up(count * divide_up(size, CACHE_LINE), steps)) {}
 
     PAGEDFLASH_INLINE void step() {
       for (int64_t i = 0; i < lines_ && token_ < count_; i++) {
-        prefetch(tokens_[token_] + offset_ + element_);
-        element_ += LINE_ELEMENTS;
-        if (element_ < size_) continue;
-        element_ = 0;
+        prefetch(tokens_[token_] + offset_ + byte_);
+        byte_ += CACHE_LINE;
+        if (byte_ < size_) continue;
+        byte_ = 0;
         token_++;
       }
     }
 
    private:
-    static constexpr int64_t LINE_ELEMENTS = CACHE_LINE / sizeof(Element);
-    const Element* const* tokens_;
-    const int64_t count_, offset_, size_;  // tokens, elements to the head, elements of a token
+    const char* const* tokens_;
+    const int64_t count_, offset_, size_;  // tokens, bytes to the head, bytes of a token
     const int64_t lines_;                  // of each step
-    int64_t token_ = 0, element_ = 0;
+    int64_t token_ = 0, byte_ = 0;
   };
 
   int64_t tile_size(int64_t first) const { return max<int64_t>(0, min(PREFILL_TILE, task_.keys.end - first)); }
   void locate_tile(int which, int64_t first) {
-    locate(problem_, sequence_, first, tile_size(first), scratch_.k[which], scratch_.v[which]);
+    locate(problem_, sequence_, first, tile_size(first), scratch_.tokens[which]);
   }
 
   void load_queries() {
     for (int64_t row = 0; row < rows_; row++) {
       const QueryAndHead at = unpack_row(problem_, kv_head_, task_.rows.begin + row);
-      load_query(problem_, sequence_, at.query, at.head, scratch_.query, head_dim_);
-      convert(scratch_.queries + row * head_dim_, scratch_.query, head_dim_);
+      load_query<T>(problem_, sequence_, at.query, at.head, scratch_.queries + row * head_dim_, head_dim_);
       scratch_.score_rows[row] = score_row(problem_, sequence_, at.query, at.head);
       scratch_.states[row] = SoftmaxState();
     }
@@ -183,13 +176,16 @@ class Prefill {
   }
 
   // Meanwhile the next panel's keys and the tile's values are prefetched.
-  void score(const Element* const* k, const Element* const* v, int64_t tokens) {
-    const int64_t k_head = kv_head_ * problem_.write.k_stride.head, v_head = kv_head_ * problem_.write.v_stride.head;
+  void score(const TokenAddresses& tile, int64_t tokens) {
+    const CacheWrite& write = problem_.write;
+    const int64_t k_bytes = element_size(write.k_dtype), v_bytes = element_size(write.v_dtype);
+    const int64_t k_head = kv_head_ * write.k_stride.head * k_bytes, v_head = kv_head_ * write.v_stride.head * v_bytes;
     const int64_t blocks = padded_rows_ / GEMM_ROWS;
-    Prefetcher values(v, tokens, v_head, v_head_dim_, blocks * divide_up(tokens, PANEL));
+    Prefetcher values(tile.v, tokens, v_head, v_head_dim_ * v_bytes, blocks * divide_up(tokens, PANEL));
     for (int64_t t = 0; t < tokens; t += PANEL) {
-      pack_keys(k + t, min(PANEL, tokens - t));
-      Prefetcher keys(k + t + PANEL, max<int64_t>(0, min(PANEL, tokens - t - PANEL)), k_head, head_dim_, blocks);
+      with_format(write.k_dtype, [&](auto element) { pack_keys<decltype(element)>(tile + t, min(PANEL, tokens - t)); });
+      const int64_t next_tokens = max<int64_t>(0, min(PANEL, tokens - t - PANEL));
+      Prefetcher keys(tile.k + t + PANEL, next_tokens, k_head, head_dim_ * k_bytes, blocks);
       for (int64_t block = 0, row = 0; block < blocks; block++, row += GEMM_ROWS) {
         keys.step();
         values.step();
@@ -201,14 +197,25 @@ class Prefill {
   }
 
   // Keys become columns: LANES keys x LANES elements are transposed in registers. Behind the last key it is repeated.
-  void pack_keys(const Element* const* k, int64_t tokens) {
-    const int64_t offset = kv_head_ * problem_.write.k_stride.head;
+  template <class E>
+  void pack_keys(const TokenAddresses& tile, int64_t tokens) {
+    const CacheWrite& write = problem_.write;
+    const int64_t offset = kv_head_ * write.k_stride.head;
     for (int64_t t = 0; t < PANEL; t += LANES) {
+      Vec descale = splat(1.0f);
+      if (LARGEST<E> > 0) {
+        float descales[LANES];
+        for (int i = 0; i < LANES; i++)
+          descales[i] = tile.k_descale[min(t + i, tokens - 1)][kv_head_ * write.k_descale_stride.head];
+        descale = load(descales);
+      }
       for (int64_t d = 0; d < head_dim_; d += LANES) {
         Vec block[LANES];
         for (int i = 0; i < LANES; i++)
-          block[i] = KV::load_floats(k[min(t + i, tokens - 1)] + offset + d, head_dim_ - d);
+          block[i] = load_part(reinterpret_cast<const E*>(tile.k[min(t + i, tokens - 1)]) + offset + d, head_dim_ - d);
         transpose(block);
+        if (LARGEST<E> > 0)
+          for (int i = 0; i < LANES; i++) block[i] = mul(block[i], descale);
         for (int i = 0; i < LANES && d + i < head_dim_; i++) store(scratch_.k_panel + (d + i) * PANEL + t, block[i]);
       }
     }
@@ -223,10 +230,11 @@ class Prefill {
   }
 
   // Meanwhile the first keys of the next tile are prefetched. A panel stays in the first-level cache while all rows pass.
-  void accumulate(const Element* const* v, const Element* const* next_k, int64_t tokens, int64_t next_tokens) {
-    pack_values(v, tokens);
-    const int64_t blocks = padded_rows_ / GEMM_ROWS;
-    Prefetcher keys(next_k, min(PANEL, next_tokens), kv_head_ * problem_.write.k_stride.head, head_dim_,
+  void accumulate(const TokenAddresses& tile, const TokenAddresses& next, int64_t tokens, int64_t next_tokens) {
+    const CacheWrite& write = problem_.write;
+    with_format(write.v_dtype, [&](auto element) { pack_values<decltype(element)>(tile, tokens); });
+    const int64_t blocks = padded_rows_ / GEMM_ROWS, k_bytes = element_size(write.k_dtype);
+    Prefetcher keys(next.k, min(PANEL, next_tokens), kv_head_ * write.k_stride.head * k_bytes, head_dim_ * k_bytes,
                     blocks * (out_size_ / PANEL));
     for (int64_t column = 0; column < out_size_; column += PANEL) {
       const float* panel = scratch_.v_panels + column * PREFILL_TILE;
@@ -240,13 +248,16 @@ class Prefill {
     }
   }
 
-  void pack_values(const Element* const* v, int64_t tokens) {
-    const int64_t offset = kv_head_ * problem_.write.v_stride.head;
+  template <class E>
+  void pack_values(const TokenAddresses& tile, int64_t tokens) {
+    const CacheWrite& write = problem_.write;
     for (int64_t t = 0; t < tokens; t++) {
-      const Element* value = v[t] + offset;
+      const E* value = reinterpret_cast<const E*>(tile.v[t]) + kv_head_ * write.v_stride.head;
+      const Vec descale = splat(LARGEST<E> > 0 ? tile.v_descale[t][kv_head_ * write.v_descale_stride.head] : 1.0f);
       for (int64_t d = 0; d < out_size_; d += LANES) {
         float* panel = scratch_.v_panels + d / PANEL * PANEL * PREFILL_TILE + d % PANEL;
-        store(panel + t * PANEL, d < v_head_dim_ ? KV::load_floats(value + d, v_head_dim_ - d) : zero());
+        const Vec values = d < v_head_dim_ ? load_part(value + d, v_head_dim_ - d) : zero();
+        store(panel + t * PANEL, LARGEST<E> > 0 ? mul(values, descale) : values);
       }
     }
   }
@@ -257,7 +268,7 @@ class Prefill {
   const Sequence& sequence_;
   const Score score_;
   const int64_t kv_head_, rows_, padded_rows_, head_dim_, v_head_dim_, out_size_;
-  const PrefillScratch<T, KV> scratch_;
+  const PrefillScratch scratch_;
 };
 
 }  // namespace PAGEDFLASH_ISA
