@@ -1,12 +1,13 @@
 """Mends what the kernels trip over in Triton's interpreter, which ``conftest.py`` switches on where there is no GPU.
 
 In Triton 3.6 the interpreter multiplies the bit patterns of bfloat16 matrices, rounds float32 to bfloat16 towards zero,
-and calls ``int`` on arrays of one element, which NumPy 2.4 refuses.
+loses NaN on the way to 8 bits, and calls ``int`` on arrays of one element, which NumPy 2.4 refuses.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -23,7 +24,21 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+_FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+
+
 class _Builder(interpreter.InterpreterBuilder):
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source in _FLOAT8:
+            numbers = torch.from_numpy(np.ascontiguousarray(src.data)).view(_FLOAT8[source]).float().numpy()
+        else:
+            numbers = self.cast_impl(src, tl.float32).data
+        if target in _FLOAT8:
+            bits = torch.from_numpy(np.ascontiguousarray(numbers)).to(_FLOAT8[target]).view(torch.uint8).numpy()
+            return interpreter.TensorHandle(bits, target)
+        return self.cast_impl(interpreter.TensorHandle(numbers, tl.float32), target)
+
     def cast_impl(self, src, dst_type):
         kinds = (src.dtype.scalar, dst_type.scalar)
         if kinds == (tl.bfloat16, tl.float32):

@@ -12,11 +12,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...problem import AttentionProblem, CacheWrite
+from ...problem import QUANTIZED, AttentionProblem, CacheWrite
 from ..protocol import Capabilities, Support
 
 NAME = "triton"
-CAPABILITIES = Capabilities()
+CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED))
 
 
 @cache
