@@ -161,7 +161,9 @@ def flash_attn_varlen_func(
     if k_new is not None or v_new is not None:
         table = block_table if page_table is None else page_table
         descales = k_descale, v_descale
-        append, seqused_k = arguments.packed_append(k_new, v_new, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, table, *descales)
+        append, seqused_k = arguments.packed_append(
+            k_new, v_new, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, table, *descales
+        )
     problem, names = arguments.packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
         block_table, page_table, seqused_q, seqused_k, k_descale, v_descale, num_splits,

@@ -155,6 +155,7 @@ def _validate_descale(field: str, keys: Tensor, descale: Tensor | None, batch: i
     axes = ("", "Hkv", "B, Hkv", "num_pages, page_size, Hkv")
     validate_tensor(name, descale, axes[descale.dim()], keys, SCALE_DTYPES)
 
+
 def _validate_head_dims(q: Tensor, cache: KVCache, capabilities: Capabilities) -> None:
     most, multiple = capabilities.max_head_dim, capabilities.head_dim_multiple
     head_dim, k_head_dim, v_head_dim = q.shape[-1], cache.k.shape[-1], cache.v.shape[-1]

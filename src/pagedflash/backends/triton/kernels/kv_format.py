@@ -31,14 +31,13 @@ def load_kv(problem, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.
 
     Zeros and not what lies there, because an unused slot may hold NaN, and 0 x NaN is not 0.
     """
-    cache = problem.cache
     slots = tile_index * BLOCK_N + tl.arange(0, BLOCK_N)
     within = slots_in_page(problem, view, slots).to(tl.int64)
     inside = (slots >= view.begin) & (slots < view.end)
-    k = load_tile(view.k, view.k_strides, pages, within, inside, cache.D, cache.BLOCK_D, MASKED)
-    v = load_tile(view.v, view.v_strides, pages, within, inside, cache.DV, cache.BLOCK_DV, MASKED)
-    k_scales = load_scales(view.k_descale, cache.k_descale_strides, pages, within, inside)
-    v_scales = load_scales(view.v_descale, cache.v_descale_strides, pages, within, inside)
+    k = load_tile(view.k, view.k_strides, pages, within, inside, problem.cache.D, problem.cache.BLOCK_D, MASKED)
+    v = load_tile(view.v, view.v_strides, pages, within, inside, problem.cache.DV, problem.cache.BLOCK_DV, MASKED)
+    k_scales = load_scales(view.k_descale, problem.cache.k_descale_strides, pages, within, inside)
+    v_scales = load_scales(view.v_descale, problem.cache.v_descale_strides, pages, within, inside)
     return KVTile(k, v, k_scales, v_scales, slots)
 
 
@@ -94,15 +93,14 @@ def store_kv(tensors, problem, b, kv_head, page, slot, k, v, written):
     Returns:
         Them as a KVTile without slots: as the cache holds them.
     """
-    cache = problem.cache
-    k_strides = in_elements(cache.k_strides)
+    k_strides = in_elements(problem.cache.k_strides)
     v_strides = k_strides
-    if cache.v_strides is not None:
-        v_strides = in_elements(cache.v_strides)
-    k, k_scales = quantize(tensors.k, tensors.k_descale, cache.k_descale_strides, b, kv_head, page, slot, k, written)
-    v, v_scales = quantize(tensors.v, tensors.v_descale, cache.v_descale_strides, b, kv_head, page, slot, v, written)
-    store_tile(tensors.k, k_strides, kv_head, page, slot, k, written, cache.D, cache.BLOCK_D)
-    store_tile(tensors.v, v_strides, kv_head, page, slot, v, written, cache.DV, cache.BLOCK_DV)
+    if problem.cache.v_strides is not None:
+        v_strides = in_elements(problem.cache.v_strides)
+    k, k_scales = quantize(tensors.k, tensors.k_descale, problem.cache.k_descale_strides, b, kv_head, page, slot, k, written)
+    v, v_scales = quantize(tensors.v, tensors.v_descale, problem.cache.v_descale_strides, b, kv_head, page, slot, v, written)
+    store_tile(tensors.k, k_strides, kv_head, page, slot, k, written, problem.cache.D, problem.cache.BLOCK_D)
+    store_tile(tensors.v, v_strides, kv_head, page, slot, v, written, problem.cache.DV, problem.cache.BLOCK_DV)
     return k, v, k_scales, v_scales
 
 
