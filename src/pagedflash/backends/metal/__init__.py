@@ -4,6 +4,8 @@
 rows, lanes and splits, :mod:`.compiler` builds the kernels. Nothing waits for the GPU, and nothing is copied.
 """
 
+import torch
+
 from ..protocol import Capabilities
 from .compiler import available, use_compiler
 from .launch import attention, kv_write, supports
@@ -12,4 +14,4 @@ from .tiling import Tuning
 __all__ = ["CAPABILITIES", "NAME", "Tuning", "attention", "available", "kv_write", "supports", "use_compiler"]
 
 NAME = "metal"
-CAPABILITIES = Capabilities(head_dim_multiple=1)
+CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, torch.int8), head_dim_multiple=1)

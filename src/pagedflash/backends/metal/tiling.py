@@ -84,6 +84,8 @@ def decode_tiling(
 ) -> DecodeTiling:
     """For ``total_rows`` packed-GQA rows of each sequence and KV head."""
     chunk = LOAD_BYTES // element_bytes
+    if element_bytes == 1 and head_dim < MATRIX * chunk:
+        chunk //= 2
     k_tail, v_tail = _tail(head_dim, chunk), _tail(v_head_dim, chunk)
     v_matrices = v_head_dim // (MATRIX * chunk) * chunk + v_tail
     row_blocks = 2 if total_rows > MATRIX and 2 * 2 * v_matrices <= OUTPUT_REGISTERS else 1
