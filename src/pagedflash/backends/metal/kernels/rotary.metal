@@ -45,16 +45,18 @@ inline void append_token(
     constant Params& params,
     int lane
 ) {
-    T x[(HEAD_DIM + 31) / 32];
     float largest = 0.0f, reciprocal = 1.0f;
-    for (int d = lane; d < HEAD_DIM; d += 32) {
-        x[d / 32] = params.rotary_half ? rotated(k_new, d, position, rotary_cos, rotary_sin, params) : k_new[d];
-        largest = max(largest, fabs(float(x[d / 32])));
-    }
 #if K_QUANTIZED
+    for (int d = lane; d < HEAD_DIM; d += 32) {
+        const T x = params.rotary_half ? rotated(k_new, d, position, rotary_cos, rotary_sin, params) : k_new[d];
+        largest = max(largest, fabs(float(x)));
+    }
     reciprocal = reciprocal_of(written_scale(k_scale, largest, params.writes_k_descale, lane));
 #endif
-    for (int d = lane; d < HEAD_DIM; d += 32) k_slot[d] = stored<K_T>(x[d / 32], reciprocal);
+    for (int d = lane; d < HEAD_DIM; d += 32) {
+        const T x = params.rotary_half ? rotated(k_new, d, position, rotary_cos, rotary_sin, params) : k_new[d];
+        k_slot[d] = stored<K_T>(x, reciprocal);
+    }
 #if V_QUANTIZED
     largest = 0.0f;
     for (int d = lane; d < V_HEAD_DIM; d += 32) largest = max(largest, fabs(float(v_new[d])));
