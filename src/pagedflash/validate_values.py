@@ -63,13 +63,14 @@ def check_new_tokens(tensors: Tensors) -> None:
     """A NaN has no int8 to be stored as. Takes the tensors of a write, valid but for this."""
     if tensors[0].dtype != torch.int8 and tensors[1].dtype != torch.int8:  # type: ignore[union-attr]
         return
-    write = CacheWrite(tensors, ())
     fields = dict(zip((name for name, _ in CacheWrite.TENSOR_FIELDS), tensors))
-    for field, keys in (("k_new", fields["k"]), ("v_new", fields["v"])):
-        new, lengths = fields[field], fields["seqused_k"]
-        if new is not None and lengths is not None and keys is not None and keys.dtype == torch.int8:
-            if new[lengths >= 0].isnan().any():
-                reject(field, "holding NaN", "numbers: an int8 cache has no NaN")
+    lengths = fields["seqused_k"]
+    for field, cache in (("k_new", fields["k"]), ("v_new", fields["v"])):
+        new = fields[field]
+        if new is None or lengths is None or cache is None or cache.dtype != torch.int8:
+            continue
+        if new[lengths >= 0].isnan().any():
+            reject(field, "holding NaN", "numbers: an int8 cache has no NaN")
 
 
 def key_lengths(problem: AttentionProblem) -> list[int]:

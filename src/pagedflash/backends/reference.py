@@ -109,7 +109,7 @@ def quantize(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scales(descale: Tensor, b: int) -> Tensor:
-    """Those of sequence b: as they are where there is one a token and head, else for any number of tokens ``(1, Hkv | 1)``."""
+    """Those of sequence b: as they are where there is one a token and head, else for any tokens ``(1, Hkv | 1)``."""
     if is_per_token(descale):
         return descale
     return (descale[b] if descale.dim() == 2 else descale).reshape(1, -1)

@@ -27,7 +27,7 @@ class KVTile(NamedTuple):
 
 @triton.jit
 def load_kv(problem, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """The KV tile ``tile_index``, which lies in ``pages``. If MASKED, the slots outside ``[view.begin, view.end)`` are zeros.
+    """The KV tile ``tile_index``, which lies in ``pages``. If MASKED, slots outside ``[view.begin, view.end)`` are zeros.
 
     Zeros and not what lies there, because an unused slot may hold NaN, and 0 x NaN is not 0.
     """
@@ -121,7 +121,7 @@ def quantize(base, descale, strides, b, kv_head, page, slot, tile, written):
         elements = tile.to(FORMAT)
         scales = slot.to(tl.float32)
     else:
-        LARGEST: tl.constexpr = 127.0 if FORMAT == tl.int8 else 448.0 if FORMAT == tl.float8e4nv else 57344.0
+        LARGEST: tl.constexpr = 127.0 if tl.int8 == FORMAT else 448.0 if tl.float8e4nv == FORMAT else 57344.0
         x = tile.to(tl.float32)
         offsets = (
             b.to(tl.int64) * strides.sequence + kv_head * tl.cast(strides.head, tl.int64)
@@ -137,7 +137,7 @@ def quantize(base, descale, strides, b, kv_head, page, slot, tile, written):
         reciprocals = tl.where(is_zero, 0.0, tl.math.div_rn(1.0, tl.where(is_zero, 1.0, scales)))
         x = x * reciprocals[:, None]
         x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
-        if FORMAT == tl.int8:
+        if tl.int8 == FORMAT:
             x = tl.where(x == x, x, 0.0)
             elements = ((x + TO_NEAREST) - TO_NEAREST).to(tl.int8)
         else:

@@ -33,7 +33,7 @@ def install(name: str) -> None:
 
 
 def in_format(tensors: tuple[Tensor, ...], cache: Tensor) -> tuple[Tensor, ...]:
-    """Queries, new keys and values as they meet pages of another dtype: as they are if it is a format, else in that dtype."""
+    """Queries, new keys and values as they meet pages of another dtype: in that dtype, unless it is the format in force."""
     return tensors if kv_cache_dtype is not None else tuple(tensor.to(cache.dtype) for tensor in tensors)
 
 
