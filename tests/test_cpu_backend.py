@@ -78,6 +78,32 @@ def test_every_number_of_rows(isa: str, queries: int, group: int) -> None:
     torch.testing.assert_close(lse, want_lse, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("keys", (1, 15, 16, 17, 31, 32, 33, 127, 128, 129, 161))
+@pytest.mark.parametrize("head_dims", ((8, 8), (40, 24), (64, 64), (72, 40), (128, 96)), ids=str)
+def test_blocks_that_are_not_full(isa: str, head_dims: tuple[int, int], keys: int, dtype: torch.dtype) -> None:
+    """Matrix products of 16-bit numbers go by blocks and pairs: what fills them up must count for nothing. Behind the last
+    key of the cache, and behind the last element of each head, lies NaN."""
+    torch.manual_seed(0)
+    head_dim, v_head_dim = head_dims
+    k_cache, v_cache = (torch.full((1, keys + 3, 2, n + 8), float("nan"), dtype=dtype) for n in head_dims)
+    k_cache[:, :keys, :, :head_dim] = torch.randn(1, keys, 2, head_dim)
+    v_cache[:, :keys, :, :v_head_dim] = torch.randn(1, keys, 2, v_head_dim)
+    for queries, window in ((9, -1), (33, -1), (33, 20)):
+        problem = AttentionProblem.of(
+            Queries(torch.randn(1, queries, 6, head_dim).to(dtype), max_seqlen_q=queries),
+            KVCache(
+                k_cache[..., :head_dim],
+                v_cache[..., :v_head_dim],
+                seqused_k=torch.tensor([keys], dtype=torch.int32),
+                max_seqlen_k=keys,
+            ),
+            None,
+            Scores(scale=head_dim**-0.5, window_left=window, window_right=0),
+        )
+        assert_matches_reference(problem, backend.attention)
+
+
 @pytest.mark.parametrize("num_splits", (0, 1, 2, 7, 1000))
 @pytest.mark.parametrize("queries", (1, 24))
 def test_splits_do_not_change_the_output(isa: str, num_splits: int, queries: int) -> None:
@@ -412,6 +438,7 @@ def test_a_library_with_two_fields_swapped_is_not_loaded(tmp_path: Path, fields:
 
 
 def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.Library(launch.LIBRARY).isa in launch.library().isas.values()
     for name in ISAS:
         monkeypatch.setenv(launch.ISA_VARIABLE, name)
         chosen = launch.Library(launch.LIBRARY)

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import metalsim
 import pytest
 import torch
-from metal_harness import kernels_on, paged_decode, sources_of
+from metal_harness import kernels_on, paged_decode
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache
 from pagedflash.backends import metal
-from pagedflash.backends.metal import compiler, launch, params, tiling, tune
+from pagedflash.backends.metal import compiler, launch, params, tiling, tuning
 from pagedflash.backends.metal.compiler import current_target
 from pagedflash.problem import AttentionProblem
 from pagedflash.testing import LAYOUTS, assert_matches_reference, copy_of, random_problem
@@ -69,7 +69,7 @@ def test_a_plan_belongs_to_one_compiler_and_core_count() -> None:
 def test_what_is_cached_is_bounded() -> None:
     caches = [
         value
-        for module in (compiler, launch, params, tiling)
+        for module in (compiler, launch, params, tiling, tuning)
         for value in vars(module).values()
         if hasattr(value, "cache_parameters")
     ]
@@ -213,59 +213,3 @@ def test_prefill_fits_the_registers_of_an_apple_gpu() -> None:
             tiles = t.key_tile * (sum(rows) * element_bytes + 32)
             parts = (t.dim_split - 1) * t.simdgroups * t.key_tile * 32
             assert t.key_tile in (8, 16, 32) and tiles + parts <= 32 * 1024, (element_bytes, head_dim, t)
-
-
-def test_tuning_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(tiling.TUNING_VARIABLE, "load_registers=32, decode_simdgroups=8")
-    compiler._environment_tuning.cache_clear()
-    try:
-        assert current_target().tuning == metal.Tuning(load_registers=32, decode_simdgroups=8)
-    finally:
-        compiler._environment_tuning.cache_clear()
-
-
-@pytest.mark.parametrize("text", ("registers=3", "load_registers", "load_registers=-1", "prefill_keys=0", "prefill_keys=x"))
-def test_a_wrong_tuning_is_rejected(text: str) -> None:
-    with pytest.raises(ValueError, match=r"PAGEDFLASH_METAL_TUNING has .*, expected name=number"):
-        metal.Tuning.parse(text)
-
-
-@pytest.mark.parametrize(
-    "tuning",
-    (
-        "load_registers=64",
-        "load_registers=32,decode_simdgroups=8",
-        "prefill_simdgroups=8,prefill_keys=16,prefill_registers=32",
-        "prefill_keys=64",
-    ),
-)
-def test_every_tuning_computes_the_same(rng: random.Random, tuning: str) -> None:
-    for layout in ("paged", "varlen"):
-        problem = random_problem(rng, layout=layout, head_dims=(64, 128, 256))
-        with metal.use_compiler(metalsim.compile_shader, tuning=metal.Tuning.parse(tuning)):
-            assert_matches_reference(problem, metal.attention)
-
-
-def test_the_sweep_finds_the_fastest_numbers() -> None:
-    """On a GPU that likes wide loads and two simdgroups, and does not care about the rest."""
-    tried = []
-
-    def clock(run: Any) -> float:
-        tried.append(current_target().tuning)
-        run()
-        return 1.0 / current_target().tuning.load_registers + 0.1 * current_target().tuning.decode_simdgroups
-
-    steps = []
-
-    sources_of(lambda: steps.extend(tune.sweep(tune.cases("cpu"), clock)))
-    assert steps[-1].tuning == metal.Tuning(load_registers=64, decode_simdgroups=2)
-    assert tune.override(steps[-1].tuning) == "load_registers=64,decode_simdgroups=2"
-    assert metal.Tuning.parse(tune.override(steps[-1].tuning)) == steps[-1].tuning
-    assert len(tried) == sum(len(step.seconds) for step in steps)
-    assert tune.override(metal.Tuning()) == ""
-
-
-def test_tuning_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="there is no Apple GPU to tune for"):
-        tune.main()

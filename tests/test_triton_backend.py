@@ -23,16 +23,18 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton_interpreter  # noqa: F401
+from triton.runtime.errors import InterpreterError
+from triton_interpreter import watch_accesses
 
 import pagedflash
-from pagedflash import plan_cache
+from pagedflash import geometry, plan_cache
 from pagedflash.backends import reference
 from pagedflash.backends import triton as backend
 from pagedflash.backends.triton import compiled, kernels, launch, semaphores, tiling
 from pagedflash.backends.triton.kernels import params
 from pagedflash.problem import WRITE, Append, AttentionProblem, CacheWrite
-from pagedflash.testing import LAYOUTS, assert_matches_reference, random_problem
+from pagedflash.testing import LAYOUTS, assert_matches_reference, describe, random_problem
+from pagedflash.testing.conformance import BackendConformance
 
 
 @pytest.fixture(params=("a stage", "a kernel"))
@@ -196,6 +198,210 @@ def test_a_window_of_few_keys_is_not_split(device: str, launches: Launches) -> N
     assert_matches_reference(problem, backend.attention)
     assert launches.kernels == ["decode"]
     assert launches.ctas == [problem.batch_size * problem.cache.k.shape[-2]]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Mixed batches
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _mixed_problem(device: str, queries: list[int], lengths: list[int], **options: Any) -> AttentionProblem:
+    """Packed queries on the pages of :func:`_decode_problem`."""
+    problem = _decode_problem("cpu", lengths, **options)
+    _, _, heads, head_dim = problem.queries.q.shape
+    generator = torch.Generator().manual_seed(sum(queries))
+    q = torch.randn(sum(queries), heads, head_dim, generator=generator).to(problem.queries.q.dtype)
+    offsets = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
+    problem = problem.replace(q=q, cu_seqlens_q=offsets, max_seqlen_q=max(queries))
+    return problem.map_tensors(lambda tensor: tensor.to(device))
+
+
+QUERIES, KEYS = [1, 70, 0, 1, 130, 8, 9, 1], [1100, 90, 3, -1, 200, 8, 20, 0]
+"""Of a mixed batch: with two query heads a KV head, those of up to 8 queries are ``decode``'s."""
+
+
+def _keys_of(keys: list[int]) -> list[int]:
+    return [max(n, 0) for n in keys]
+
+
+def test_a_mixed_batch_is_one_call_of_each_kernel(device: str, launches: Launches, combine_is: str) -> None:
+    problem = _mixed_problem(device, QUERIES, _keys_of(KEYS))
+    assert problem.cache.seqused_k is not None
+    problem.cache.seqused_k.copy_(torch.tensor(KEYS))
+    assert_matches_reference(problem, backend.attention)
+    assert launches.kernels == [*kernels_of_split_keys(combine_is), "prefill"]
+
+
+def test_each_kernel_of_a_mixed_batch_has_its_own_sequences(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device != "cpu":
+        pytest.skip("only the interpreter shows which rows a kernel writes")
+    problem = _mixed_problem(device, QUERIES, _keys_of(KEYS))
+    out = torch.empty(problem.out_shape)
+    rows: dict[str, set[int]] = {}
+    original = compiled.CompiledLaunch.__call__
+
+    def watched(self, *arguments):
+        def note(addresses, written: bool) -> None:
+            row = (addresses.astype(int) - out.data_ptr()) // out[0].nbytes
+            if written:
+                rows.setdefault(self.kernel.__name__, set()).update(row[(row >= 0) & (row < len(out))].tolist())
+
+        with watch_accesses(note):
+            original(self, *arguments)
+
+    monkeypatch.setattr(compiled.CompiledLaunch, "__call__", watched)
+    backend.attention(problem, out)
+    few = {row for b, n in enumerate(QUERIES) if n <= 8 for row in range(sum(QUERIES[:b]), sum(QUERIES[: b + 1]))}
+    assert rows.pop("decode") | rows.pop("combine", set()) == few
+    assert rows == {"prefill": set(range(len(out))) - few}
+
+
+@pytest.mark.usefixtures("combine_is")
+def test_all_options_of_mixed_batches(rng: random.Random, rounds, device: str) -> None:
+    seen = 0
+    while seen < rounds(4):
+        problem = random_problem(rng, layout="paged varlen", max_queries=90, device=device)
+        if geometry.may_be_mixed(problem) and geometry.decode_rows(problem) > launch.MAX_DECODE_ROWS:
+            assert_matches_reference(problem, backend.attention)
+            seen += 1
+
+
+def test_a_mixed_batch_of_more_sequences_than_one_block_of_lengths(
+    device: str, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefill tiles of many short chunks are more than its CTAs."""
+    monkeypatch.setattr(launch, "FEW_SEQUENCES", 4)
+    monkeypatch.setattr(launch, "MANY_SEQUENCES", 4)
+    monkeypatch.setattr(plan_cache, "_entries", {})
+    queries = [1, 40, 1, 1, 1, 1, 20, 21, 22, 1, 23]
+    problem = _mixed_problem(device, queries, [n + 5 for n in queries])
+    assert_matches_reference(problem, backend.attention)
+    blocks = sum(-(-n // tiling.prefill_tiling(40, 32, 4).block_m) for n in queries if n > 8)
+    grid = launch._plan_attention(plan_cache.signature_of(problem), True, "ieee").attend[-1].grid
+    assert launches.kernels[-1] == "prefill"
+    if device == "cpu":
+        assert grid[1] < blocks
+
+
+@pytest.mark.parametrize("queries", ([1, 1], [70, 70], [64, 5]), ids=str)
+def test_an_even_batch_takes_one_kernel(device: str, launches: Launches, queries: list[int]) -> None:
+    """All sequences decode, or shapes say that they are of one length; packed keys have no pages to split."""
+    problem = _mixed_problem(device, queries, [80, 90])
+    if max(queries) != min(queries):
+        keys, offsets = torch.randn(2, 170, 2, 32, device=device), torch.tensor([0, 80, 170], dtype=torch.int32)
+        problem = problem.replace(
+            k=keys[0], v=keys[1], block_table=None, seqused_k=None, cu_seqlens_k=offsets.to(device)
+        )  # fmt: skip
+    assert_matches_reference(problem, backend.attention)
+    assert launches.kernels == ["decode" if max(queries) == 1 else "prefill"]
+
+
+def test_a_captured_mixed_batch_follows_its_lengths(device: str) -> None:
+    """A graph replayed with other sequences decoding."""
+    _on_gpu(device)
+    options: dict[str, Any] = dict(width=64, dtype=torch.float16)
+    problem = _mixed_problem(device, [1, 1, 1, 200], [1000, 30, 300, 200], **options)
+    backend.attention(problem)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = backend.attention(problem)
+    for queries, keys in (
+        ([200, 1, 1, 1], [900, 1, 40, 1000]),
+        ([1, 100, 1, 101], [0, 100, 7, 700]),
+        ([50, 51, 51, 51], [60] * 4),
+    ):
+        fresh = _mixed_problem(device, queries, keys, **options).replace(max_seqlen_q=200)
+
+        def replay(new: AttentionProblem) -> tuple[torch.Tensor, torch.Tensor]:
+            for mine, theirs in zip(problem.tensors, new.tensors):
+                if mine is not None and theirs is not None:
+                    mine.copy_(theirs)
+            graph.replay()
+            return out, lse
+
+        assert_matches_reference(fresh, replay)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Wrong values
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, far from the ends of its memory."""
+    if not tensor.numel():
+        return tensor
+    margin = 1 << 14
+    extent = _elements(tensor)
+    memory = torch.zeros(extent + 2 * margin, dtype=tensor.dtype, device=tensor.device)
+    return memory[margin:].as_strided(tensor.shape, tensor.stride(), margin).copy_(tensor)
+
+
+def _elements(tensor: torch.Tensor) -> int:
+    """From its first element to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+@pytest.fixture
+def only_in_bounds(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No kernel touches memory outside of its tensors: seen in the interpreter; on a GPU, as far as the driver sees it.
+
+    Under ``compute-sanitizer`` with PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor is an allocation of its own.
+    """
+    original = compiled.CompiledLaunch.__call__
+
+    def watched(self, tensors, addresses):
+        if device != "cpu":
+            original(self, tensors, addresses)
+            return
+        given = [tensor for tensor in tensors if tensor is not None and tensor.numel()]
+        starts = torch.tensor([tensor.data_ptr() for tensor in given]).sort()
+        ends = torch.tensor([t.data_ptr() + _elements(t) * t.element_size() for t in given])[starts.indices].cummax(0).values
+
+        def check(accessed, written: bool) -> None:
+            address = torch.from_numpy(accessed.astype("int64")).flatten()
+            place = torch.searchsorted(starts.values, address, right=True) - 1
+            inside = (place >= 0) & (address < ends[place.clamp(min=0)])
+            verb = "writes" if written else "reads"
+            if not inside.all():
+                raise AssertionError(f"{self.kernel.__name__} {verb} outside of its tensors")
+
+        with watch_accesses(check):
+            original(self, tensors, addresses)
+
+    monkeypatch.setattr(compiled.CompiledLaunch, "__call__", watched)
+    yield
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+WRONG_LENGTHS = (-(2**31), -7, 5, 2**20, 2**31 - 1)
+
+
+@pytest.mark.usefixtures("only_in_bounds", "combine_is")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wrong_values_touch_no_memory_outside(rng: random.Random, rounds, device: str, layout: str) -> None:
+    """Lengths and table entries that nobody checks on a GPU: one wrong value at a time, and all of a tensor."""
+    conformance = BackendConformance()
+    for _ in range(rounds(2)):
+        problem = random_problem(rng, layout=layout, max_queries=70, device=device)
+        wrong = list(conformance.with_one_value_changed(problem))
+        for name, tensor in problem.named_fields().items():
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32:
+                wrong += [problem.replace(**{name: torch.full_like(tensor, value)}) for value in WRONG_LENGTHS]
+        for some in rng.sample(wrong, min(len(wrong), rounds(8))):
+            guarded = some.map_tensors(_guarded)
+            try:
+                backend.attention(guarded)
+                if guarded.append is not None:
+                    backend.kv_write(guarded.write)
+            except (AssertionError, InterpreterError) as error:
+                values = {
+                    n: t.tolist()
+                    for n, t in some.named_fields().items()
+                    if isinstance(t, torch.Tensor) and t.dtype == torch.int32
+                }
+                raise AssertionError(f"{error}: {describe(some)} {values}") from error
 
 
 @pytest.mark.usefixtures("combine_is")

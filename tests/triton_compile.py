@@ -65,6 +65,15 @@ def all_ones(num_queries: int) -> AttentionProblem:
     )  # fmt: skip
 
 
+def mixed(problem: AttentionProblem, total_q: int) -> AttentionProblem:
+    """The same with packed queries, fewer than if all sequences were as long as the longest."""
+    q, batch_size = problem.queries.q, problem.batch_size
+    offsets = torch.zeros(batch_size + 1, dtype=torch.int32)
+    return problem.replace(
+        q=q.new_zeros(total_q, *q.shape[-2:]), cu_seqlens_q=offsets, k_new=None, v_new=None, rotary_cos=None, rotary_sin=None
+    )
+
+
 if __name__ == "__main__":
     assert not compiled.INTERPRETED
     launch.num_sms = lambda device: 132
@@ -74,5 +83,13 @@ if __name__ == "__main__":
     formats = ((torch.bfloat16, torch.int8, torch.float8_e4m3fn), (torch.float16, torch.float8_e5m2, torch.float8_e5m2),
                (torch.float32, torch.float16, torch.int8))  # fmt: skip
     with_formats = [everything(queries, *of_formats) for of_formats in formats for queries in (1, 70)]
-    for problem in (everything(1, torch.bfloat16), everything(70, torch.float16), all_ones(1), all_ones(70), *with_formats):
+    for problem in (
+        everything(1, torch.bfloat16),
+        everything(70, torch.float16),
+        mixed(everything(70, torch.bfloat16), 72),
+        all_ones(1),
+        all_ones(70),
+        mixed(all_ones(70), 69),
+        *with_formats,
+    ):
         launch.attention(problem)

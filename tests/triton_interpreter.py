@@ -1,10 +1,16 @@
 """Mends what the kernels trip over in Triton's interpreter, which ``conftest.py`` switches on where there is no GPU.
 
 In Triton 3.6 the interpreter multiplies the bit patterns of bfloat16 matrices, rounds float32 to bfloat16 towards zero,
-loses NaN on the way to 8 bits, and calls ``int`` on arrays of one element, which NumPy 2.4 refuses.
+takes int8 for the bits of bfloat16, loses NaN on the way to 8 bits, and calls ``int`` on arrays of one element, which NumPy
+2.4 refuses.
+
+It also shows every access to memory to who ``watch_accesses``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -26,8 +32,38 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 _FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
+Watcher = Callable[[np.ndarray, bool], None]
+_watchers: list[Watcher] = []
+
+
+@contextmanager
+def watch_accesses(watcher: Watcher) -> Iterator[None]:
+    """Call ``watcher(addresses, written)`` before each access of a kernel in here, with those that are not masked."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def _show(pointers, mask, written: bool) -> None:
+    for watcher in _watchers:
+        watcher(pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)], written)
+
 
 class _Builder(interpreter.InterpreterBuilder):
+    def create_masked_load(self, ptrs, mask, *others):
+        _show(ptrs, mask, False)
+        return super().create_masked_load(ptrs, mask, *others)
+
+    def create_masked_store(self, ptrs, value, mask, *others):
+        _show(ptrs, mask, True)
+        return super().create_masked_store(ptrs, value, mask, *others)
+
+    def create_atomic_rmw(self, operation, ptr, value, mask, *others):
+        _show(ptr, mask, True)
+        return super().create_atomic_rmw(operation, ptr, value, mask, *others)
+
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
         source, target = src.dtype.scalar, dst_type.scalar
         if source in _FLOAT8:
@@ -45,6 +81,8 @@ class _Builder(interpreter.InterpreterBuilder):
             return interpreter.TensorHandle(_to_float32(src.data), tl.float32)
         if kinds == (tl.float32, tl.bfloat16):
             return interpreter.TensorHandle(_to_bfloat16(src.data), tl.bfloat16)
+        if kinds[1] == tl.bfloat16 and kinds[0].is_int():
+            return interpreter.TensorHandle(_to_bfloat16(src.data.astype(np.float32)), tl.bfloat16)
         return super().cast_impl(src, dst_type)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):

@@ -1,7 +1,7 @@
 """The build backend: scikit-build-core, with zig as the C++ compiler where the machine has no other.
 
 ``pip install .`` must work on a machine without a compiler. There the ``ziglang`` wheel (a whole clang) becomes a build
-requirement, and CMake is told to use it. Where a compiler is found, or ``CXX`` names one, nothing is added.
+requirement, and CMake is told to use it. Where a compiler works, or ``CXX`` names one, nothing is added.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +25,18 @@ Settings = dict[str, Any] | None
 
 
 def _has_compiler() -> bool:
-    return bool(os.environ.get("CXX")) or any(shutil.which(compiler) for compiler in _COMPILERS)
+    return bool(os.environ.get("CXX")) or any(map(_works, _COMPILERS))
+
+
+def _works(compiler: str) -> bool:
+    path = shutil.which(compiler)
+    if path is None:
+        return False
+    command = [path, "--version"]
+    if sys.platform == "darwin" and path == f"/usr/bin/{compiler}":
+        # Without the Command Line Tools this is a stub, which opens a dialog when it runs. xcode-select knows.
+        command = ["xcode-select", "--print-path"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -59,10 +60,18 @@ def decode(problem: PagedProblem) -> Contender:
     )
 
 
-def _cache_dtype(dtype: torch.dtype) -> torch.dtype:
+@cache
+def _core() -> Any:
+    """Kept for as long as the process lives. On a processor with AMX it gives this thread a stack for signals and takes it
+    away again while it is in use: after that the next signal, a Ctrl-C for one, is a segmentation fault.
+    """
     import openvino as ov
 
-    has_bfloat16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ov.Core()
+
+
+def _cache_dtype(dtype: torch.dtype) -> torch.dtype:
+    has_bfloat16 = "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return torch.float16 if dtype == torch.bfloat16 and not has_bfloat16 else dtype
 
 
@@ -124,7 +133,7 @@ def _operator(q_heads: int, kv_heads: int, head_dim: int, longest: int, cache_dt
         "KV_CACHE_PRECISION": element,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    return ov.Core().compile_model(ov.Model([attention.output(0)], inputs), "CPU", settings)
+    return _core().compile_model(ov.Model([attention.output(0)], inputs), "CPU", settings)
 
 
 def _cache(pages: Tensor, table: Tensor, counts: list[int], blocks: list[int], dtype: torch.dtype) -> Any:

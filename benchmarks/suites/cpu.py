@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.baselines import openvino, sdpa
+from benchmarks.baselines import openvino, sdpa, vllm_cpu, zentorch
 from benchmarks.suite import Options, Row, compared, measure, suite, that_run
 from pagedflash import flash_attn_func, flash_attn_varlen_func
 from pagedflash.cli.bench import (
@@ -44,7 +45,17 @@ def long_caches(shape: Shape, cache_bytes: int, context: int) -> list[int]:
 
 def all_decode_contenders(problem: PagedProblem) -> dict[str, Contender]:
     ours, *others = decode_contenders(problem).items()
-    return dict([ours]) | that_run({"OpenVINO": partial(openvino.decode, problem)}) | dict(others)
+    packages = {"OpenVINO": partial(openvino.decode, problem)}
+    for size in vllm_cpu.PAGE_SIZES:
+        packages[f"vLLM, pages of {size}"] = partial(vllm_cpu.decode, problem, size)
+    return dict([ours]) | that_run(packages) | dict(others)
+
+
+def all_prefill_contenders(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
+    packages = {"zentorch": partial(zentorch.prefill, q, k, v)}
+    for size in vllm_cpu.PAGE_SIZES:
+        packages[f"vLLM, pages of {size}"] = partial(vllm_cpu.prefill, q, k, v, size)
+    return prefill_contenders(q, k, v) | that_run(packages)
 
 
 @suite("cpu-context")
@@ -65,7 +76,7 @@ def context(options: Options) -> Iterator[Row]:
 
 @suite("cpu-decode")
 def decode(options: Options) -> Iterator[Row]:
-    """Paged decode over long caches, bound by memory: of streaming bandwidth, and beside OpenVINO and gather + SDPA"""
+    """Paged decode over long caches, bound by memory: of streaming bandwidth, and beside OpenVINO, vLLM and gather + SDPA"""
     stream_bytes = options.size(STREAM_BYTES, 8 * MIB)
     stream = streaming(size=stream_bytes)
     cache_bytes, context = options.size((128 * MIB, 4096), (2 * MIB, 64))
@@ -99,11 +110,11 @@ def hot(options: Options) -> Iterator[Row]:
 
 @suite("cpu-prefill")
 def prefill(options: Options) -> Iterator[Row]:
-    """A causal prompt, beside SDPA"""
+    """A causal prompt, beside SDPA, zentorch and vLLM"""
     tokens = options.size(2048, 128)
     for dtype in DTYPES:
         shape = Shape(dtype=dtype)
-        measured = measure(prefill_contenders(*dense_prompt(tokens, shape)), options.rounds_or(9), WallClock())
+        measured = measure(all_prefill_contenders(*dense_prompt(tokens, shape)), options.rounds_or(9), WallClock())
         yield compared(f"{shape}, {tokens} tokens", measured, "ms")
 
 

@@ -262,34 +262,47 @@ def window(options: Options) -> Iterator[Row]:
 
 @suite("cuda-mixed", needs=no_cuda)
 def mixed(options: Options) -> Iterator[Row]:
-    """One call for many decoding sequences and one chunk of a prompt, beside a call for each of the two, and peers"""
-    decoding, context, new, past = options.size((31, 4096, 512, 2048), (3, 64, 32, 32))
+    """One call for decoding sequences and one chunk of a prompt, beside a call for each of the two, and peers"""
+    context, past = options.size((4096, 2048), (64, 32))
+    batches = options.size([(n, chunk) for n in (1, 31, 127) for chunk in (128, 512, 2048)], [(3, 32)])
+    cases = [(shape((32, 8)), batch) for batch in batches]
+    for case in (shape((32, 8), 128, 256), shape((9, 3), 64, 16), shape((9, 3), 64, 256)):
+        cases.append((case, batches[len(batches) // 2]))
     clock = GraphClock()
-    for heads, head_dim in (((32, 8), 128), ((9, 3), 64)):
-        for page_size in (16, 256):
-            torch.cuda.empty_cache()
-            lengths = [context] * decoding + [past + new]
-            problem = on_pages([1] * decoding + [new], lengths, heads, head_dim, page_size, DTYPE, DEVICE)
-            contenders = {OURS: pagedflash_prefill(problem), "two calls": two_calls(problem), **prefill_peers(problem)}
-            name = f"{heads[0]}/{heads[1]} D={head_dim} page {page_size}: {decoding} x {context}, {new} on {past}"
-            yield compared(name, measure(contenders, options.rounds_or(30), clock), "us")
+    for case, (decoding, new) in cases:
+        torch.cuda.empty_cache()
+        lengths = [context] * decoding + [past + new]
+        problem = on_pages([1] * decoding + [new], lengths, *case[:3], DTYPE, DEVICE)
+        calls = {"decode": decode_alone(problem), "chunk": chunk_alone(problem)}
+        contenders = {OURS: pagedflash_prefill(problem), "two calls": two_calls(problem), **calls, **prefill_peers(problem)}
+        measured = measure(contenders, options.rounds_or(30), clock)
+        ours, apart = measured.median(OURS), sum(map(measured.median, calls))
+        name = f"{decode_case(case, [context] * decoding)}, {new} on {past}"
+        yield compared(name, measured, "us", {"sum of the calls apart us": 1e6 * apart, "of that sum": ours / apart})
+
+
+def decode_alone(problem: PackedProblem) -> Contender:
+    """All sequences but the last, of one query each."""
+    q, k, v, _, _, table = problem
+    assert table is not None
+    decoding = len(table) - 1
+    arguments: Any = dict(cache_seqlens=problem.seqused_k[:decoding], block_table=table[:decoding])
+    return Contender(partial(flash_attn_with_kvcache, q[:decoding, None], k, v, causal=True, **arguments), output=None)
+
+
+def chunk_alone(problem: PackedProblem) -> Contender:
+    """The last sequence."""
+    table, lengths_q, lengths_k = problem.block_table, problem.lengths_q[-1:], problem.lengths_k[-1:]
+    assert table is not None
+    q, table = problem.q[-lengths_q[0] :], table[-1:].contiguous()
+    last = problem._replace(q=q, lengths_q=lengths_q, lengths_k=lengths_k, block_table=table)
+    return pagedflash_prefill(last)._replace(output=None)
 
 
 def two_calls(problem: PackedProblem) -> Contender:
-    """Decode for all sequences but the last, and a chunk for that."""
-    q, k, v, lengths_q, lengths_k, table = problem
-    assert table is not None
-    new, total, decoding = lengths_q[-1], lengths_k[-1], len(lengths_q) - 1
-    seqused, last = problem.seqused_k[:-1], table[-1:].contiguous()
-    cu_q, cu_k = problem.int32([0, new]), problem.int32([0, total])
-
-    def run() -> tuple[Any, Any]:
-        return (
-            flash_attn_with_kvcache(q[:decoding, None], k, v, cache_seqlens=seqused, block_table=table[:-1], causal=True),
-            flash_attn_varlen_func(q[decoding:], k, v, cu_q, cu_k, new, total, causal=True, block_table=last),
-        )
-
-    return Contender(run, lambda outs: torch.cat((outs[0][:, 0], outs[1])))
+    """Decode for all sequences but the last, and a chunk for that, in one graph."""
+    decode, chunk = decode_alone(problem).run, chunk_alone(problem).run
+    return Contender(lambda: (decode(), chunk()), lambda outs: torch.cat((outs[0][:, 0], outs[1])))
 
 
 @suite("cuda-overhead", needs=no_cuda)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .backends import reference
 from .backends.protocol import Backend, Support
@@ -49,6 +49,12 @@ class CallKind(NamedTuple):
 OUT_ALIGNMENT = 16
 """Bytes. Kernels store the output in pieces of this size."""
 
+_bump_versions: Callable[[Iterable[Tensor]], None] = getattr(
+    torch._C, "_increment_version", torch.autograd.graph.increment_version
+)
+"""Kernels write to tensors behind autograd's back: a graph that saved one must find out. The private function, where torch
+has it, does without an ``isinstance`` that takes as long as the rest."""
+
 _forced = Scoped[str]("pagedflash_backend")
 _counters: list[Counter[CallKind]] = []
 
@@ -74,7 +80,7 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
         _count(CallKind(problem.layout, backend.NAME, q.device.type))
     results = backend.attention(problem) if out is None else _attention_into(problem, backend, out)
     if problem.tensors[K_NEW] is not None:
-        _bump_versions(problem.tensors[WRITE])
+        _bump_versions(_written(problem.tensors[WRITE]))
     return results
 
 
@@ -82,7 +88,7 @@ def _attention_into(problem: AttentionProblem, backend: Backend, out: Tensor) ->
     validate_out(problem, out)
     if out.is_contiguous() and out.data_ptr() % OUT_ALIGNMENT == 0:
         _, lse = backend.attention(problem, out)
-        increment_version(out)
+        _bump_versions((out,))
     else:
         result, lse = backend.attention(problem)
         out.copy_(result)
@@ -105,7 +111,7 @@ def kv_write(write: CacheWrite) -> None:
     if _counters:
         _count(CallKind("write", backend.NAME, k_cache.device.type))
     backend.kv_write(write)
-    _bump_versions(write.tensors)
+    _bump_versions(_written(write.tensors))
 
 
 def backend_for(tensor: Tensor) -> Backend:
@@ -152,10 +158,10 @@ def availability() -> dict[str, Support]:
     return {name: _load(name)[1] for name in BACKEND_MODULES}
 
 
-def _bump_versions(tensors: Tensors) -> None:
-    """Kernels write to caches behind autograd's back: a graph that saved one must find out. Takes the tensors of a write."""
+def _written(tensors: Tensors) -> list[Tensor]:
+    """What a write with these tensors writes to."""
     k, v, *descales = tensors[:4]
-    increment_version([k, v, *filter(is_per_token, descales)])  # type: ignore[list-item]
+    return [k, v, *filter(is_per_token, descales)]  # type: ignore[list-item]
 
 
 def _count(kind: CallKind) -> None:

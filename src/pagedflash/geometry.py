@@ -32,6 +32,14 @@ def decode_rows(problem: AttentionProblem) -> int:
     return problem.queries.max_seqlen_q * problem.group
 
 
+def may_be_mixed(problem: AttentionProblem) -> bool:
+    """Whether some sequences may have few queries and others many, as far as shapes say: packed queries over pages, less of
+    them than if all sequences were as long as the longest."""
+    q, cu_seqlens_q, _, max_seqlen_q = problem.queries
+    is_packed = cu_seqlens_q is not None and problem.cache.block_table is not None
+    return is_packed and q.shape[0] < problem.batch_size * max_seqlen_q
+
+
 def queries_rotate_by_position(problem: AttentionProblem) -> bool:
     """Whether query ``i`` takes the rotary position ``seqused_k + i`` (causal or windowed); else all take ``seqused_k``."""
     return problem.scores.window_left >= 0 or problem.scores.window_right >= 0

@@ -183,7 +183,7 @@ def main(
         "prefill": [],
     }
     # Calls on a GPU are put in a queue: several together, the host's part of a call is hidden behind the one before.
-    clock = WallClock(device, calls=1 if device == "cpu" else 10)
+    clock = WallClock(device, calls=1 if device == "cpu" else 20)
     with torch.inference_mode(), Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(contexts) + len(prompts))
         for row in _decode_rows(shape, contexts, cache_bytes, rounds, clock):

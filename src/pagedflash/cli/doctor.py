@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
 import warnings
 from typing import NamedTuple
 
 import torch
+from torch.torch_version import TorchVersion
 
+from ..backends.metal.tuning import SWEEP, gpu_name, tuning_in_force
 from ..dispatch import DEVICE_BACKENDS, availability
+from .measure import apple_chip
+
+OLDEST_MACOS = 14
+TORCH_FOR_MPS = "2.14.1"
 
 
 class BackendState(NamedTuple):
@@ -30,8 +37,8 @@ def versions() -> dict[str, str]:
     """Software -> version, or what its absence means."""
     return {
         "pagedflash": _version("pagedflash", "run from its source"),
-        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
+        "Python": f"{platform.python_version()} on {_system()} {platform.machine()}",
+        "torch": _torch_version(),
         "transformers": _version("transformers", "not installed: pip install 'pagedflash[transformers]'"),
         "kernels": _version("kernels", "not installed; only kernels from the Hub need it, pagedflash does not"),
     }
@@ -40,9 +47,9 @@ def versions() -> dict[str, str]:
 def devices() -> dict[str, str]:
     """Device -> what it is. Every device of this machine that torch can use."""
     capability = torch.backends.cpu.get_cpu_capability()
-    found = {"cpu": f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"}
+    found = {"cpu": f"{apple_chip() or platform.machine()}, {capability}, {torch.get_num_threads()} threads"}
     if torch.backends.mps.is_available():
-        found["mps"] = f"Apple GPU, {torch.backends.mps.get_core_count()} cores"
+        found["mps"] = gpu_name()
     for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
         for index in range(module.device_count() if module.is_available() else 0):
             found[f"{kind}:{index}"] = module.get_device_name(index)
@@ -58,10 +65,38 @@ def backends() -> list[BackendState]:
         if name == "reference":
             states.append(BackendState(name, "any", available, "slow; runs where nothing else does"))
         elif not here.intersection(served):
-            states.append(BackendState(name, ", ".join(served), False, "no such device here"))
+            remark = _why_no_mps() if "mps" in served else ""
+            states.append(BackendState(name, ", ".join(served), False, remark or "no such device here"))
         else:
             states.append(BackendState(name, ", ".join(served), available, reason))
     return sorted(states, key=lambda state: state.name == "reference")
+
+
+def _why_no_mps() -> str:
+    """What keeps PyTorch from this Mac's GPU; empty on other machines."""
+    if sys.platform != "darwin":
+        return ""
+    if platform.machine() != "arm64":
+        return "an Intel Mac, or an Intel Python on Apple silicon: install an arm64 Python"
+    if not torch.backends.mps.is_built():
+        return "this build of torch has no MPS: pip install --force-reinstall torch"
+    release = platform.mac_ver()[0]
+    if int(release.partition(".")[0] or 0) < OLDEST_MACOS:
+        return f"macOS {release} is too old, torch needs macOS {OLDEST_MACOS} or newer: update macOS"
+    return "torch finds no MPS device: is this a virtual machine without a GPU?"
+
+
+def metal_tuning() -> tuple[str, str] | None:
+    """The tiling in force on this machine's Apple GPU, and where it comes from; None if there is no such GPU."""
+    if not gpu_name():
+        return None
+    try:
+        tuning, source = tuning_in_force()
+    except ValueError as error:
+        return "none", str(error)
+    if not source:
+        return "defaults", f"not tuned for this GPU: {SWEEP} does that, once"
+    return str(tuning) or "defaults", f"from {source}"
 
 
 def decode_fast_path() -> FastPath:
@@ -83,6 +118,16 @@ def decode_fast_path() -> FastPath:
     finally:
         if not already_enabled:
             integration.disable()
+
+
+def _system() -> str:
+    return f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
+
+
+def _torch_version() -> str:
+    if sys.platform == "darwin" and torch.__version__ < TorchVersion(TORCH_FOR_MPS):
+        return f"{torch.__version__}; on MPS it is slow and memory-hungry: pip install 'torch>={TORCH_FOR_MPS}'"
+    return torch.__version__
 
 
 def _version(distribution: str, otherwise: str) -> str:

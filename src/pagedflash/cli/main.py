@@ -167,6 +167,8 @@ def doctor() -> None:
             [[state.name, state.devices, _yes_or_no(state.available), state.remark] for state in facts.backends()],
         )
     )
+    if tuning := facts.metal_tuning():
+        console.print(_table("Tiling of the Metal kernels", ["", ""], [list(tuning)]))
     path = facts.decode_fast_path()
     console.print(
         _table("Decoding through block tables in transformers", ["open", ""], [[_yes_or_no(path.open), path.remark]])
@@ -178,14 +180,21 @@ def doctor() -> None:
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: float32 on a CPU, else float16]")
 @click.option("--json", "json_file", type=OUTPUT_FILE, help="Write the results there as JSON.")
 @click.option("--plot", "plot_file", type=OUTPUT_FILE, help="Draw them there; the suffix names the format (.png, .svg).")
-def bench(device: str | None, dtype: str | None, json_file: Path | None, plot_file: Path | None) -> None:
+@click.option("--sweep", is_flag=True, help="On an Apple GPU: find the tiling that suits it best, and keep that.")
+def bench(device: str | None, dtype: str | None, json_file: Path | None, plot_file: Path | None, sweep: bool) -> None:
     """Measure decode and prefill, beside gathering and SDPA, and the machine's limit."""
     from . import bench as benchmark
+    from . import sweep as tuning
 
+    if sweep and (dtype or json_file or plot_file):
+        raise click.UsageError("--sweep goes with --device alone")
     try:
         if device:
             _device(device)
-        benchmark.main(device, DTYPES[dtype] if dtype else None, json_file, plot_file)
+        if sweep:
+            tuning.main(device)
+        else:
+            benchmark.main(device, DTYPES[dtype] if dtype else None, json_file, plot_file)
     except generation.GenerateError as error:
         raise click.ClickException(str(error)) from error
     except ImportError as error:

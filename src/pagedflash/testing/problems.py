@@ -185,6 +185,12 @@ class _Draw:
 
     def query_lengths(self, batch: int, most: int) -> list[int]:
         if self.layout in ("varlen", "paged varlen"):
+            if batch and self.maybe(
+                0.3
+            ):  # as a server sends them: a chunk of one prompt, and a token of each other sequence
+                lengths = [1] * batch
+                lengths[self.rng.randrange(batch)] = most
+                return lengths
             return [self.length(most) for _ in range(batch)]
         return [self.rng.choice((1, 1, 1, 2, 3, 8, 16, max(1, self.length(most))))] * batch
 
@@ -242,7 +248,8 @@ class _Draw:
                 fields["seqused_k"] = self.int32(used)
             return fields | dict(k=k, v=v, cu_seqlens_k=self.offsets(lengths))
 
-        if self.layout == "cache" or self.layout == "paged":
+        by_offsets = self.layout == "paged varlen" and self.maybe(0.5)
+        if not by_offsets:
             lengths = [-1 if self.maybe(0.15) else n for n in lengths]
         firsts = [self.rng.randint(0, max(0, n)) for n in lengths] if self.maybe(0.2) else [0] * batch
         if any(firsts):
@@ -252,7 +259,7 @@ class _Draw:
         else:
             page_size = self.rng.choice(page_sizes)
             fields |= self.pages(lengths, firsts, kv_heads, head_dim, v_head_dim, new_tokens, page_size)
-        if self.layout == "paged varlen" and self.maybe(0.5):
+        if by_offsets:
             return fields | dict(cu_seqlens_k=self.offsets(lengths))
         fields |= dict(seqused_k=self.int32(lengths))
         if self.layout in ("cache", "paged"):

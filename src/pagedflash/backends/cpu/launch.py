@@ -20,7 +20,7 @@ from ...validate_values import check_values, check_write_values
 from .abi import AttentionShape, QueryShape, ScaleStrides, Strides, WriteShape, mismatch, pack_addresses, pack_shape
 
 ISA_VARIABLE = "PAGEDFLASH_CPU_ISA"
-"""Names the instruction set to use (``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``generic``) instead of the best one."""
+"""The instruction set to use instead of the best: ``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``generic``."""
 
 LIBRARY_VARIABLE = "PAGEDFLASH_CPU_LIBRARY"
 """Path of a library to use instead of the installed one: a build with sanitizers, for one."""
@@ -69,6 +69,7 @@ class Library:
         native.pagedflash_isa_name.restype = ctypes.c_char_p
         for function in ("isa_name", "isa_present"):
             getattr(native, f"pagedflash_{function}").argtypes = [ctypes.c_int64]
+        native.pagedflash_best_isa.restype = ctypes.c_int64
         native.pagedflash_use_pool.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self.run_attention = native.pagedflash_attention
         self.run_write = native.pagedflash_kv_write
@@ -79,12 +80,12 @@ class Library:
         self.isas = _present_isas(native)
         if not self.isas:
             raise Unavailable("this processor has none of the instruction sets it is compiled for")
-        self.isa = self._chosen_isa()
+        self.isa = self._chosen_isa(native.pagedflash_best_isa())
 
-    def _chosen_isa(self) -> int:
+    def _chosen_isa(self, best: int) -> int:
         name = os.environ.get(ISA_VARIABLE)
         if name is None:
-            return next(iter(self.isas.values()))
+            return best
         if name not in self.isas:
             raise Unavailable(f"{ISA_VARIABLE} is {name}, expected one of {', '.join(self.isas)}")
         return self.isas[name]
@@ -214,7 +215,7 @@ def _write_shape(cache: KVCache, append: Append | None, batch_size: int, dtype: 
 
 
 def _present_isas(native: ctypes.CDLL) -> dict[str, int]:
-    """The compiled instruction sets that this processor has, best first, and their numbers."""
+    """The compiled instruction sets that this processor has, the newest first, and their numbers."""
     isas, index = {}, 0
     while (name := native.pagedflash_isa_name(index)) is not None:
         if native.pagedflash_isa_present(index):

@@ -1,7 +1,8 @@
 """The Metal backend: four kernels in ``kernels/*.metal``, compiled at run time by ``torch.mps.compile_shader``.
 
 :mod:`.launch` makes a plan for each signature and dispatches it into PyTorch's own command encoder, :mod:`.tiling` chooses
-rows, lanes and splits, :mod:`.compiler` builds the kernels. Nothing waits for the GPU, and nothing is copied.
+rows, lanes and splits, :mod:`.tuning` has its numbers for the GPU at hand, :mod:`.compiler` builds the kernels. Nothing
+waits for the GPU, and nothing is copied.
 """
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from ..protocol import Capabilities
 from .compiler import available, use_compiler
 from .launch import attention, kv_write, supports
-from .tiling import Tuning
+from .tuning import Tuning
 
 __all__ = ["CAPABILITIES", "NAME", "Tuning", "attention", "available", "kv_write", "supports", "use_compiler"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import threading
@@ -17,7 +16,7 @@ import torch
 from ...scoped import Scoped
 from ..protocol import Support
 from .params import STRUCTS, struct_source
-from .tiling import TUNING_VARIABLE, Tuning
+from .tuning import Tuning, tuning_in_force
 
 Compiler = Callable[[str], Any]
 """Metal source -> a library whose attributes are its kernels, as ``torch.mps.compile_shader``."""
@@ -70,10 +69,10 @@ def use_compiler(
     Args:
         compile_shader: Metal source -> library, with the interface of ``torch.mps.compile_shader``.
         core_count: GPU cores to lay kernels out for, in place of ``torch.backends.mps.get_core_count()``.
-        tuning: numbers of the tiling, in place of those in the environment.
+        tuning: numbers of the tiling, in place of those in force.
     """
     cores = core_count or _gpu_core_count(torch.backends.mps.get_core_count)
-    return _given_target.use(Target(compile_shader, cores, tuning or _environment_tuning()))
+    return _given_target.use(Target(compile_shader, cores, tuning or tuning_in_force().tuning))
 
 
 def available() -> Support:
@@ -92,13 +91,8 @@ def current_target() -> Target:
     target = _given_target.current
     if target is None:
         cores = _gpu_core_count(torch.backends.mps.get_core_count)
-        target = Target(torch.mps.compile_shader, cores, _environment_tuning())
+        target = Target(torch.mps.compile_shader, cores, tuning_in_force().tuning)
     return target
-
-
-@lru_cache(maxsize=1)
-def _environment_tuning() -> Tuning:
-    return Tuning.parse(os.environ.get(TUNING_VARIABLE, ""))
 
 
 @lru_cache(maxsize=1)

@@ -85,7 +85,7 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     plan = problem.plan(("metal", target, offset), lambda signature: _plan_attention(signature, target, offset))
     device = q.device
     results = [] if out is None else [out]
-    results += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in plan.results[len(results) :]]
+    results += [torch.empty(*shape, dtype=dtype, device=device) for shape, dtype in plan.results[len(results) :]]
     _run(plan, (*tensors, *results))
     return results[0], results[1]
 

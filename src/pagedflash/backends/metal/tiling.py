@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from .tuning import Tuning
+
 LANES = 32  # of a simdgroup
 MATRIX = 8  # rows and columns of a simdgroup matrix
 LOAD_BYTES = 16  # the widest load of a lane
@@ -25,36 +27,6 @@ KEYS_PER_ROW = 48  # of a split, at least: the queries it loads and the partial 
 MAX_SPLITS = 128
 
 THREADGROUP_BYTES = 32 * 1024
-
-TUNING_VARIABLE = "PAGEDFLASH_METAL_TUNING"
-"""Numbers of :class:`Tuning` to use on this machine, as ``"load_registers=16,decode_simdgroups=8"``."""
-
-
-class Tuning(NamedTuple):
-    """The numbers that one GPU may want otherwise than another."""
-
-    load_registers: int = 16  # of a lane, for the loads of decode that are in flight together
-    decode_simdgroups: int = 4  # of a threadgroup of decode
-    simdgroups_per_core: int = 13  # that a core has registers for
-    prefill_simdgroups: int = 4  # of a threadgroup of prefill
-    prefill_registers: int = 96  # of a lane, at most, for Q and the output accumulator of prefill
-    prefill_keys: int = 32  # of a tile of prefill, where threadgroup memory has room; half of it from head dim 128 on
-
-    @staticmethod
-    def parse(text: str) -> Tuning:
-        """From ``"name=number,name=number"``; what is not named has its default.
-
-        Raises:
-            ValueError: a name or a number is none.
-        """
-        numbers = {}
-        for item in filter(None, text.split(",")):
-            name, _, number = item.partition("=")
-            if name.strip() not in Tuning._fields or not number.strip().isdecimal() or not int(number):
-                expected = f"name=number,... with names of {', '.join(Tuning._fields)} and numbers from 1 on"
-                raise ValueError(f"pagedflash: {TUNING_VARIABLE} has {item!r}, expected {expected}")
-            numbers[name.strip()] = int(number)
-        return Tuning(**numbers)
 
 
 class DecodeTiling(NamedTuple):

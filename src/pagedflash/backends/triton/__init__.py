@@ -8,6 +8,8 @@ in a CUDA graph, and replayed with other lengths, tables and contents.
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +40,16 @@ def supports(problem: AttentionProblem) -> Support:
 
 def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend: ``(out, lse)`` of the problem's ``out_shape`` and ``lse_shape``."""
-    from . import launch
-
-    return launch.attention(problem, out)
+    results: tuple[Tensor, Tensor] = _launch().attention(problem, out)
+    return results
 
 
 def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
-    from . import launch
+    _launch().kv_write(write)
 
-    launch.kv_write(write)
+
+@cache
+def _launch() -> Any:
+    """Imported for the first call: Triton need not be there. An import statement in each call would cost a microsecond."""
+    return import_module(f"{__name__}.launch")

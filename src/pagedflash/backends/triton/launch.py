@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...geometry import decode_rows, max_visible_keys, queries_rotate_by_position, scale_strides, strides
+from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides
 from ...problem import WRITE, Append, AttentionProblem, CacheWrite, fold_scores, is_per_token
 from .compiled import CompiledLaunch, addresses_of, has_pdl, num_sms
 from .kernels.combine import combine
@@ -39,6 +39,10 @@ from .tiling import block_width, decode_tiling, power_of_two, prefill_tiling, st
 MAX_DECODE_ROWS = 64
 """Packed-GQA rows up to which a call goes to ``decode``, which holds them all in one tile."""
 
+MIXED_DECODE_ROWS = 16
+"""The same of each sequence of a mixed batch, unless one query has more: what the matrix units take at least, so that decode
+is as fast as in a call of its own."""
+
 MAX_FUSED_TOKENS = 64
 """New tokens of a sequence up to which ``decode`` appends them itself."""
 
@@ -59,7 +63,7 @@ COMBINE_SPLITS, COMBINE_VALUES = 64, 8192
 """The same of ``combine``."""
 
 FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
-"""Lengths that a CTA of ``decode`` looks at together: what one warp holds, or for larger batches all four."""
+"""Lengths that a CTA looks at together: what one warp holds, or for larger batches all four."""
 
 
 class _Plan(NamedTuple):
@@ -69,11 +73,10 @@ class _Plan(NamedTuple):
     out_strides: tuple[int, ...]
     lse_shape: tuple[int, ...]
     lse_strides: tuple[int, ...]
-    write: CompiledLaunch | None = None  # of more new tokens than ``decode`` appends itself
-    attend: CompiledLaunch | None = None  # ``decode`` or ``prefill``; None where there is nothing to attend to
+    write: CompiledLaunch | None = None  # of new tokens that ``decode`` does not append itself
+    attend: tuple[CompiledLaunch, ...] = ()  # one after another; none where there is nothing to attend to
     partials: int = 0  # float32 elements of splits
     semaphores: int = 0  # where ``decode`` reduces splits itself
-    combine: CompiledLaunch | None = None  # where it leaves them
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -82,7 +85,7 @@ class _Plan(NamedTuple):
 
 
 def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Append (if asked), then attend with ``decode`` (and ``combine``) or ``prefill``."""
+    """Append (if asked), then attend with ``decode`` (and ``combine``), ``prefill``, or both."""
     tensors = problem.tensors
     q = cast(Tensor, tensors[0])
     dtype, device = q.dtype, q.device
@@ -98,7 +101,7 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
     if plan.write is not None:
         plan.write(tensors[WRITE], addresses[WRITE])
-    if plan.attend is None:
+    if not plan.attend:
         return out.zero_(), lse.fill_(math.inf)
     counters = partials = counters_at = partials_at = None
     if plan.partials:
@@ -109,9 +112,8 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
             counters_at = counters.data_ptr()
     tensors = (*tensors, out, lse, partials, counters)
     addresses = (*addresses, out.data_ptr(), lse.data_ptr(), partials_at, counters_at)
-    plan.attend(tensors, addresses)
-    if plan.combine is not None:
-        plan.combine(tensors, addresses)
+    for launch in plan.attend:
+        launch(tensors, addresses)
     return out, lse
 
 
@@ -135,6 +137,7 @@ def kv_write(write: CacheWrite) -> None:
 
 def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str) -> _Plan:
     is_decode = decode_rows(problem) <= MAX_DECODE_ROWS
+    is_mixed = not is_decode and problem.group <= MAX_DECODE_ROWS and may_be_mixed(problem)
     is_empty = problem.batch_size == 0 or 0 in problem.out_shape
     plan = _Plan(
         problem.out_shape, _contiguous_strides(problem.out_shape), problem.lse_shape, _contiguous_strides(problem.lse_shape)
@@ -145,17 +148,27 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str) ->
         plan = plan._replace(write=_plan_write(problem.write, aligned))
     if is_empty:
         return plan
-    params = _params(problem, aligned, precision)
-    if is_decode:
-        return _with_decode(plan, problem, params, aligned, fused_tokens)
-    return plan._replace(attend=_plan_prefill(problem, params, aligned))
+    decode_limit = max(1, MIXED_DECODE_ROWS // problem.group) if is_mixed else None
+    params = _params(problem, aligned, precision, decode_limit)
+    if is_decode or is_mixed:
+        plan = _with_decode(plan, problem, params, aligned, fused_tokens)
+    if not is_decode:
+        plan = plan._replace(attend=(*plan.attend, _plan_prefill(problem, params, aligned)))
+    return plan
 
 
 def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: bool) -> CompiledLaunch:
     q, _, _, max_seqlen_q = problem.queries
+    batch_size, heads, decode_limit = problem.batch_size, q.shape[-2], params.queries.DECODE_LIMIT
     tiling = prefill_tiling(max_seqlen_q, block_width(q.shape[-1]), q.element_size())
-    tile = PrefillTile(tiling.block_m, tiling.block_n)
-    grid = (q.shape[-2], problem.batch_size, max(1, -(-max_seqlen_q // tiling.block_m)))
+    tile = PrefillTile(tiling.block_m, tiling.block_n, _lengths_together(batch_size))
+    grid = (heads, batch_size, max(1, -(-max_seqlen_q // tiling.block_m)))
+    if decode_limit is not None:
+        # CTAs for full blocks, or for all SMs; no more than there may be blocks, each sequence's last one not full.
+        total_q = q.shape[0]
+        full_blocks = -(-total_q // tiling.block_m)
+        most_blocks = full_blocks + min(batch_size, total_q // (decode_limit + 1))
+        grid = (heads, max(1, min(most_blocks, max(full_blocks, -(-num_sms(q.device) // heads)))), 1)
     return CompiledLaunch(prefill, grid, params, tile, q.device, aligned, **tiling.options)
 
 
@@ -164,7 +177,9 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     device, batch_size, kv_heads = q.device, problem.batch_size, k.shape[-2]
     block_dv = block_width(v.shape[-1])
     work_tiles = batch_size * kv_heads
-    rows = power_of_two(max(decode_rows(problem), problem.group))
+    decode_limit = params.queries.DECODE_LIMIT
+    longest = problem.queries.max_seqlen_q if decode_limit is None else decode_limit
+    rows = power_of_two(max(longest, 1) * problem.group)
     tiling = decode_tiling(rows, block_width(q.shape[-1]), q.element_size())
 
     few_keys = MAX_UNSPLIT_TILES * tiling.block_n
@@ -186,15 +201,15 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         BLOCK_NEW=max(16, power_of_two(fused_tokens)) if fused_tokens else 0,
-        BLOCK_B=FEW_SEQUENCES if batch_size <= FEW_SEQUENCES else MANY_SEQUENCES,
+        BLOCK_B=_lengths_together(batch_size),
         SPLIT_KV=split_kv,
         REDUCE_ROWS=reduce_rows,
         REDUCE_SPLITS=max(1, min(splits, values // (reduce_rows * block_dv))),
         PDL=pdl,
         num_ctas=num_ctas if split_kv else 0,
     )
-    attend = CompiledLaunch(decode, (num_ctas, 1, 1), params, tile, device, aligned, **tiling.options)
-    plan = plan._replace(attend=attend)
+    launch = CompiledLaunch(decode, (num_ctas, 1, 1), params, tile, device, aligned, **tiling.options)
+    plan = plan._replace(attend=(launch,))
     if not split_kv:
         return plan
     plan = plan._replace(partials=(work_tiles + num_ctas) * rows * (block_dv + 2))
@@ -202,7 +217,12 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
         return plan._replace(semaphores=work_tiles)
     grid = (kv_heads * rows // reduce_rows, batch_size, 1)
     options: dict[str, object] = dict(num_warps=4, num_stages=1, **(dict(launch_pdl=True) if pdl else {}))
-    return plan._replace(combine=CompiledLaunch(combine, grid, params, tile, device, aligned, **options))
+    return plan._replace(attend=(launch, CompiledLaunch(combine, grid, params, tile, device, aligned, **options)))
+
+
+def _lengths_together(batch_size: int) -> int:
+    """BLOCK_B for a batch."""
+    return FEW_SEQUENCES if batch_size <= FEW_SEQUENCES else MANY_SEQUENCES
 
 
 def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
@@ -224,7 +244,7 @@ def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _params(problem: AttentionProblem, aligned: bool, precision: str) -> ProblemParams:
+def _params(problem: AttentionProblem, aligned: bool, precision: str, decode_limit: int | None) -> ProblemParams:
     q, _, _, max_seqlen_q = problem.queries
     new_tokens = [] if problem.append is None else list(problem.append[:2])
     align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
@@ -241,6 +261,7 @@ def _params(problem: AttentionProblem, aligned: bool, precision: str) -> Problem
             total_q=q.shape[0],
             max_seqlen_q=max_seqlen_q,
             GROUP=problem.group,
+            DECODE_LIMIT=decode_limit,
         ),
         _cache_params(problem, align),
         _append_params(problem.append, align, queries_rotate_by_position(problem)),
@@ -259,7 +280,7 @@ def _cache_params(problem: AttentionProblem | CacheWrite, align: int) -> CachePa
         v_strides=None if strides(v) == strides(k) else _divided(v, align),
         k_descale_strides=_scale_strides(k_descale),
         v_descale_strides=_scale_strides(v_descale),
-        capacity=problem.capacity,
+        capacity=problem.capacity if k.shape[0] else 0,
         num_pages=k.shape[0],
         table_width=None if block_table is None else block_table.shape[1],
         HEADS=k.shape[-2],
@@ -301,7 +322,7 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _is_elsewhere(device: torch.device) -> bool:
     """Whether Triton would launch on another device than the tensors'."""
-    return device.type == "cuda" and _cuda_devices() > 1 and device.index != torch.cuda.current_device()
+    return _cuda_devices() > 1 and device.type == "cuda" and device.index != torch.cuda.current_device()
 
 
 @cache

@@ -72,6 +72,7 @@ struct DecodeScratch {
     tokens.k_descale = arena.allocate<const float*>(DECODE_TILE + BLOCK_TOKENS);
     tokens.v_descale = arena.allocate<const float*>(DECODE_TILE + BLOCK_TOKENS);
     query = arena.allocate<float>(query_size);
+    rounded = arena.allocate<float>(query_size);
     values = arena.allocate<float>(out_size);
     bytes = arena.used();
   }
@@ -84,13 +85,10 @@ struct DecodeScratch {
   ScoreRow* score_rows;      // (heads, rows)
   TokenAddresses tokens;     // of the tile and of the next block
   float* query;              // (head_dim rounded up), one row as it is loaded
+  void* rounded;             // the same in its dtype
   float* values;             // (v_head_dim rounded up), one row as it is written
   int64_t bytes;
 };
-
-inline int64_t decode_scratch_bytes(const AttentionProblem& problem) {
-  return DecodeScratch(ScratchArena(nullptr), problem, problem.write.kv_heads, MAX_DECODE_ROWS).bytes;
-}
 
 class Decode {
  public:
@@ -162,7 +160,9 @@ class Decode {
     for (int64_t i = 0; i < heads_ * rows_; i++) {
       const int64_t head = i / rows_, row = i % rows_;
       const QueryAndHead at = unpack_row(problem_, task_.kv_heads.begin + head, row);
-      load_query<T>(problem_, sequence_, at.query, at.head, scratch_.query, query_size_);
+      T* loaded = static_cast<T*>(scratch_.rounded);
+      load_query(problem_, sequence_, at.query, at.head, loaded, query_size_);
+      convert(scratch_.query, loaded, query_size_);
       Query* to = static_cast<Query*>(scratch_.queries) + head * rows_ * query_size_ + row * CHUNK;
       for (int64_t d = 0; d < query_size_; d += CHUNK) Dot::store_query(to + d * rows_, scratch_.query + d);
       scratch_.score_rows[i] = score_row(problem_, sequence_, at.query, at.head);
@@ -291,7 +291,7 @@ class Decode {
   void softmax(Range heads, int64_t first, int64_t tokens) {
     for (int64_t i = heads.begin * rows_; i < heads.end * rows_; i++) {
       const float alpha = softmax_tile(scratch_.scores + i * DECODE_TILE, score_, scratch_.score_rows[i], first, tokens,
-                                       scratch_.states[i]);
+                                       scratch_.states[i], [](float* row, int64_t j, Vec p) { store(row + j, p); });
       if (alpha == 1.0f) continue;
       float* chunk = row_accumulators(i);
       for (int64_t d = 0; d < out_size_; d += CHUNK, chunk += rows_ * CHUNK)

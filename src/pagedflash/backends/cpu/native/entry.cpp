@@ -120,6 +120,7 @@ PAGEDFLASH_EXPORT void pagedflash_use_pool(void* parallel_for, void* get_num_thr
 }
 
 PAGEDFLASH_EXPORT const char* pagedflash_isa_name(int64_t isa) { return isa_name(isa); }
+PAGEDFLASH_EXPORT int64_t pagedflash_best_isa() { return best_isa(); }
 PAGEDFLASH_EXPORT int64_t pagedflash_isa_present(int64_t isa) { return kernels_of(isa) != nullptr; }
 
 PAGEDFLASH_EXPORT int64_t pagedflash_attention(const AttentionShape* shape, const AttentionAddresses* at, int64_t isa) {

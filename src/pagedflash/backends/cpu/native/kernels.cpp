@@ -25,7 +25,14 @@ void combine(const Plan& plan, Range rows) {
 }
 
 int64_t scratch_bytes(const AttentionProblem& problem) {
-  return max(decode_scratch_bytes(problem), prefill_scratch_bytes(problem));
+  int64_t bytes = 0;
+  with_dtype(problem.write.dtype, [&](auto element) {
+    using T = decltype(element);
+    const ScratchArena nothing(nullptr);
+    bytes = max(DecodeScratch(nothing, problem, problem.write.kv_heads, MAX_DECODE_ROWS).bytes,
+                PrefillScratch<T>(nothing, problem).bytes);
+  });
+  return bytes;
 }
 
 }  // namespace

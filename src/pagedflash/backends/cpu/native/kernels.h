@@ -16,8 +16,9 @@ struct Kernels {
   void (*combine)(const Plan& plan, Range rows);
 };
 
-// Null if this processor lacks the instructions. Instruction sets are numbered from the best down: 0 .. ISA_COUNT - 1.
+// Null if this processor lacks the instructions. Instruction sets are numbered from 0 on, the newest first.
 const Kernels* kernels_of(int64_t isa);
 const char* isa_name(int64_t isa);  // null behind the last
+int64_t best_isa();                 // the fastest that this processor has; -1 if it has none
 
 }  // namespace pagedflash

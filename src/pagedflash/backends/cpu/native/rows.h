@@ -17,10 +17,9 @@ PAGEDFLASH_INLINE QueryAndHead unpack_row(const AttentionProblem& problem, int64
   return {row / group, kv_head * group + row % group};
 }
 
-// A query, rotated if the problem says so and rounded to T, as floats; zeros from head_dim to `padded`.
+// A query, rotated if the problem says so, zeros from head_dim to `padded`.
 template <class T>
-void load_query(const AttentionProblem& problem, const Sequence& sequence, int64_t query, int64_t head, float* to,
-                int64_t padded) {
+void load_query(const AttentionProblem& problem, const Sequence& sequence, int64_t query, int64_t head, T* to, int64_t padded) {
   const CacheWrite& write = problem.write;
   const T* from = static_cast<const T*>(problem.q) + head * problem.q_stride.head;
   from += problem.cu_seqlens_q ? (sequence.q_begin + query) * problem.q_stride.token
@@ -30,14 +29,10 @@ void load_query(const AttentionProblem& problem, const Sequence& sequence, int64
     // Causal or windowed, query i rotates by its own position; else all rotate by the first.
     const bool by_position = problem.window_left >= 0 || problem.window_right >= 0;
     const int64_t position = by_position ? min(sequence.seqused_k + query, write.rotary_rows - 1) : sequence.seqused_k;
-    rotated = rotate_row(from, write, position, [&](int64_t i, const float* x, int64_t n) {
-      T rounded[2 * ROTARY_PAIRS];
-      convert(rounded, x, n);
-      convert(to + i, rounded, n);
-    });
+    rotated = rotate_row(from, write, position, [&](int64_t i, const float* x, int64_t n) { convert(to + i, x, n); });
   }
-  convert(to + rotated, from + rotated, write.head_dim - rotated);
-  for (int64_t i = write.head_dim; i < padded; i++) to[i] = 0.0f;
+  memcpy(to + rotated, from + rotated, (write.head_dim - rotated) * sizeof(T));
+  for (int64_t i = write.head_dim; i < padded; i++) to[i] = T{};
 }
 
 // to = values * factor.

@@ -19,6 +19,14 @@
 //   load_chunk_part(T*, n)             the first n elements of a chunk
 //   restore_order<T>(chunk)            that order back to the order in memory
 //
+// and, where PAGEDFLASH_BF16_PAIRS is defined, on LANES pairs of bfloat16:
+//
+//   load_pairs(bf16*, n)               the first n of 2 * LANES elements; zeros beyond them
+//   dot_pairs(a, b, c)                 a.even * b.even + a.odd * b.odd + c, in float
+//   interleave_pairs(v[2])             a0 a1 a2 ..., b0 b1 b2 ... become a0 b0 a1 b1 ..., in place
+//   round_pairs(low, high)             2 * LANES floats in this order, rounded to bfloat16
+//   store_rounded(bf16*, v)            floats rounded to bfloat16; subnormal ones to zero
+//
 // min and max give the second operand if either is NaN, or NaN.
 #pragma once
 
@@ -62,7 +70,7 @@ PAGEDFLASH_INLINE uint32_t bits_of_float(float x) {
 }  // namespace PAGEDFLASH_ISA
 }  // namespace pagedflash
 
-#if defined(PAGEDFLASH_ISA_avx512) || defined(PAGEDFLASH_ISA_avx512bf16)
+#if defined(PAGEDFLASH_ISA_avx512) || defined(PAGEDFLASH_ISA_avx512bf16) || defined(PAGEDFLASH_ISA_amx)
 #include "vec_avx512.h"
 #elif defined(PAGEDFLASH_ISA_avx2)
 #include "vec_avx2.h"
@@ -79,6 +87,7 @@ using pagedflash::max;  // of sizes: those of registers hide them
 using pagedflash::min;
 
 constexpr int CHUNK = 2 * LANES;
+constexpr int64_t PANEL = GEMM_VECS * LANES;  // columns of a packed panel of the matrix product
 
 // Where load_chunk puts element i.
 template <class T>

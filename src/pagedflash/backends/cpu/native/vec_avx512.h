@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL): 32 registers of 16 floats. See vec.h.
+// AVX-512 (F, BW, DQ, VL): 32 registers of 16 floats. With AVX-512-BF16, products of pairs. See vec.h.
 #pragma once
 
 #include <immintrin.h>
@@ -148,6 +148,27 @@ PAGEDFLASH_INLINE void restore_order<bf16>(Chunk& chunk) {
   const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   chunk = {_mm512_permutex2var_ps(chunk.a, low, chunk.b), _mm512_permutex2var_ps(chunk.a, high, chunk.b)};
 }
+
+#if defined(PAGEDFLASH_ISA_avx512bf16) || defined(PAGEDFLASH_ISA_amx)
+#define PAGEDFLASH_BF16_PAIRS 1
+PAGEDFLASH_INLINE Vec load_pairs(const bf16* p, int64_t n) {
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(first_lanes32(n), p));
+}
+PAGEDFLASH_INLINE Vec dot_pairs(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+PAGEDFLASH_INLINE void interleave_pairs(Vec v[2]) {
+  // Words of v[0] have numbers from 0 on, those of v[1] from 32: i and i + 32 side by side, from i = 0, and from i = 16.
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i low = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(32)), 16));
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i a = _mm512_castps_si512(v[0]), b = _mm512_castps_si512(v[1]);
+  v[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b));
+  v[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b));
+}
+PAGEDFLASH_INLINE Vec round_pairs(Vec low, Vec high) { return (Vec)_mm512_cvtne2ps_pbh(high, low); }
+PAGEDFLASH_INLINE void store_rounded(bf16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a));
+}
+#endif
 
 }  // namespace PAGEDFLASH_ISA
 }  // namespace pagedflash

@@ -12,8 +12,8 @@ from triton.language.extra.cuda import gdc_wait
 
 from .output import store_output
 from .params import DecodeTile, ProblemParams, Tensors
-from .queries import output_rows
 from .schedule import count_active_ctas, cta_of, locate_sequence, sequence_work
+from .sequence import load_rows
 from .softmax import SoftmaxState, raise_max
 
 
@@ -25,20 +25,20 @@ def combine(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     b = tl.program_id(1)
 
     # ---- Which CTAs of decode have its splits ----
-    work_tiles = problem.queries.batch_size * problem.cache.HEADS
-    first_tile, total_tiles, longest = locate_sequence(tensors, problem, tile, b)
+    first_tile, total_tiles, longest, work_tiles = locate_sequence(tensors, problem, tile, b)
     tiles = sequence_work(tensors, problem, tile, b, b < problem.queries.batch_size).tiles
     first_tile += kv_head * tiles
     work_tile = b * problem.cache.HEADS + kv_head
     active_ctas = count_active_ctas(total_tiles, longest, work_tiles, tile.num_ctas)
     first = work_tile + cta_of(first_tile, active_ctas, total_tiles)
     last = work_tile + cta_of(first_tile + tiles - 1, active_ctas, total_tiles)
-    first_row, owned_rows = output_rows(tensors, problem, b)
+    first_row, owned_rows = load_rows(tensors, problem, b, True)
+    owned = row < owned_rows * problem.queries.GROUP
 
     # ---- The splits, some at a time ----
     if tile.PDL:
         gdc_wait()
-    if first == last:  # its CTA has stored the output
+    if first >= last:  # its CTA has stored the output, or there was nothing to do
         return
     d = tl.arange(0, problem.cache.BLOCK_DV)
     acc = tl.zeros([tile.REDUCE_ROWS, problem.cache.BLOCK_DV], tl.float32)
@@ -47,7 +47,7 @@ def combine(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     maxima, sums = split_states(tensors, problem, tile)
     for start in range(first, last + 1, tile.REDUCE_SPLITS):
         split = start + tl.arange(0, tile.REDUCE_SPLITS)
-        there = (split <= last)[:, None]
+        there = (split <= last)[:, None] & owned[None, :]
         rows = split.to(tl.int64)[:, None] * tile.ROWS + row[None, :]
         split_max = tl.load(maxima + rows, there, other=float("-inf"))
         split_sum = tl.load(sums + rows, there, other=0.0)
@@ -62,7 +62,7 @@ def combine(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     i = row // problem.queries.GROUP
     head = kv_head * problem.queries.GROUP + row % problem.queries.GROUP
     state = SoftmaxState(acc, row_max, row_sum)
-    store_output(tensors, problem, state, b, first_row, i, head, i < owned_rows)
+    store_output(tensors, problem, state, b, first_row, i, head, owned)
 
 
 @triton.jit
@@ -76,8 +76,8 @@ def is_last(semaphore, others):
 
 
 @triton.jit
-def reduce_few(tensors, problem, tile, first, last):
-    """The state of all ROWS rows from splits ``first`` to ``last``, of which REDUCE_SPLITS are loaded together."""
+def reduce_few(tensors, problem, tile, first, last, owned_rows):
+    """The state of all rows from splits ``first`` to ``last``, of which REDUCE_SPLITS are loaded together."""
     row = tl.arange(0, tile.ROWS)
     d = tl.arange(0, problem.cache.BLOCK_DV)
     acc = tl.zeros([tile.ROWS, problem.cache.BLOCK_DV], tl.float32)
@@ -87,7 +87,7 @@ def reduce_few(tensors, problem, tile, first, last):
     for start in range(first, last + 1, tile.REDUCE_SPLITS):
         for step in tl.static_range(tile.REDUCE_SPLITS):
             split = start + step
-            there = (split <= last) & (row >= 0)
+            there = (split <= last) & (row < owned_rows * problem.queries.GROUP)
             rows = split.to(tl.int64) * tile.ROWS + row
             # Past the L1 cache: other SMs have just written them.
             split_max = tl.load(maxima + rows, there, other=float("-inf"), cache_modifier=".cg")
@@ -111,11 +111,11 @@ def split_states(tensors, problem, tile):
 
 
 @triton.jit
-def store_split(tensors, problem, tile, split, state):
+def store_split(tensors, problem, tile, split, state, owned_rows):
     """Leave a softmax state to be reduced."""
     row = tl.arange(0, tile.BLOCK_M)
     d = tl.arange(0, problem.cache.BLOCK_DV)
-    real = row < tile.ROWS
+    real = (row < tile.ROWS) & (row < owned_rows * problem.queries.GROUP)
     rows = split.to(tl.int64) * tile.ROWS + row
     maxima, sums = split_states(tensors, problem, tile)
     tl.store(tensors.partials + rows[:, None] * problem.cache.BLOCK_DV + d[None, :], state.acc, real[:, None])

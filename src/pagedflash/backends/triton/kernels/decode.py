@@ -21,9 +21,10 @@ from .kv_write import append_tokens
 from .output import clear_rows_behind, store_output
 from .paging import load_pages, view_kv
 from .params import DecodeTile, ProblemParams, Tensors
-from .queries import load_queries, output_rows
-from .schedule import count_active_ctas, cta_of, first_tile_of, locate_sequence, sequence_of, sequence_work
+from .queries import load_queries
+from .schedule import count_active_ctas, cta_of, first_tile_of, kv_tiles, locate_sequence, sequence_of, sequence_work
 from .score import RowScores, row_scores
+from .sequence import load_rows
 from .softmax import SoftmaxState, attend_tile
 
 
@@ -43,11 +44,11 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
 
     # ---- This CTA's KV tiles, and the sequence of the first ----
     if tile.SPLIT_KV:
-        _, total_tiles, longest = locate_sequence(tensors, problem, tile, 0)
-        active_ctas = count_active_ctas(total_tiles, longest, batch_size * KV_HEADS, tile.num_ctas)
+        _, total_tiles, longest, work_tiles = locate_sequence(tensors, problem, tile, 0)
+        active_ctas = count_active_ctas(total_tiles, longest, work_tiles, tile.num_ctas)
         tile_index = first_tile_of(cta, active_ctas, total_tiles)
         tile_end = first_tile_of(cta + 1, active_ctas, total_tiles)
-        b, sequence_begin = sequence_of(tensors, problem, tile, tile_index)
+        b, sequence_begin = sequence_of(tensors, problem, tile, tile_index, kv_tiles)
     else:
         b = cta // KV_HEADS
         tiles = sequence_work(tensors, problem, tile, b, b < batch_size).tiles
@@ -60,6 +61,10 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     i = row // GROUP
     while tile_index < tile_end:
         work = sequence_work(tensors, problem, tile, b, b < batch_size)
+        if problem.queries.DECODE_LIMIT is not None:
+            while work.tiles == 0:
+                b += 1
+                work = sequence_work(tensors, problem, tile, b, b < batch_size)
         kv_head = (tile_index - sequence_begin) // work.tiles
         work_begin = sequence_begin + kv_head * work.tiles
         work_end = work_begin + work.tiles
@@ -72,7 +77,7 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
 
         # The rows: query i of the sequence for query head `head`.
         head = kv_head * GROUP + row % GROUP
-        first_row, owned_rows = output_rows(tensors, problem, b)
+        first_row, owned_rows = load_rows(tensors, problem, b, True)
         used = (i < work.seqlen_q) & (work.seqlen_k >= 0)
         rows = row_scores(
             tensors, problem, b, head, i, used, work.seqlen_q, work.seqlen_k, work.begin, tl.maximum(work.seqlen_k, 0)
@@ -104,12 +109,12 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
         if tile.SPLIT_KV:
             if count < work.tiles:
                 work_tile = b * KV_HEADS + kv_head
-                store_split(tensors, problem, tile, work_tile + cta, total)
+                store_split(tensors, problem, tile, work_tile + cta, total, owned_rows)
                 if tensors.semaphores is not None:
                     first_cta = cta_of(work_begin, active_ctas, total_tiles)
                     last_cta = cta_of(work_end - 1, active_ctas, total_tiles)
                     if is_last(tensors.semaphores + work_tile, last_cta - first_cta):
-                        reduced = reduce_few(tensors, problem, tile, work_tile + first_cta, work_tile + last_cta)
+                        reduced = reduce_few(tensors, problem, tile, work_tile + first_cta, work_tile + last_cta, owned_rows)
                         reduced_row = tl.arange(0, tile.ROWS)
                         reduced_i = reduced_row // GROUP
                         reduced_head = kv_head * GROUP + reduced_row % GROUP

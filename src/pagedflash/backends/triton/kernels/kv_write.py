@@ -16,7 +16,8 @@ def append_tokens(tensors, problem, b, kv_head, token, seqlen_cached):
     """
     # ---- The slot of each token ----
     position = seqlen_cached + token
-    valid = (token < problem.append.seqlen_new) & (seqlen_cached >= 0) & (position < problem.cache.capacity)
+    fits = seqlen_cached < problem.cache.capacity - token  # in this form no length overflows
+    valid = (token < problem.append.seqlen_new) & (seqlen_cached >= 0) & fits
     if tensors.block_table is None:
         page = token * 0 + b
         if tensors.cache_batch_idx is not None:

@@ -28,7 +28,7 @@ def clear_rows_behind(tensors, problem, first, step):
     HEADS: tl.constexpr = problem.cache.HEADS * problem.queries.GROUP
     d = tl.arange(0, problem.cache.BLOCK_DV)
     zeros = tl.zeros([problem.cache.BLOCK_DV], tensors.out.dtype.element_ty)
-    behind = tl.load(tensors.cu_seqlens_q + problem.queries.batch_size).to(tl.int64)
+    behind = tl.maximum(tl.load(tensors.cu_seqlens_q + problem.queries.batch_size), 0).to(tl.int64)
     total_q = tl.cast(problem.queries.total_q, tl.int64)
     for row in range(behind + first, total_q, step):
         for head in range(0, HEADS):

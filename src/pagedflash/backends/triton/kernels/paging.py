@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .params import in_elements
+from .sequence import clamp, load_first_key
 
 
 class KVView(NamedTuple):
@@ -36,9 +37,9 @@ def view_kv(tensors, problem, b, kv_head, begin, end):
     if tensors.block_table is not None:
         row = tensors.block_table + b.to(tl.int64) * problem.cache.table_width
     elif tensors.cu_seqlens_k is not None:
-        offset = tl.load(tensors.cu_seqlens_k + b)
+        offset = load_first_key(tensors, problem, b, True)
     elif tensors.cache_batch_idx is not None:
-        row = tl.load(tensors.cache_batch_idx + b)
+        row = clamp(tl.load(tensors.cache_batch_idx + b), 0, problem.cache.num_pages - 1)
     else:
         row = b
     k = tensors.k + kv_head * k_strides.head
@@ -61,17 +62,19 @@ def descale_of(descale, strides, b, kv_head, anything):
 def load_pages(problem, view, tile_index, BLOCK_N: tl.constexpr):
     """Pages of the slots of a KV tile: one number where the tile lies within one page, else one for each slot.
 
-    Entries of the table that ``[view.begin, view.end)`` does not reach are not read. In a dense cache, the "page" is the
-    sequence's row.
+    Entries of the table that ``[view.begin, view.end)`` does not reach are not read; those that are no pages give some page.
+    In a dense cache, the "page" is the sequence's row.
     """
     first_slot = tile_index * BLOCK_N
     if problem.cache.PAGE_SIZE is None:
         pages = view.row
     elif problem.cache.PAGE_SIZE % BLOCK_N == 0:
         pages = tl.load(view.row + first_slot // problem.cache.PAGE_SIZE, first_slot < view.end, other=0)
+        pages = clamp(pages, 0, problem.cache.num_pages - 1)
     else:
         slots = first_slot + tl.arange(0, BLOCK_N)
         pages = tl.load(view.row + slots // problem.cache.PAGE_SIZE, (slots >= view.begin) & (slots < view.end), other=0)
+        pages = clamp(pages, 0, problem.cache.num_pages - 1)
     return pages
 
 

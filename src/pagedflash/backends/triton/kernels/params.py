@@ -94,6 +94,9 @@ class QueryParams(NamedTuple):
     total_q: int
     max_seqlen_q: int  # of each sequence, unless packed
     GROUP: int  # query heads of a KV head
+    DECODE_LIMIT: (
+        int | None
+    )  # in a mixed batch, sequences of up to so many queries are ``decode``'s, the others ``prefill``'s
 
 
 class CacheParams(NamedTuple):
@@ -101,7 +104,7 @@ class CacheParams(NamedTuple):
     v_strides: Strides | None  # None: as k's, so that offsets are computed once
     k_descale_strides: ScaleStrides | None
     v_descale_strides: ScaleStrides | None
-    capacity: int  # tokens that fit one sequence
+    capacity: int  # tokens that fit one sequence; 0 without pages
     num_pages: int  # or rows of a dense cache
     table_width: int | None
     HEADS: int
@@ -152,6 +155,7 @@ class DecodeTile(NamedTuple):
 class PrefillTile(NamedTuple):
     BLOCK_M: int  # queries
     BLOCK_N: int  # keys
+    BLOCK_B: int  # lengths looked at together
 
 
 class WriteTile(NamedTuple):

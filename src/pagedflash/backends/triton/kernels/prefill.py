@@ -12,6 +12,9 @@ they see are masked::
 
 Blocks with the most keys (the last ones, under a causal mask) start first. Query heads of one KV head run side by side,
 so that they find its keys in the L2 cache. Pages are read where they lie.
+
+In a mixed batch most sequences are ``decode``'s. There the blocks of the others are numbered, sequence by sequence, and each
+CTA takes one, or some if there are more than CTAs: it finds out from the lengths on the device.
 Source: Dao, "FlashAttention-2" (2023).
 """
 
@@ -22,9 +25,10 @@ from .kv_format import load_kv
 from .output import clear_rows_behind, store_output
 from .paging import load_pages, view_kv
 from .params import PrefillTile, ProblemParams, Tensors
-from .queries import load_queries, output_rows
+from .queries import load_queries
+from .schedule import sequence_of
 from .score import row_scores
-from .sequence import load_leftpad, load_seqlen_k, load_seqlen_q
+from .sequence import load_leftpad, load_rows, load_seqlen_k, load_seqlen_q
 from .softmax import SoftmaxState, attend_tile
 
 
@@ -40,19 +44,15 @@ def attend_tiles(problem, tile, state, q_tile, kv, rows, first_tile, end_tile, M
 
 
 @triton.jit
-def prefill(tensors: Tensors, problem: ProblemParams, tile: PrefillTile):
-    head = tl.program_id(0)
-    b = tl.program_id(1)
-    block = tl.num_programs(2) - 1 - tl.program_id(2)
+def blocks_of(tensors, problem, tile, b, inside):
+    """Blocks of sequence ``b``, 0 if it is ``decode``'s."""
+    _, rows = load_rows(tensors, problem, b, inside)
+    return tl.where(rows > problem.queries.DECODE_LIMIT, tl.cdiv(rows, tile.BLOCK_M), 0)
 
-    if tensors.cu_seqlens_q is not None:
-        if (head == 0) & (b == 0):
-            clear_rows_behind(tensors, problem, block, tl.num_programs(2))
 
-    first_row, owned_rows = output_rows(tensors, problem, b)
-    if block * tile.BLOCK_M >= owned_rows:
-        return
-
+@triton.jit
+def attend_block(tensors, problem, tile, head, b, block, first_row, owned_rows):
+    """BLOCK_M queries of one head of sequence ``b``, the ``block``-th of its own."""
     # ---- The rows ----
     seqlen_k = load_seqlen_k(tensors, problem, b, True)
     seqlen_q = load_seqlen_q(tensors, problem, b, True)
@@ -99,3 +99,27 @@ def prefill(tensors: Tensors, problem: ProblemParams, tile: PrefillTile):
     # Rows past the used ones saw the middle as if they were there.
     state = SoftmaxState(state.acc, state.row_max, tl.where(used, state.row_sum, 0.0))
     store_output(tensors, problem, state, b, first_row, i, head + i * 0, i < owned_rows)
+
+
+@triton.jit
+def prefill(tensors: Tensors, problem: ProblemParams, tile: PrefillTile):
+    head = tl.program_id(0)
+    if problem.queries.DECODE_LIMIT is None:
+        b = tl.program_id(1)
+        block = tl.num_programs(2) - 1 - tl.program_id(2)
+        if tensors.cu_seqlens_q is not None:
+            if (head == 0) & (b == 0):
+                clear_rows_behind(tensors, problem, block, tl.num_programs(2))
+        first_row, owned_rows = load_rows(tensors, problem, b, True)
+        if block * tile.BLOCK_M >= owned_rows:
+            return
+        attend_block(tensors, problem, tile, head, b, block, first_row, owned_rows)
+    else:  # decode clears the rows behind
+        index = tl.program_id(1)
+        b, first_block = sequence_of(tensors, problem, tile, index, blocks_of)
+        while b < problem.queries.batch_size:
+            first_row, owned_rows = load_rows(tensors, problem, b, True)
+            block = tl.cdiv(owned_rows, tile.BLOCK_M) - 1 - (index - first_block)
+            attend_block(tensors, problem, tile, head, b, block, first_row, owned_rows)
+            index += tl.num_programs(1)
+            b, first_block = sequence_of(tensors, problem, tile, index, blocks_of)

@@ -5,18 +5,7 @@ import triton.language as tl
 
 from .params import in_elements
 from .rotary import load_rotated
-
-
-@triton.jit
-def output_rows(tensors, problem, b):
-    """First row of sequence ``b`` in the output, and how many rows are its own (used or not)."""
-    if tensors.cu_seqlens_q is None:
-        first = b * problem.queries.max_seqlen_q
-        count = problem.queries.max_seqlen_q
-    else:
-        first = tl.load(tensors.cu_seqlens_q + b)
-        count = tl.load(tensors.cu_seqlens_q + b + 1) - first
-    return first, count
+from .sequence import load_cached
 
 
 @triton.jit
@@ -33,7 +22,8 @@ def load_queries(tensors, problem, b, first_row, i, head, used):
     rows = start + (i.to(tl.int64) * strides.token + head * strides.head)
     position = i
     if tensors.rotary_cos is not None:
-        position = i * 0 + tl.load(tensors.seqused_k + b)
+        position = i * 0 + load_cached(tensors, problem, b, True)
         if problem.append.QUERIES_BY_POSITION:
-            position = tl.minimum(position + i, problem.append.rotary_len - 1)
+            position += i
+        position = tl.minimum(position, problem.append.rotary_len - 1)
     return load_rotated(tensors, problem, rows, used, position)

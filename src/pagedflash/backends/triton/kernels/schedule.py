@@ -11,6 +11,7 @@ each, are numbered sequence by sequence, KV head by KV head, and each active CTA
 A CTA that has all KV tiles of a work tile stores its output. A work tile that several have is split: each leaves a split,
 its softmax state, and the splits are reduced (:mod:`.combine`). From one split to the next either the work tile or the CTA
 is the next one, so (work tile + CTA) numbers the splits.
+In a mixed batch, sequences of more than DECODE_LIMIT queries have no KV tiles here: they are ``prefill``'s.
 Source of the split: Dao et al., "Flash-Decoding" (2023); of the equal shares: Osama et al., "Stream-K" (2023).
 """
 
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .sequence import kv_range, load_leftpad, load_seqlen_k, load_seqlen_q
+from .sequence import kv_range, load_leftpad, load_rows, load_seqlen_k, load_seqlen_q
 
 
 class SequenceWork(NamedTuple):
@@ -36,7 +37,7 @@ class SequenceWork(NamedTuple):
 def sequence_work(tensors, problem, tile, b, inside):
     """The work of sequence ``b``. Tokens that ``decode`` appends itself (BLOCK_NEW) are in no KV tile.
 
-    A sequence without visible keys counts one KV tile, so that some CTA writes its zeros.
+    A sequence without visible keys counts one KV tile, so that some CTA writes its zeros; one of ``prefill``'s counts none.
     """
     seqlen_k = load_seqlen_k(tensors, problem, b, inside)
     seqlen_q = load_seqlen_q(tensors, problem, b, inside)
@@ -45,37 +46,55 @@ def sequence_work(tensors, problem, tile, b, inside):
         end = tl.maximum(end - problem.append.seqlen_new, 0)
         begin = tl.minimum(begin, end)
     tiles = tl.maximum(tl.cdiv(end, tile.BLOCK_N) - begin // tile.BLOCK_N, 1)
-    return SequenceWork(tl.where(inside, tiles, 0), seqlen_q, seqlen_k, begin, end)
+    served = inside
+    if problem.queries.DECODE_LIMIT is not None:
+        _, rows = load_rows(tensors, problem, b, inside)
+        served = inside & (rows <= problem.queries.DECODE_LIMIT)
+    return SequenceWork(tl.where(served, tiles, 0), seqlen_q, seqlen_k, begin, end)
 
 
 @triton.jit
 def locate_sequence(tensors, problem, tile, b):
-    """(the first KV tile of sequence ``b``, all KV tiles, KV tiles of the longest work tile)"""
+    """(the first KV tile of sequence ``b``, all KV tiles, KV tiles of the longest work tile, all work tiles)"""
     first_tile = 0
     total_tiles = 0
     longest = 0
+    served = 0
     for start in range(0, problem.queries.batch_size, tile.BLOCK_B):
         some = start + tl.arange(0, tile.BLOCK_B)
         work = sequence_work(tensors, problem, tile, some, some < problem.queries.batch_size)
         first_tile += tl.sum(tl.where(some < b, work.tiles, 0)) * problem.cache.HEADS
         total_tiles += tl.sum(work.tiles) * problem.cache.HEADS
         longest = tl.maximum(longest, tl.max(work.tiles))
-    return first_tile, total_tiles, longest
+        if problem.queries.DECODE_LIMIT is not None:
+            served += tl.sum((work.tiles > 0).to(tl.int32))
+    if problem.queries.DECODE_LIMIT is None:
+        served += problem.queries.batch_size
+    return first_tile, total_tiles, longest, served * problem.cache.HEADS
 
 
 @triton.jit
-def sequence_of(tensors, problem, tile, tile_index):
-    """(the sequence of a KV tile, its first KV tile)"""
+def kv_tiles(tensors, problem, tile, b, inside):
+    """KV tiles of sequence ``b``, of all KV heads."""
+    return sequence_work(tensors, problem, tile, b, inside).tiles * problem.cache.HEADS
+
+
+@triton.jit
+def sequence_of(tensors, problem, tile, tile_index, COUNT: tl.constexpr):
+    """(the sequence of a tile, its first tile), where the tiles that ``COUNT`` gives of all sequences are numbered.
+
+    Past the last tile it is the sequence past the batch.
+    """
     b = 0
     first_tile = 0
     for start in range(0, problem.queries.batch_size, tile.BLOCK_B):
         some = start + tl.arange(0, tile.BLOCK_B)
         inside = some < problem.queries.batch_size
-        work = sequence_work(tensors, problem, tile, some, inside)
-        passed = inside & (first_tile + tl.cumsum(work.tiles, 0) * problem.cache.HEADS <= tile_index)
+        tiles = COUNT(tensors, problem, tile, some, inside)
+        passed = inside & (first_tile + tl.cumsum(tiles, 0) <= tile_index)
         if start == b:  # all before were passed
             b += tl.sum(passed.to(tl.int32))
-            first_tile += tl.sum(tl.where(passed, work.tiles, 0)) * problem.cache.HEADS
+            first_tile += tl.sum(tl.where(passed, tiles, 0))
     return b, first_tile
 
 
