@@ -191,12 +191,13 @@ def write(
     block_table: Given,
     seq_lens: Given,
     slot_mapping: Given,
-    *descales: Given,
+    k_descale: Given,
+    v_descale: Given,
 ) -> tuple[CacheWrite, Names]:
     """The write of ``kv_paged_write``, and its names."""
     if slot_mapping is not None:
-        return _write_to_slots(k, v, k_cache, v_cache, block_table, seq_lens, slot_mapping, *descales), SLOT_NAMES
-    tensors = (k_cache, v_cache, *descales, block_table, None, None, seq_lens, None, k, v, None, None)
+        return _write_to_slots(k, v, k_cache, v_cache, block_table, seq_lens, slot_mapping, k_descale, v_descale), SLOT_NAMES
+    tensors = (k_cache, v_cache, k_descale, v_descale, block_table, None, None, seq_lens, None, k, v, None, None)
     entry = plan_cache.entry_of_arguments(tensors, ("write",))
     if (problem := _known(CacheWrite, entry, tensors)) is not None:
         return problem, WRITE_NAMES
@@ -206,7 +207,8 @@ def write(
         KVCache(
             k_cache,
             v_cache,
-            *descales,
+            k_descale,
+            v_descale,
             block_table=_int32("block_table", _required("block_table", block_table)),
             seqused_k=_lengths("seq_lens", _required("seq_lens", seq_lens), k),
         ),
@@ -223,7 +225,8 @@ def _write_to_slots(
     block_table: Given,
     seq_lens: Given,
     slot_mapping: Given,
-    *descales: Given,
+    k_descale: Given,
+    v_descale: Given,
 ) -> CacheWrite:
     """Packed tokens, each to a slot of its own."""
     for name, other in (("block_table", block_table), ("seq_lens", seq_lens)):
@@ -239,7 +242,7 @@ def _write_to_slots(
     page_size = max(k_cache.shape[1], 1)
     pages = slot_mapping.div(page_size, rounding_mode="floor")
     offsets = torch.where(slot_mapping < 0, slot_mapping, slot_mapping - pages * page_size)
-    return _write_of_tokens(k, v, k_cache, v_cache, *descales, pages, offsets)
+    return _write_of_tokens(k, v, k_cache, v_cache, k_descale, v_descale, pages, offsets)
 
 
 def _write_of_tokens(
@@ -269,7 +272,8 @@ def packed_append(
     cu_seqlens_k: Given,
     seqused_k: Given,
     block_table: Given,
-    *descales: Given,
+    k_descale: Given,
+    v_descale: Given,
 ) -> tuple[CacheWrite, Tensor]:
     """The append of ``flash_attn_varlen_func``: the new tokens of packed sequences, as many as queries.
 
@@ -301,9 +305,16 @@ def packed_append(
     fits = (sequence < table.shape[0]) & (before[in_batch] >= 0) & (position < width * page_size)
     page = table[in_batch, position.div(page_size, rounding_mode="floor").clamp(0, max(width - 1, 0))].long()
     fits &= page >= 0
-    of_tokens = [_of_tokens(descale, in_batch) for descale in descales]
+    k_descale, v_descale = _of_tokens(k_descale, in_batch), _of_tokens(v_descale, in_batch)
     write = _write_of_tokens(
-        k_new, v_new, k_cache, v_cache, *of_tokens, torch.where(fits, page, -1), torch.where(fits, position % page_size, -1)
+        k_new,
+        v_new,
+        k_cache,
+        v_cache,
+        k_descale,
+        v_descale,
+        torch.where(fits, page, -1),
+        torch.where(fits, position % page_size, -1),
     )
     return write, torch.where(before < 0, before, before + offsets.diff()).to(torch.int32)
 

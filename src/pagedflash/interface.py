@@ -160,9 +160,8 @@ def flash_attn_varlen_func(
     append = None
     if k_new is not None or v_new is not None:
         table = block_table if page_table is None else page_table
-        descales = k_descale, v_descale
         append, seqused_k = arguments.packed_append(
-            k_new, v_new, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, table, *descales
+            k_new, v_new, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, table, k_descale, v_descale
         )
     problem, names = arguments.packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,

@@ -47,7 +47,7 @@ def assert_same_caches(problem: AttentionProblem, expected: AttentionProblem) ->
     for name, cache, want in zip(KVCache._fields, problem.cache[:4], expected.cache[:4]):
         if cache is None or want is None:
             continue
-        rtol, atol = _rounding_step(cache.dtype, expected.append.k_new.dtype) if rotary else (0.0, 0.0)
+        rtol, atol = _rounding_step(cache.dtype, expected.queries.q.dtype) if rotary else (0.0, 0.0)
         torch.testing.assert_close(
             _whole_storage(cache),
             _whole_storage(want),

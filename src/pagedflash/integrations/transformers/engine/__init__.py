@@ -96,7 +96,7 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], 
         ``(1, total, Hq, D)``.
     """
     tables: StepTables = kwargs["block_table"]
-    scales: dict[str, Tensor] = {}
+    scales: dict[str, Any] = {}
     k_cache, v_cache = kwargs["k_cache"], kwargs["v_cache"]
     if q.dtype is not k_cache.dtype:
         from . import formats
