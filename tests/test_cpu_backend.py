@@ -307,12 +307,12 @@ cache = torch.zeros(1, 1, 1, 8).expand(n, 1, 1, 8)
 if "{step}" == "validation":  # one sequence, a page a token
     new, table, lengths = torch.ones(1, 1, 1, 8).expand(1, n, 1, 8), torch.arange(n)[None].int(), torch.zeros(1).int()
     run = launch.kv_write
-    problem = CacheWrite.of(KVCache(cache, cache, table, seqused_k=lengths), Append(new, new))
+    problem = CacheWrite.of(KVCache(cache, cache, block_table=table, seqused_k=lengths), Append(new, new))
 else:  # a sequence a page, whose slots take less memory than their tasks
     new, table, lengths = torch.ones(1, 1, 1, 8).expand(n, 1, 1, 8), torch.arange(n)[:, None].int(), torch.zeros(n).int()
     run = launch.attention
     q = torch.ones(1, 1, 1, 8).expand(n, 1, 1, 8)
-    kv = KVCache(cache, cache, table, seqused_k=lengths, max_seqlen_k=1)
+    kv = KVCache(cache, cache, block_table=table, seqused_k=lengths, max_seqlen_k=1)
     problem = AttentionProblem.of(Queries(q, max_seqlen_q=1), kv, Append(new, new), Scores())
 run(problem)  # everything is loaded and planned
 cache.zero_()

@@ -80,12 +80,23 @@ def merge(batch: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Arguments:
     return dict(out_a=out, lse_a=lse, out_b=out.clone(), lse_b=lse.clone())
 
 
+def quantized(batch: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Arguments:
+    call = paged(batch, kv_heads, dim, dtype)
+    return call | dict(
+        k_cache=call["k_cache"].to(torch.int8),
+        v_cache=call["v_cache"].to(torch.float8_e4m3fn),
+        k_descale=torch.rand(3 * batch + 1, 4, kv_heads),
+        v_descale=torch.rand(batch, kv_heads),
+    )
+
+
 VALID: dict[str, tuple[Callable, Callable[..., Arguments]]] = {
     "dense": (pagedflash.flash_attn_func, dense),
     "varlen": (pagedflash.flash_attn_varlen_func, varlen),
     "paged varlen": (pagedflash.flash_attn_varlen_func, paged_varlen),
     "cached": (pagedflash.flash_attn_with_kvcache, cached),
     "paged": (pagedflash.flash_attn_with_kvcache, paged),
+    "quantized": (pagedflash.flash_attn_with_kvcache, quantized),
     "write": (pagedflash.kv_paged_write, write),
     "merge": (pagedflash.merge_attention_states, merge),
 }
@@ -118,6 +129,11 @@ def other_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float16 if tensor.dtype == torch.float32 else torch.float32)
 
 
+def is_cache(name: str, where: str) -> bool:
+    """Whether the argument may have a format of its own."""
+    return name.endswith("_cache") or (where == "paged varlen" and name in ("k", "v"))
+
+
 def constant(value: Any) -> Callable[[Any], Any]:
     return lambda _: value
 
@@ -145,7 +161,31 @@ INDICES = {
 
 WRONG = [
     # types, dtypes, devices, ranks
-    *(Wrong("of another dtype", name, where, other_dtype, "") for name, where in EVERY_TENSOR if name != "q"),
+    *(
+        Wrong("of another dtype", name, tuple(w for w in where if not is_cache(name, w)), other_dtype, "")
+        for name, where in EVERY_TENSOR
+        if name != "q"
+    ),
+    # formats of a cache
+    *(
+        Wrong("of int8 without scales", name, (where,), lambda t: t.to(torch.int8), f"{name[0]}_descale")
+        for name, all_where in EVERY_TENSOR
+        for where in all_where
+        if is_cache(name, where)
+    ),
+    Wrong("of uint8", "k_cache", (*WITH_CACHE, "write"), lambda t: t.to(torch.uint8)),
+    Wrong("given to float32 keys", "k_descale", (*WITH_CACHE, "write", "paged varlen"), constant(torch.ones(()))),
+    Wrong("of q", "q_descale", (*WITH_CACHE, "paged varlen"), constant(torch.ones(()))),
+    Wrong("missing", "k_descale", ("quantized",), constant(None)),
+    Wrong("missing", "v_descale", ("quantized",), constant(None)),
+    Wrong("a number", "k_descale", ("quantized",), constant(0.5)),
+    Wrong("of float16", "k_descale", ("quantized",), lambda t: t.half()),
+    Wrong("on another device", "v_descale", ("quantized",), lambda t: t.to("meta")),
+    Wrong("with a head more", "v_descale", ("quantized",), lambda t: torch.cat((t, t), -1)),
+    Wrong("one page short", "k_descale", ("quantized",), lambda t: t[1:]),
+    Wrong("with an axis more", "k_descale", ("quantized",), lambda t: t[..., None]),
+    Wrong("holding NaN for int8", "k", ("quantized",), set_entry(math.nan, 1, 0, 0, 3)),
+    Wrong("past the cache", "cache_seqlens", ("quantized",), set_entry(11, 0)),
     *(Wrong("of dtype float64", name, where, lambda t: t.double(), "") for name, where in EVERY_TENSOR),
     *(Wrong("of an integer dtype", name, where, lambda t: t.int(), "") for name, where in EVERY_TENSOR),
     *(Wrong("a list", name, where, lambda t: t.tolist()) for name, where in EVERY_TENSOR),
@@ -294,6 +334,14 @@ def test_there_are_enough_wrong_calls():
 def test_the_unspoiled_calls_are_valid(where):
     function, build = VALID[where]
     function(**build(2, 2, 32, torch.float32))
+
+
+def test_float32_is_the_widest_format_of_queries():
+    """A cache may be narrower than float32 queries, not another 16-bit format than 16-bit ones."""
+    for cache in ("k_cache", "v_cache"):
+        arguments = paged(2, 2, 32, torch.float16)
+        arguments[cache] = arguments[cache].bfloat16()
+        attempt(pagedflash.flash_attn_with_kvcache, arguments, cache)
 
 
 @pytest.mark.parametrize(("where", "wrong"), PAIRS, ids=lambda value: str(value))

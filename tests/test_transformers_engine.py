@@ -418,6 +418,32 @@ def places() -> list[dict[str, Any]]:
     return [*(dict(vars(owner)) for owner in (*owners, *modules, *schedulers)), dict(cache_module.ATTN_TYPE_TO_ALLOCATOR)]
 
 
+@pytest.mark.parametrize("name", engine.KV_CACHE_DTYPES)
+@pytest.mark.parametrize("family", ("llama", "gemma3"))
+def test_pages_of_another_format(family: str, name: str, caches: list[PagedAttentionCache]) -> None:
+    """Half of float32's bytes, or a quarter, and no gathers; float16 changes no token."""
+    dtype = engine.KV_CACHE_DTYPES[name]
+    for options in (dict(kv_cache_dtype=name), {}):
+        integration.enable(**options)
+        model = random_model(family)
+        answers = tokens(batched(model, PROMPTS))
+        if options and name == "float16":
+            assert answers == expected_tokens(model, PROMPTS)
+        assert [len(answer) for answer in answers] == [NEW_TOKENS] * len(PROMPTS)
+        integration.disable()
+    for small, whole in zip(*(cache.cache_allocators.values() for cache in caches)):
+        assert small.bytes_per_block * 4 == whole.bytes_per_block * dtype.itemsize
+        assert {pages.dtype for pages in small.get_cache_for_block_table(small.layer_indices[0])} == {dtype}
+
+
+def test_a_format_that_pages_cannot_have() -> None:
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'int3', expected one of float16, bfloat16, fp8_e4m3"):
+        integration.enable(kv_cache_dtype="int3")
+    integration.enable()
+    with pytest.raises(RuntimeError, match=r"enabled already; call disable\(\) first"):
+        integration.enable(kv_cache_dtype="float16")
+
+
 def test_disable_puts_everything_back() -> None:
     before = places()
     integration.enable()

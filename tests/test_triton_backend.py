@@ -32,7 +32,7 @@ from pagedflash.backends import reference
 from pagedflash.backends import triton as backend
 from pagedflash.backends.triton import compiled, kernels, launch, semaphores, tiling
 from pagedflash.backends.triton.kernels import params
-from pagedflash.problem import Append, AttentionProblem, CacheWrite
+from pagedflash.problem import WRITE, Append, AttentionProblem, CacheWrite
 from pagedflash.testing import LAYOUTS, assert_matches_reference, describe, random_problem
 from pagedflash.testing.conformance import BackendConformance
 
@@ -436,7 +436,7 @@ def test_records_have_the_tensors_of_a_problem_in_its_order() -> None:
     for record, problem in ((params.Tensors, AttentionProblem), (params.WriteTensors, CacheWrite)):
         names = tuple(field.name for field in problem.TENSOR_FIELDS)
         assert record._fields[: len(names)] == names
-    assert AttentionProblem.TENSOR_FIELDS[launch._WRITE] == CacheWrite.TENSOR_FIELDS
+    assert AttentionProblem.TENSOR_FIELDS[WRITE] == CacheWrite.TENSOR_FIELDS
 
 
 def test_no_kernel_or_device_function_has_more_than_20_parameters() -> None:

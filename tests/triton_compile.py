@@ -14,7 +14,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from pagedflash.backends.triton import compiled, launch
-from pagedflash.problem import AttentionProblem
+from pagedflash.problem import QUANTIZED, AttentionProblem
 
 H100 = GPUTarget("cuda", 90, 32)
 
@@ -33,14 +33,19 @@ def compile_launch(self: compiled.CompiledLaunch, tensors: tuple[Any, ...], addr
     print(self.kernel.__name__)
 
 
-def everything(num_queries: int, dtype: torch.dtype) -> AttentionProblem:
+def everything(
+    num_queries: int, dtype: torch.dtype, k_format: torch.dtype | None = None, v_format: torch.dtype | None = None
+) -> AttentionProblem:
     """A problem with every option of a paged cache."""
     batch, heads, kv_heads, head_dim, page_size, width = 3, 6, 2, 80, 16, 300
     cos, sin = torch.randn(2, width * page_size, 16).to(dtype)
     pages = torch.zeros(width, page_size, kv_heads, head_dim, dtype=dtype)
     new = torch.zeros(batch, num_queries, kv_heads, head_dim, dtype=dtype)
+    k, v = pages.to(k_format or dtype), pages[..., :72].to(v_format or dtype)
     return AttentionProblem.of_fields(
-        q=torch.zeros(batch, num_queries, heads, head_dim, dtype=dtype), k=pages, v=pages[..., :72], k_new=new,
+        q=torch.zeros(batch, num_queries, heads, head_dim, dtype=dtype), k=k, v=v, k_new=new,
+        k_descale=torch.zeros(pages.shape[:-1]) if k_format in QUANTIZED else None,
+        v_descale=torch.zeros(batch, kv_heads) if v_format in QUANTIZED else None,
         v_new=new[..., :72], block_table=torch.zeros(batch, width, dtype=torch.int32),
         cache_leftpad=torch.zeros(batch, dtype=torch.int32), seqused_k=torch.zeros(batch, dtype=torch.int32), rotary_cos=cos,
         rotary_sin=sin, alibi_slopes=torch.zeros(batch, heads), sinks=torch.zeros(heads), max_seqlen_q=num_queries,
@@ -75,6 +80,9 @@ if __name__ == "__main__":
     launch.has_pdl = lambda device: True
     launch.semaphores = lambda device, count: torch.zeros(count, dtype=torch.int32)
     compiled.CompiledLaunch.__call__ = compile_launch
+    formats = ((torch.bfloat16, torch.int8, torch.float8_e4m3fn), (torch.float16, torch.float8_e5m2, torch.float8_e5m2),
+               (torch.float32, torch.float16, torch.int8))  # fmt: skip
+    with_formats = [everything(queries, *of_formats) for of_formats in formats for queries in (1, 70)]
     for problem in (
         everything(1, torch.bfloat16),
         everything(70, torch.float16),
@@ -82,5 +90,6 @@ if __name__ == "__main__":
         all_ones(1),
         all_ones(70),
         mixed(all_ones(70), 69),
+        *with_formats,
     ):
         launch.attention(problem)

@@ -1,7 +1,8 @@
 """Mends what the kernels trip over in Triton's interpreter, which ``conftest.py`` switches on where there is no GPU.
 
 In Triton 3.6 the interpreter multiplies the bit patterns of bfloat16 matrices, rounds float32 to bfloat16 towards zero,
-and calls ``int`` on arrays of one element, which NumPy 2.4 refuses.
+takes int8 for the bits of bfloat16, loses NaN on the way to 8 bits, and calls ``int`` on arrays of one element, which NumPy
+2.4 refuses.
 
 It also shows every access to memory to who ``watch_accesses``.
 """
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -27,6 +29,8 @@ def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
+
+_FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
 Watcher = Callable[[np.ndarray, bool], None]
 _watchers: list[Watcher] = []
@@ -60,12 +64,25 @@ class _Builder(interpreter.InterpreterBuilder):
         _show(ptr, mask, True)
         return super().create_atomic_rmw(operation, ptr, value, mask, *others)
 
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source in _FLOAT8:
+            numbers = torch.from_numpy(np.ascontiguousarray(src.data)).view(_FLOAT8[source]).float().numpy()
+        else:
+            numbers = self.cast_impl(src, tl.float32).data
+        if target in _FLOAT8:
+            bits = torch.from_numpy(np.ascontiguousarray(numbers)).to(_FLOAT8[target]).view(torch.uint8).numpy()
+            return interpreter.TensorHandle(bits, target)
+        return self.cast_impl(interpreter.TensorHandle(numbers, tl.float32), target)
+
     def cast_impl(self, src, dst_type):
         kinds = (src.dtype.scalar, dst_type.scalar)
         if kinds == (tl.bfloat16, tl.float32):
             return interpreter.TensorHandle(_to_float32(src.data), tl.float32)
         if kinds == (tl.float32, tl.bfloat16):
             return interpreter.TensorHandle(_to_bfloat16(src.data), tl.bfloat16)
+        if kinds[1] == tl.bfloat16 and kinds[0].is_int():
+            return interpreter.TensorHandle(_to_bfloat16(src.data.astype(np.float32)), tl.bfloat16)
         return super().cast_impl(src, dst_type)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):

@@ -38,7 +38,7 @@ def dense(
     names = _names(ATTENTION_NAMES, learnable_sink)
     num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
     _reject_dropout(dropout_p)
-    tensors = (q, None, None, k, v, *_NONE[:9], alibi_slopes, s_aux)
+    tensors = (q, None, None, k, v, *_NONE[:11], alibi_slopes, s_aux)
     entry = plan_cache.entry_of_arguments(tensors, ("dense", num_splits, *options))
     if (problem := _known(AttentionProblem, entry, tensors)) is not None:
         return problem, names
@@ -68,6 +68,8 @@ def packed(
     page_table: Given,
     seqused_q: Given,
     seqused_k: Given,
+    k_descale: Given,
+    v_descale: Given,
     num_splits: Given,
     *scores: Given,
 ) -> tuple[AttentionProblem, Names]:
@@ -79,7 +81,7 @@ def packed(
     table = _one_of("block_table", block_table, "page_table", page_table)
     max_seqlen_q, max_seqlen_k = _integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)
     tensors = (
-        q, cu_seqlens_q, seqused_q, k, v, table, None, None, seqused_k, cu_seqlens_k, *_NONE[:4],
+        q, cu_seqlens_q, seqused_q, k, v, k_descale, v_descale, table, None, None, seqused_k, cu_seqlens_k, *_NONE[:4],
         alibi_slopes, s_aux,
     )  # fmt: skip
     entry = None
@@ -106,6 +108,8 @@ def packed(
         KVCache(
             _inner_contiguous(k) if table is None else k,
             _inner_contiguous(v) if table is None else v,
+            k_descale,
+            v_descale,
             block_table=_int32("block_table" if page_table is None else "page_table", table),
             seqused_k=_int32("seqused_k", seqused_k),
             cu_seqlens_k=_int32("cu_seqlens_k", cu_seqlens_k),
@@ -131,6 +135,8 @@ def cached(
     cache_leftpad: Given,
     block_table: Given,
     page_table: Given,
+    k_descale: Given,
+    v_descale: Given,
     rotary_interleaved: Given,
     num_splits: Given,
     *scores: Given,
@@ -143,7 +149,7 @@ def cached(
     num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
     rotary_interleaved = bool(rotary_interleaved)
     tensors = (
-        q, None, None, k_cache, v_cache, table, cache_batch_idx, cache_leftpad, cache_seqlens, None,
+        q, None, None, k_cache, v_cache, k_descale, v_descale, table, cache_batch_idx, cache_leftpad, cache_seqlens, None,
         k, v, rotary_cos, rotary_sin, alibi_slopes, s_aux,
     )  # fmt: skip
     entry = plan_cache.entry_of_arguments(tensors, ("cached", rotary_interleaved, num_splits, *options))
@@ -162,6 +168,8 @@ def cached(
         KVCache(
             k_cache,
             v_cache,
+            k_descale,
+            v_descale,
             block_table=_int32("block_table" if page_table is None else "page_table", table),
             cache_batch_idx=_int32("cache_batch_idx", cache_batch_idx),
             cache_leftpad=_int32("cache_leftpad", cache_leftpad),
@@ -176,12 +184,20 @@ def cached(
 
 
 def write(
-    k: Given, v: Given, k_cache: Given, v_cache: Given, block_table: Given, seq_lens: Given, slot_mapping: Given
+    k: Given,
+    v: Given,
+    k_cache: Given,
+    v_cache: Given,
+    block_table: Given,
+    seq_lens: Given,
+    slot_mapping: Given,
+    k_descale: Given,
+    v_descale: Given,
 ) -> tuple[CacheWrite, Names]:
     """The write of ``kv_paged_write``, and its names."""
     if slot_mapping is not None:
-        return _write_to_slots(k, v, k_cache, v_cache, block_table, seq_lens, slot_mapping), SLOT_NAMES
-    tensors = (k_cache, v_cache, block_table, None, None, seq_lens, None, k, v, None, None)
+        return _write_to_slots(k, v, k_cache, v_cache, block_table, seq_lens, slot_mapping, k_descale, v_descale), SLOT_NAMES
+    tensors = (k_cache, v_cache, k_descale, v_descale, block_table, None, None, seq_lens, None, k, v, None, None)
     entry = plan_cache.entry_of_arguments(tensors, ("write",))
     if (problem := _known(CacheWrite, entry, tensors)) is not None:
         return problem, WRITE_NAMES
@@ -191,6 +207,8 @@ def write(
         KVCache(
             k_cache,
             v_cache,
+            k_descale,
+            v_descale,
             block_table=_int32("block_table", _required("block_table", block_table)),
             seqused_k=_lengths("seq_lens", _required("seq_lens", seq_lens), k),
         ),
@@ -200,7 +218,15 @@ def write(
 
 
 def _write_to_slots(
-    k: Given, v: Given, k_cache: Given, v_cache: Given, block_table: Given, seq_lens: Given, slot_mapping: Given
+    k: Given,
+    v: Given,
+    k_cache: Given,
+    v_cache: Given,
+    block_table: Given,
+    seq_lens: Given,
+    slot_mapping: Given,
+    k_descale: Given,
+    v_descale: Given,
 ) -> CacheWrite:
     """Packed tokens, each to a slot of its own."""
     for name, other in (("block_table", block_table), ("seq_lens", seq_lens)):
@@ -216,13 +242,23 @@ def _write_to_slots(
     page_size = max(k_cache.shape[1], 1)
     pages = slot_mapping.div(page_size, rounding_mode="floor")
     offsets = torch.where(slot_mapping < 0, slot_mapping, slot_mapping - pages * page_size)
-    return _write_of_tokens(k, v, k_cache, v_cache, pages, offsets)
+    return _write_of_tokens(k, v, k_cache, v_cache, k_descale, v_descale, pages, offsets)
 
 
-def _write_of_tokens(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, pages: Tensor, offsets: Tensor) -> CacheWrite:
+def _write_of_tokens(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_descale: Given,
+    v_descale: Given,
+    pages: Tensor,
+    offsets: Tensor,
+) -> CacheWrite:
     """Packed tokens, each to ``offsets (total,)`` of a page of its own: sequences of one token. -1 writes nothing."""
+    table, lengths = _int32("slot_mapping", pages).unsqueeze(1), _int32("slot_mapping", offsets)
     return CacheWrite.of(
-        KVCache(k_cache, v_cache, _int32("slot_mapping", pages).unsqueeze(1), seqused_k=_int32("slot_mapping", offsets)),
+        KVCache(k_cache, v_cache, k_descale, v_descale, table, seqused_k=lengths),
         Append(_inner_contiguous(k).unsqueeze(1), _inner_contiguous(v).unsqueeze(1)),
     )
 
@@ -236,6 +272,8 @@ def packed_append(
     cu_seqlens_k: Given,
     seqused_k: Given,
     block_table: Given,
+    k_descale: Given,
+    v_descale: Given,
 ) -> tuple[CacheWrite, Tensor]:
     """The append of ``flash_attn_varlen_func``: the new tokens of packed sequences, as many as queries.
 
@@ -267,16 +305,29 @@ def packed_append(
     fits = (sequence < table.shape[0]) & (before[in_batch] >= 0) & (position < width * page_size)
     page = table[in_batch, position.div(page_size, rounding_mode="floor").clamp(0, max(width - 1, 0))].long()
     fits &= page >= 0
+    k_descale, v_descale = _of_tokens(k_descale, in_batch), _of_tokens(v_descale, in_batch)
     write = _write_of_tokens(
-        k_new, v_new, k_cache, v_cache, torch.where(fits, page, -1), torch.where(fits, position % page_size, -1)
+        k_new,
+        v_new,
+        k_cache,
+        v_cache,
+        k_descale,
+        v_descale,
+        torch.where(fits, page, -1),
+        torch.where(fits, position % page_size, -1),
     )
     return write, torch.where(before < 0, before, before + offsets.diff()).to(torch.int32)
+
+
+def _of_tokens(descale: Given, in_batch: Tensor) -> Given:
+    """Scales of sequences ``(B, Hkv)`` become those of their tokens."""
+    return descale[in_batch] if isinstance(descale, Tensor) and descale.dim() == 2 else descale
 
 
 # A step of a generation is mostly like the one before, and short: how arguments became a problem is kept with their
 # signature, where no tensor had to be converted. Then the tensors of arguments like these are those of the problem.
 
-_NONE = (None,) * 9
+_NONE = (None,) * 11
 
 
 def _known(kind: type[Problem], entry: Entry | None, tensors: tuple[Given, ...]) -> Problem | None:
@@ -418,12 +469,14 @@ def _require_tokens(name: str, tokens: Tensor, total: int, cache: Tensor) -> Non
         reject(name, "of shape {shape}", "(total, Hkv, D) = {wanted}", shape=tuple(tokens.shape), wanted=expected)
 
 
-def reject_unsupported(scheduler_metadata: Given, qv: Given, attention_chunk: Given) -> None:
+def reject_unsupported(scheduler_metadata: Given, qv: Given, attention_chunk: Given, q_descale: Given = None) -> None:
     """Arguments of FlashAttention-3 that are accepted only where they ask for nothing."""
     if scheduler_metadata is not None:
         reject("scheduler_metadata", "given", "None: work is scheduled on the device, without metadata")
     if qv is not None:
         reject("qv", "given", "None: a second query is not supported")
+    if q_descale is not None:
+        reject("q_descale", "given", "None: q is never quantized, only the cache is")
     if attention_chunk != 0:
         reject("attention_chunk", "{chunk}", "0: chunked masks are not supported", chunk=attention_chunk)
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from .backends import reference
 from .backends.protocol import Backend, Support
-from .problem import K_NEW, AttentionProblem, CacheWrite, K, V
+from .problem import K_NEW, WRITE, AttentionProblem, CacheWrite, Tensors, is_per_token
 from .scoped import Scoped
 from .validate import validate, validate_out, validate_write
-from .validate_values import check_values, check_write_values
+from .validate_values import check_new_tokens, check_values, check_write_values
 
 CHECK_VARIABLE = "PAGEDFLASH_CHECK"
 """Set to 1, this environment variable has lengths and table entries checked on every device, not only on CPUs."""
@@ -72,13 +72,15 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
             backend = reference
         elif entry is not None:
             entry.ready_for = backend
-    if not backend.CAPABILITIES.checks_values and values_wanted(q):
-        check_values(problem)
+    if values_wanted(q):
+        if not backend.CAPABILITIES.checks_values:
+            check_values(problem)
+        check_new_tokens(problem.tensors[WRITE])
     if _counters:
         _count(CallKind(problem.layout, backend.NAME, q.device.type))
     results = backend.attention(problem) if out is None else _attention_into(problem, backend, out)
     if problem.tensors[K_NEW] is not None:
-        _bump_versions((problem.tensors[K], problem.tensors[V]))  # type: ignore[arg-type]
+        _bump_versions(_written(problem.tensors[WRITE]))
     return results
 
 
@@ -95,19 +97,21 @@ def _attention_into(problem: AttentionProblem, backend: Backend, out: Tensor) ->
 
 def kv_write(write: CacheWrite) -> None:
     """Validate a write and run it on its device's backend. Every backend supports every write."""
-    k_cache, v_cache = write.tensors[:2]
+    k_cache = write.tensors[0]
     assert k_cache is not None
     backend, entry = backend_for(k_cache), write.entry
     if entry is None or entry.ready_for is not backend:
         validate_write(write, backend.CAPABILITIES)
         if entry is not None:
             entry.ready_for = backend
-    if not backend.CAPABILITIES.checks_values and values_wanted(k_cache):
-        check_write_values(write)
+    if values_wanted(k_cache):
+        if not backend.CAPABILITIES.checks_values:
+            check_write_values(write)
+        check_new_tokens(write.tensors)
     if _counters:
         _count(CallKind("write", backend.NAME, k_cache.device.type))
     backend.kv_write(write)
-    _bump_versions((k_cache, v_cache))  # type: ignore[arg-type]
+    _bump_versions(_written(write.tensors))
 
 
 def backend_for(tensor: Tensor) -> Backend:
@@ -152,6 +156,12 @@ def count_calls() -> Iterator[Counter[CallKind]]:
 def availability() -> dict[str, Support]:
     """Backend -> (available here, the reason if not)."""
     return {name: _load(name)[1] for name in BACKEND_MODULES}
+
+
+def _written(tensors: Tensors) -> list[Tensor]:
+    """What a write with these tensors writes to."""
+    k, v, *descales = tensors[:4]
+    return [k, v, *filter(is_per_token, descales)]  # type: ignore[list-item]
 
 
 def _count(kind: CallKind) -> None:

@@ -13,6 +13,20 @@ def strides(tensor: Tensor) -> tuple[int, int, int]:
     return (outer[0] if outer else 0, token, head)
 
 
+def scale_strides(descale: Tensor | None) -> tuple[int, int, int, int]:
+    """Strides ``(sequence, page or row, token, head)`` of scales: 0 where one serves all."""
+    match () if descale is None else descale.stride():
+        case ():
+            return 0, 0, 0, 0
+        case (head,):
+            return 0, 0, 0, head
+        case (sequence, head):
+            return sequence, 0, 0, head
+        case (page, token, head):
+            return 0, page, token, head
+    raise AssertionError(descale)
+
+
 def decode_rows(problem: AttentionProblem) -> int:
     """Packed-GQA rows of the longest sequence: queries times the query heads of a KV head."""
     return problem.queries.max_seqlen_q * problem.group

@@ -9,7 +9,8 @@ Common to the three attention functions:
 
 * ``B`` sequences, ``Sq`` queries, ``Sk`` keys, ``Hq`` query heads, ``Hkv`` key/value heads (``Hq % Hkv == 0``: query head
   ``h`` reads key head ``h // (Hq // Hkv)``), ``D`` head dim (a multiple of 8, at most 256), ``Dv <= D`` head dim of v.
-* q, k, v share one dtype: float32, float16 or bfloat16. Sums and the softmax are float32.
+* q, k, v share one dtype: float32, float16 or bfloat16; a cache may have a format of its own. Sums and the softmax are
+  float32.
 * Masks are aligned to the bottom right: query ``i`` sits at key position ``i + Sk - Sq``.
 * A query that sees no key gives 0, and ``+inf`` as its LSE (as flash-attn 2).
 * There is no backward yet: the forward runs with tensors that require grad, asking for a gradient raises.
@@ -122,6 +123,9 @@ def flash_attn_varlen_func(
     scheduler_metadata: None = None,
     qv: None = None,
     attention_chunk: int = 0,
+    q_descale: None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Output:
     """Attention of sequences of different lengths packed one after another, over packed or paged keys.
@@ -143,20 +147,25 @@ def flash_attn_varlen_func(
         k_new: ``(total_q, Hkv, D)`` to append to the pages before attention, as many new tokens as queries: those of
             sequence ``b`` behind its keys, which ``seqused_k`` or ``cu_seqlens_k`` then count before the append.
         v_new: ``(total_q, Hkv, Dv)``.
+        q_descale: FlashAttention-3's scale of a quantized q; must be None.
+        k_descale: scales of quantized pages, see :func:`flash_attn_with_kvcache`.
+        v_descale: as k_descale.
 
     The other arguments, errors and source: see :func:`flash_attn_func`.
 
     Returns:
         ``out (total_q, Hq, Dv)`` in q's dtype, or a tuple with ``lse (Hq, total_q)`` float32.
     """
-    arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk)
+    arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk, q_descale)
     append = None
     if k_new is not None or v_new is not None:
         table = block_table if page_table is None else page_table
-        append, seqused_k = arguments.packed_append(k_new, v_new, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, table)
+        append, seqused_k = arguments.packed_append(
+            k_new, v_new, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, table, k_descale, v_descale
+        )
     problem, names = arguments.packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        block_table, page_table, seqused_q, seqused_k, num_splits,
+        block_table, page_table, seqused_q, seqused_k, k_descale, v_descale, num_splits,
         softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
     )  # fmt: skip
     if append is not None:
@@ -192,6 +201,9 @@ def flash_attn_with_kvcache(
     scheduler_metadata: None = None,
     qv: None = None,
     attention_chunk: int = 0,
+    q_descale: None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Output:
     """Append new keys and values to a cache in place, then attend to the cache including them.
@@ -199,8 +211,9 @@ def flash_attn_with_kvcache(
     Args:
         q: ``(B, Sq, Hq, D)``.
         k_cache: ``(B_cache, Sk, Hkv, D)``, or with a block table pages ``(num_pages, page_size, Hkv, D)``. May be a
-            strided view (last axis contiguous), and may share one allocation with ``v_cache``.
-        v_cache: as k_cache, with ``Dv``.
+            strided view (last axis contiguous), and may share one allocation with ``v_cache``. Its format is q's dtype, or
+            float16 or bfloat16 under float32, or int8, float8_e4m3fn or float8_e5m2 with ``k_descale``.
+        v_cache: as k_cache, with ``Dv``. The two may differ in format.
         k: ``(B, S_new, Hkv, D)`` to append at ``cache_seqlens[b]``, or None.
         v: ``(B, S_new, Hkv, Dv)`` to append, or None.
         rotary_cos: ``(seqlen_ro, rotary_dim / 2)`` in q's dtype, ``seqlen_ro`` at least the cache's capacity. Rotates the
@@ -216,6 +229,12 @@ def flash_attn_with_kvcache(
         rotary_interleaved: True rotates pairs (0, 1), (2, 3), ... (GPT-J), False the two halves (GPT-NeoX, Llama).
         return_softmax_lse: return ``(out, lse)``.
         page_table: another name of ``block_table`` (FlashAttention-3).
+        q_descale: FlashAttention-3's scale of a quantized q; must be None.
+        k_descale: float32, for a quantized ``k_cache``: its elements stand for ``element * k_descale``. Static scales are
+            0-dim, ``(Hkv,)`` or ``(B, Hkv)``; new keys are divided by them, saturating. Or one scale a token and head,
+            ``(num_pages, page_size, Hkv)`` or ``(B_cache, Sk, Hkv)``, any strides: written with the new keys, as their
+            largest magnitude divided by the format's largest value.
+        v_descale: the same for ``v_cache``.
 
     The other arguments: see :func:`flash_attn_func`.
 
@@ -228,10 +247,10 @@ def flash_attn_with_kvcache(
 
     Source: flash-attn's ``flash_attn_with_kvcache``; Kwon et al., "PagedAttention" (2023); Su et al., "RoFormer" (2021).
     """
-    arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk)
+    arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk, q_descale)
     problem, names = arguments.cached(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
-        block_table, page_table, rotary_interleaved, num_splits,
+        block_table, page_table, k_descale, v_descale, rotary_interleaved, num_splits,
         softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
     )  # fmt: skip
     return _run(problem, names, out, False, return_softmax_lse)
@@ -246,25 +265,31 @@ def kv_paged_write(
     seq_lens: int | Tensor | None = None,
     *,
     slot_mapping: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> None:
     """Write new keys and values into their pages, in place: what ``flash_attn_with_kvcache`` does before it attends.
 
     Args:
         k: ``(B, S_new, Hkv, D)``, or with ``slot_mapping`` packed ``(total, Hkv, D)``.
         v: as k, with ``Dv``.
-        k_cache: pages ``(num_pages, page_size, Hkv, D)`` of k's dtype, any strides with a contiguous last axis.
+        k_cache: pages ``(num_pages, page_size, Hkv, D)``, any strides with a contiguous last axis, in one of the formats
+            of :func:`flash_attn_with_kvcache`.
         v_cache: pages ``(num_pages, page_size, Hkv, Dv)``.
         block_table: ``(B, max_pages)`` int32 or int64.
         seq_lens: int or ``(B,)`` int32 or int64: tokens each sequence has *before* the write; -1 writes nothing. Token
             ``i`` goes to page ``block_table[b, t // page_size]``, slot ``t % page_size``, with ``t = seq_lens[b] + i``.
         slot_mapping: ``(total,)`` int32 or int64, in place of a table and lengths: where each token goes, as
             ``page * page_size + offset``; -1 writes nothing (vLLM's ``reshape_and_cache_flash``).
+        k_descale: scales of a quantized cache, see :func:`flash_attn_with_kvcache`; ``B`` counts tokens here if there is a
+            ``slot_mapping``.
+        v_descale: as k_descale.
 
     Raises:
         TypeError, ValueError: naming the argument; the caches are untouched then. Lengths and table entries are checked
             on a CPU always, on other devices under ``PAGEDFLASH_CHECK=1``.
     """
-    ops.write_cache(*arguments.write(k, v, k_cache, v_cache, block_table, seq_lens, slot_mapping))
+    ops.write_cache(*arguments.write(k, v, k_cache, v_cache, block_table, seq_lens, slot_mapping, k_descale, v_descale))
 
 
 def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

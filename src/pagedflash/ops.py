@@ -196,7 +196,7 @@ def _vmap_of(operator: Any, mutates: dict[str, str]) -> Callable[..., Any]:
     return run
 
 
-_CACHES = {"k": "a", "v": "b"}
+_CACHES = {"k": "a", "v": "b", "k_descale": "d", "v_descale": "e"}  # scales if they are one a token and head
 _ATTENTION = _define("attention", AttentionProblem, "(Tensor, Tensor)", _attention, _attention_fake, {})
 _ATTENTION_WITH_APPEND = _define(
     "attention_with_append", AttentionProblem, "(Tensor, Tensor)", _attention, _attention_fake, _CACHES

@@ -13,11 +13,15 @@ from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 
+import torch
 from torch import Tensor
 
 from . import plan_cache
 
 LOG2_E = 1 / math.log(2)
+
+QUANTIZED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+"""Formats of a cache whose elements have scales, and the largest value that each stores."""
 
 Tensors = tuple[Tensor | None, ...]
 Numbers = tuple[float, ...]
@@ -38,10 +42,16 @@ class Queries(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values where they lie: paged with ``block_table``, packed with ``cu_seqlens_k`` alone, else dense."""
+    """Keys and values where they lie: paged with ``block_table``, packed with ``cu_seqlens_k`` alone, else dense.
+
+    k and v each have a format, their dtype: that of q, a narrower one under float32, or one of :data:`QUANTIZED`, whose
+    elements stand for ``element * descale``. Scales of three axes are one a token and head: an append writes them.
+    """
 
     k: Tensor  # pages (num_pages, page_size, Hkv, D) | packed (total_k, Hkv, D) | dense (B or B_cache, Sk, Hkv, D)
     v: Tensor  # the same with Dv
+    k_descale: Tensor | None = None  # float32: 0-dim | (Hkv,) | (B, Hkv), or written: k.shape[:-1]
+    v_descale: Tensor | None = None
     block_table: Tensor | None = None  # (B, max_pages) int32
     cache_batch_idx: Tensor | None = None  # (B,) int32, row of a dense cache
     cache_leftpad: Tensor | None = None  # (B,) int32, first valid slot of each sequence
@@ -87,6 +97,11 @@ def fold_scores(scores: Scores) -> ScoreParams:
     else:
         scale, softcap = scores.scale * LOG2_E, 0.0
     return ScoreParams(scale, softcap, scores.window_left, scores.window_right)
+
+
+def is_per_token(descale: Tensor | None) -> bool:
+    """Whether there is a scale for each token and head, which an append writes."""
+    return descale is not None and descale.dim() == 3
 
 
 class _Options(NamedTuple):
@@ -303,5 +318,8 @@ class AttentionProblem(_Flat):
         return (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
 
 
-K, V, K_NEW = ([name for name, _ in AttentionProblem.TENSOR_FIELDS].index(name) for name in ("k", "v", "k_new"))
-"""Where a flat problem has its keys, its values and its new keys."""
+_NAMES = [name for name, _ in AttentionProblem.TENSOR_FIELDS]
+K_NEW = _NAMES.index("k_new")
+"""Where a flat problem has its new keys."""
+WRITE = slice(_NAMES.index("k"), _NAMES.index("k") + len(CacheWrite.TENSOR_FIELDS))
+"""Where it has the tensors of its :class:`CacheWrite`."""

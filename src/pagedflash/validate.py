@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .backends.protocol import Capabilities
 from .errors import reject, reject_type
-from .problem import Append, AttentionProblem, CacheWrite, KVCache
+from .problem import QUANTIZED, Append, AttentionProblem, CacheWrite, KVCache, is_per_token
 
 INDEX_DTYPES = (torch.int32,)
 SLOPE_DTYPES = (torch.float32,)
+SCALE_DTYPES = (torch.float32,)
 
 
 def validate(problem: AttentionProblem, capabilities: Capabilities) -> None:
@@ -24,7 +25,7 @@ def validate(problem: AttentionProblem, capabilities: Capabilities) -> None:
     queries, cache = problem.queries, problem.cache
     q, k = queries.q, cache.k
     validate_tensor("q", q, "B, Sq, Hq, D" if queries.cu_seqlens_q is None else "total_q, Hq, D", q, capabilities.dtypes)
-    _validate_cache(cache, q)
+    _validate_cache(cache, q, problem.batch_size, capabilities)
     _validate_head_dims(q, cache, capabilities)
     if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         reject(
@@ -45,7 +46,7 @@ def validate(problem: AttentionProblem, capabilities: Capabilities) -> None:
     append = problem.append
     if append is not None:
         if append.k_new is not None or append.v_new is not None:
-            _validate_new_tokens(append, cache, batch)
+            _validate_new_tokens(append, cache, batch, q.dtype)
             if cache.seqused_k is None:
                 reject("seqused_k", "None", "tokens in the cache before the append, with {k_new}")
         _validate_rotary(append, q, problem.capacity)
@@ -54,11 +55,11 @@ def validate(problem: AttentionProblem, capabilities: Capabilities) -> None:
 
 def validate_write(write: CacheWrite, capabilities: Capabilities) -> None:
     """:func:`validate` for a write of its own."""
-    cache, batch = write.cache, write.batch_size
-    validate_tensor("k", cache.k, "num_pages, page_size, Hkv, D", cache.k, capabilities.dtypes)
-    _validate_cache(cache, cache.k)
+    cache, batch, k_new = write.cache, write.batch_size, write.append.k_new
+    validate_tensor("k_new", k_new, "B, S_new, Hkv, D", k_new, capabilities.dtypes)
+    _validate_cache(cache, k_new, batch, capabilities)
     _validate_head_dims(cache.k, cache, capabilities)
-    _validate_new_tokens(write.append, cache, batch)
+    _validate_new_tokens(write.append, cache, batch, k_new.dtype)
     for field, dims, shape in (("seqused_k", "B", (batch,)), ("block_table", "B, max_pages", (batch, None))):
         tensor = getattr(cache, field)
         validate_tensor(field, tensor, dims, cache.k, INDEX_DTYPES)
@@ -84,7 +85,7 @@ def validate_tensor(field: str, tensor: object, dims: str, like: Tensor, dtypes:
         reject_type(field, "of type {type}", "a torch.Tensor ({dims})", type=type(tensor).__name__, dims=dims)
     if tensor.layout is not torch.strided:
         reject(field, "of layout {layout}", "a strided tensor", layout=tensor.layout)
-    if tensor.dim() != dims.count(",") + 1:
+    if tensor.dim() != (dims.count(",") + 1 if dims else 0):
         reject(field, "of shape {shape}", "({dims})", shape=tuple(tensor.shape), dims=dims)
     if tensor.dtype not in dtypes:
         reject_type(field, "of dtype {dtype}", "{wanted}", dtype=tensor.dtype, wanted=" or ".join(map(str, dtypes)))
@@ -110,20 +111,49 @@ def _validate_last_axis(field: str, tensor: Tensor) -> None:
         )
 
 
-def _validate_cache(cache: KVCache, like: Tensor) -> None:
+def _cache_dtypes(cache: KVCache, dtype: torch.dtype, capabilities: Capabilities) -> tuple[torch.dtype, ...]:
+    """Formats that keys and values may have under queries or new tokens of ``dtype``. What is no cache has theirs."""
+    if cache.block_table is None and (cache.seqused_k is None or cache.cu_seqlens_k is not None):
+        return (dtype,)
+    others = [other for other in capabilities.cache_dtypes if other in QUANTIZED or dtype == torch.float32]
+    return (dtype, *(other for other in others if other != dtype))
+
+
+def _validate_cache(cache: KVCache, like: Tensor, batch: int, capabilities: Capabilities) -> None:
     k, v = cache.k, cache.v
     if cache.block_table is not None:
         dims = "num_pages, page_size, Hkv, D"
     else:
         dims = "B, Sk, Hkv, D" if cache.cu_seqlens_k is None else "total_k, Hkv, D"
-    validate_tensor("k", k, dims, like, (like.dtype,))
-    validate_tensor("v", v, dims, like, (like.dtype,))
+    formats = _cache_dtypes(cache, like.dtype, capabilities)
+    validate_tensor("k", k, dims, like, formats)
+    validate_tensor("v", v, dims, like, formats)
     if v.shape[:-1] != k.shape[:-1]:
         reject("v", "of shape {shape}", "{wanted} before head_dim, as {k}", shape=tuple(v.shape), wanted=tuple(k.shape[:-1]))
     if cache.block_table is not None and k.shape[1] == 0:
         reject("k", "of shape {shape}", "pages of at least one token", shape=tuple(k.shape))
     _validate_last_axis("k", k)
     _validate_last_axis("v", v)
+    _validate_descale("k", k, cache.k_descale, batch)
+    _validate_descale("v", v, cache.v_descale, batch)
+
+
+def _validate_descale(field: str, keys: Tensor, descale: Tensor | None, batch: int) -> None:
+    """The scales of keys or values, if and only if their format has them."""
+    name = f"{field}_descale"
+    if (descale is None) == (keys.dtype in QUANTIZED):
+        came, expected = ("None", "scales") if descale is None else ("given", "None")
+        reject(name, came, f"{expected}, with {{{field}}} of dtype {{dtype}}", dtype=keys.dtype)
+    if descale is None:
+        return
+    if not isinstance(descale, Tensor):
+        reject_type(name, "of type {type}", "a torch.Tensor", type=type(descale).__name__)
+    shapes = ((), (keys.shape[-2],), (batch, keys.shape[-2]), tuple(keys.shape[:-1]))
+    if tuple(descale.shape) not in shapes or (is_per_token(descale) and keys.dim() != 4):
+        expected = "one of {shapes}: one scale in all, a head, a sequence and head, or a token and head"
+        reject(name, "of shape {shape}", expected, shape=tuple(descale.shape), shapes=", ".join(map(str, shapes)))
+    axes = ("", "Hkv", "B, Hkv", "num_pages, page_size, Hkv")
+    validate_tensor(name, descale, axes[descale.dim()], keys, SCALE_DTYPES)
 
 
 def _validate_head_dims(q: Tensor, cache: KVCache, capabilities: Capabilities) -> None:
@@ -167,14 +197,14 @@ def _validate_lengths(problem: AttentionProblem) -> None:
             reject(field, "{length}", "at least 0", length=fields[field])
 
 
-def _validate_new_tokens(append: Append, cache: KVCache, batch: int) -> None:
+def _validate_new_tokens(append: Append, cache: KVCache, batch: int, dtype: torch.dtype) -> None:
     """New keys and values come together and fit the caches they go to."""
     k_new, v_new = append.k_new, append.v_new
     if k_new is None or v_new is None:
         missing, given = ("k_new", "v_new") if k_new is None else ("v_new", "k_new")
         reject(missing, "None", f"a tensor, since {{{given}}} is given")
     for field, new, keys in (("k_new", k_new, cache.k), ("v_new", v_new, cache.v)):
-        validate_tensor(field, new, "B, S_new, Hkv, D", keys, (keys.dtype,))
+        validate_tensor(field, new, "B, S_new, Hkv, D", keys, (dtype,))
         validate_shape(field, new, (batch, k_new.shape[1], *keys.shape[-2:]), "B, S_new, Hkv, D")
 
 

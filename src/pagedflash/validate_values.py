@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from .errors import reject
-from .problem import AttentionProblem, CacheWrite
+from .problem import AttentionProblem, CacheWrite, Tensors
 
 
 def check_values(problem: AttentionProblem) -> None:
@@ -56,6 +57,20 @@ def check_write_values(write: CacheWrite) -> None:
     if cache.block_table is not None:
         ends = [length + new_tokens for length in lengths]
         _check_table(cache.block_table, lengths, lengths, ends, cache.k)
+
+
+def check_new_tokens(tensors: Tensors) -> None:
+    """A NaN has no int8 to be stored as. Takes the tensors of a write, valid but for this."""
+    if tensors[0].dtype != torch.int8 and tensors[1].dtype != torch.int8:  # type: ignore[union-attr]
+        return
+    fields = dict(zip((name for name, _ in CacheWrite.TENSOR_FIELDS), tensors))
+    lengths = fields["seqused_k"]
+    for field, cache in (("k_new", fields["k"]), ("v_new", fields["v"])):
+        new = fields[field]
+        if new is None or lengths is None or cache is None or cache.dtype != torch.int8:
+            continue
+        if new[lengths >= 0].isnan().any():
+            reject(field, "holding NaN", "numbers: an int8 cache has no NaN")
 
 
 def key_lengths(problem: AttentionProblem) -> list[int]:

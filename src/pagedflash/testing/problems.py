@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import random
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..backends.protocol import Capabilities
-from ..problem import AttentionProblem
+from ..problem import QUANTIZED, AttentionProblem
 from ..validate import validate
 from ..validate_values import check_values, key_lengths, query_lengths
 
@@ -26,6 +26,8 @@ LAYOUTS = ("dense", "cache", "paged", "varlen", "paged varlen")
 GARBAGE = (-1, 2**30, -(2**31))
 """Table entries that no kernel may follow."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INT8_UNIT = 32
+"""What a 1 is in an int8 cache whose scale is near ``1 / INT8_UNIT``."""
 
 
 def random_problem(
@@ -42,7 +44,7 @@ def random_problem(
     capabilities: Capabilities = Capabilities(),  # noqa: B008 (immutable)
 ) -> AttentionProblem:
     """Draw a valid problem. Every option is drawn independently of every other."""
-    draw = _Draw(rng, dtype or rng.choice(DTYPES), layout or rng.choice(LAYOUTS), device)
+    draw = _Draw(rng, dtype or rng.choice(DTYPES), layout or rng.choice(LAYOUTS), device, capabilities.cache_dtypes)
     problem = draw.problem(rng.choice(head_dims), rng.choice(groups), page_sizes, max_queries, max_keys)
     validate(problem, capabilities)
     if device == "cpu":
@@ -96,8 +98,11 @@ def paged_problem(
 class _Draw:
     """Draws one problem, part by part."""
 
-    def __init__(self, rng: random.Random, dtype: torch.dtype, layout: str, device: str) -> None:
+    def __init__(
+        self, rng: random.Random, dtype: torch.dtype, layout: str, device: str, cache_dtypes: tuple[torch.dtype, ...]
+    ) -> None:
         self.rng, self.dtype, self.layout, self.device = rng, dtype, layout, device
+        self.formats = [other for other in cache_dtypes if other in QUANTIZED or dtype == torch.float32]
         self.generator = torch.Generator().manual_seed(rng.getrandbits(40))
 
     def maybe(self, probability: float) -> bool:
@@ -138,6 +143,8 @@ class _Draw:
             fields["v_new"] = self.normal(batch, new_tokens, kv_heads, v_head_dim)
             if self.maybe(0.5) and head_dim > 1:
                 fields |= self.rotary(head_dim, fields)
+        if self.formats and self.layout not in ("dense", "varlen") and self.maybe(0.5):
+            fields |= self.in_formats(fields, batch)
         problem = AttentionProblem.of_fields(**fields)
         if problem.cache.block_table is not None and self.maybe(0.5):
             self.free_left_of_window(problem, problem.cache.block_table)
@@ -333,6 +340,45 @@ class _Draw:
             both = self.poisoned(rows, tokens, heads, head_dim + v_head_dim)
             return both[..., :head_dim], both[..., head_dim:]
         return self.poisoned(rows, tokens, heads, head_dim), self.poisoned(rows, tokens, heads, v_head_dim)
+
+    def in_formats(self, fields: dict[str, object], batch: int) -> dict[str, object]:
+        """The cache in formats of their own. K and V of one allocation share theirs."""
+        k, v = cast(Tensor, fields["k"]), cast(Tensor, fields["v"])
+        formats = [self.rng.choice([*self.formats, self.dtype]) for _ in "kv"]
+        if k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr():
+            formats[1] = formats[0]
+        storages: dict[int, Tensor] = {}
+        changed: dict[str, object] = {}
+        for name, keys, dtype in zip("kv", (k, v), formats):
+            storage = keys.untyped_storage()
+            if storage._cdata not in storages:
+                whole = keys.as_strided((storage.nbytes() // keys.element_size(),), (1,), 0)
+                storages[storage._cdata] = self.codes(whole, dtype)
+            whole = storages[storage._cdata]
+            changed[name] = whole.as_strided(keys.shape, keys.stride(), keys.storage_offset())
+            changed[f"{name}_descale"] = self.descale(keys, dtype, batch)
+        return changed
+
+    def codes(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """Numbers of unit size in a format, spread over its values. The NaN of a poisoned slot is -128 in int8."""
+        if dtype != torch.int8:
+            return numbers.to(dtype)
+        return (numbers.float() * INT8_UNIT).round().clamp(-127, 127).nan_to_num(nan=-128).to(dtype)
+
+    def descale(self, keys: Tensor, dtype: torch.dtype, batch: int) -> Tensor | None:
+        """Scales of any shape. Those of poisoned slots are NaN."""
+        if dtype not in QUANTIZED:
+            return None
+        heads = keys.shape[-2]
+        shape = self.rng.choice(((), (heads,), (batch, heads), keys.shape[:-1], keys.shape[:-1]))
+        scales = 0.5 + torch.rand(shape, generator=self.generator).to(self.device)
+        if dtype == torch.int8:
+            scales /= INT8_UNIT
+        if len(shape) == 3:
+            scales[keys.isnan().all(-1)] = math.nan
+            if self.maybe(0.5):  # any strides
+                scales = scales.transpose(1, 2).contiguous().transpose(1, 2)
+        return scales
 
     def rotary(self, head_dim: int, fields: dict[str, object]) -> dict[str, object]:
         keys: Tensor = fields["k"]  # type: ignore[assignment]

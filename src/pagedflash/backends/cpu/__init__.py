@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-from ...problem import AttentionProblem
+import torch
+
+from ...problem import QUANTIZED, AttentionProblem
 from ..protocol import Capabilities, Support
 from .launch import Unavailable, attention, kv_write, library
 
 __all__ = ["CAPABILITIES", "NAME", "attention", "available", "kv_write", "supports"]
 
 NAME = "cpu"
-CAPABILITIES = Capabilities(checks_values=True)
+CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED), checks_values=True)
 
 
 def available() -> Support:

@@ -22,6 +22,13 @@ class Strides(NamedTuple):
     head: int
 
 
+class ScaleStrides(NamedTuple):
+    sequence: int
+    batch: int
+    token: int
+    head: int
+
+
 class QueryShape(NamedTuple):
     q_stride: Strides
     q_tokens: int
@@ -32,12 +39,18 @@ class QueryShape(NamedTuple):
 class WriteShape(NamedTuple):
     k_stride: Strides
     v_stride: Strides
+    k_descale_stride: ScaleStrides
+    v_descale_stride: ScaleStrides
     k_new_stride: Strides
     v_new_stride: Strides
     rotary_rows: int
     rotary_pairs: int
     rotary_interleaved: bool
     dtype: int
+    k_dtype: int
+    v_dtype: int
+    writes_k_descale: bool
+    writes_v_descale: bool
     batch_size: int
     num_new_tokens: int
     kv_heads: int
@@ -103,7 +116,7 @@ def _structs() -> dict[str, list[str]]:
     structs["AttentionAddresses"] = [
         f"{field}:{struct}" for field, struct in zip(("queries", "write", "scores", "outputs"), _ADDRESSES)
     ]
-    for record in (Strides, QueryShape, WriteShape, ScoreParams, AttentionShape):
+    for record in (Strides, ScaleStrides, QueryShape, WriteShape, ScoreParams, AttentionShape):
         structs[record.__name__] = [
             f"{field}:{_NUMBERS[kind][0] if kind in _NUMBERS else kind.__name__}"
             for field, kind in get_type_hints(record).items()

@@ -13,11 +13,11 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ...geometry import strides
-from ...problem import Append, AttentionProblem, CacheWrite, KVCache, fold_scores
+from ...geometry import scale_strides, strides
+from ...problem import Append, AttentionProblem, CacheWrite, KVCache, fold_scores, is_per_token
 from ...scoped import Scoped
 from ...validate_values import check_values, check_write_values
-from .abi import AttentionShape, QueryShape, Strides, WriteShape, mismatch, pack_addresses, pack_shape
+from .abi import AttentionShape, QueryShape, ScaleStrides, Strides, WriteShape, mismatch, pack_addresses, pack_shape
 
 ISA_VARIABLE = "PAGEDFLASH_CPU_ISA"
 """The instruction set to use instead of the best: ``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``generic``."""
@@ -27,7 +27,14 @@ LIBRARY_VARIABLE = "PAGEDFLASH_CPU_LIBRARY"
 
 LIBRARY = Path(__file__).with_name("pagedflash_cpu.dll" if os.name == "nt" else "libpagedflash_cpu.so")
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+    torch.float8_e5m2: 5,
+}
 
 _OK, _INVALID_VALUES, _OUT_OF_MEMORY = 0, 1, 2
 
@@ -159,7 +166,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
             q_heads=q.shape[-2],
             max_seqlen_q=problem.queries.max_seqlen_q,
         ),
-        write=_write_shape(problem.cache, problem.append, problem.batch_size),
+        write=_write_shape(problem.cache, problem.append, problem.batch_size, q.dtype),
         scores=fold_scores(problem.scores),
         alibi_batch_stride=slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         num_splits=problem.num_splits,
@@ -168,10 +175,10 @@ def make_plan(problem: AttentionProblem) -> Plan:
 
 
 def make_write_plan(write: CacheWrite) -> bytes:
-    return pack_shape(_write_shape(write.cache, write.append, write.batch_size))
+    return pack_shape(_write_shape(write.cache, write.append, write.batch_size, write.append.k_new.dtype))
 
 
-def _write_shape(cache: KVCache, append: Append | None, batch_size: int) -> WriteShape:
+def _write_shape(cache: KVCache, append: Append | None, batch_size: int, dtype: torch.dtype) -> WriteShape:
     k, v, table = cache.k, cache.v, cache.block_table
     page_size, kv_heads, head_dim = k.shape[-3:]
     k_new_stride = v_new_stride = Strides(0, 0, 0)
@@ -184,12 +191,18 @@ def _write_shape(cache: KVCache, append: Append | None, batch_size: int) -> Writ
     return WriteShape(
         k_stride=Strides(*strides(k)),
         v_stride=Strides(*strides(v)),
+        k_descale_stride=ScaleStrides(*scale_strides(cache.k_descale)),
+        v_descale_stride=ScaleStrides(*scale_strides(cache.v_descale)),
         k_new_stride=k_new_stride,
         v_new_stride=v_new_stride,
         rotary_rows=rotary_rows,
         rotary_pairs=rotary_pairs,
         rotary_interleaved=rotary_interleaved,
-        dtype=_DTYPES[k.dtype],
+        dtype=_DTYPES[dtype],
+        k_dtype=_DTYPES[k.dtype],
+        v_dtype=_DTYPES[v.dtype],
+        writes_k_descale=is_per_token(cache.k_descale),
+        writes_v_descale=is_per_token(cache.v_descale),
         batch_size=batch_size,
         num_new_tokens=num_new_tokens,
         kv_heads=kv_heads,

@@ -5,6 +5,8 @@ rows, lanes and splits, :mod:`.tuning` has its numbers for the GPU at hand, :mod
 waits for the GPU, and nothing is copied.
 """
 
+import torch
+
 from ..protocol import Capabilities
 from .compiler import available, use_compiler
 from .launch import attention, kv_write, supports
@@ -13,4 +15,4 @@ from .tuning import Tuning
 __all__ = ["CAPABILITIES", "NAME", "Tuning", "attention", "available", "kv_write", "supports", "use_compiler"]
 
 NAME = "metal"
-CAPABILITIES = Capabilities(head_dim_multiple=1)
+CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, torch.int8), head_dim_multiple=1)

@@ -38,7 +38,7 @@ SOURCES = {
 }
 """Kernel -> the files it is made of, in order, behind the prologue, its definitions and the structs."""
 
-ELEMENT_TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}
+ELEMENT_TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat", torch.int8: "char"}
 
 
 class Target(NamedTuple):
@@ -119,7 +119,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def source_of(name: str, dtype: torch.dtype, definitions: Mapping[str, int]) -> str:
+def source_of(name: str, dtype: torch.dtype, definitions: Mapping[str, int | str]) -> str:
     """The whole source of one kernel for one element type."""
     lines = [
         _file("prologue"),

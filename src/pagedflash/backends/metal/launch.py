@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, strides
-from ...problem import Append, AttentionProblem, CacheWrite, KVCache, fold_scores
+from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides
+from ...problem import QUANTIZED, Append, AttentionProblem, CacheWrite, KVCache, fold_scores, is_per_token
 from ..protocol import Support
-from .compiler import Target, buffers_of, compiled, current_target, source_of
+from .compiler import ELEMENT_TYPES, Target, buffers_of, compiled, current_target, source_of
 from .params import Params, packed
 from .tiling import (
     DECODE_MAX_QUERIES,
@@ -106,9 +106,9 @@ def _run(plan: Plan, tensors: tuple[Any, ...]) -> None:
 class _Planner:
     """Collects the dispatches of a plan. Kernels name their buffers as a problem its fields; that is how they are bound."""
 
-    def __init__(self, signature: AttentionProblem | CacheWrite, target: Target) -> None:
+    def __init__(self, signature: AttentionProblem | CacheWrite, target: Target, dtype: torch.dtype) -> None:
         self.target = target
-        self.device, self.dtype = signature.cache.k.device, signature.cache.k.dtype
+        self.device, self.dtype = signature.cache.k.device, dtype
         self.names = [
             field.name if tensor is not None and tensor.numel() else None  # what is empty cannot be bound
             for field, tensor in zip(signature.TENSOR_FIELDS, signature.tensors)
@@ -117,7 +117,7 @@ class _Planner:
         self.constants: dict[str, Any] = {}
         self.dispatches: list[tuple[str, Any, Grid, Grid]] = []
 
-    def dispatch(self, name: str, definitions: Mapping[str, int], threads: Grid, group_size: Grid) -> None:
+    def dispatch(self, name: str, definitions: Mapping[str, int | str], threads: Grid, group_size: Grid) -> None:
         kernel = compiled(self.target.compile_shader, name, source_of(name, self.dtype, definitions))
         self.dispatches.append((name, kernel, threads, group_size))
 
@@ -141,14 +141,14 @@ def _stand_in(device: torch.device, buffer: str) -> Tensor:
 
 
 def _plan_write(write: CacheWrite, target: Target) -> Plan:
-    planner = _Planner(write, target)
+    planner = _Planner(write, target, write.append.k_new.dtype)
     planner.constants["params"] = packed(_write_params(write))
     _add_write(planner, write.cache, write.append)
     return planner.plan()
 
 
 def _plan_attention(problem: AttentionProblem, target: Target, offset: int) -> Plan:
-    planner = _Planner(problem, target)
+    planner = _Planner(problem, target, problem.queries.q.dtype)
     planner.results["out"] = Result(problem.out_shape, planner.dtype)
     planner.results["lse"] = Result(problem.lse_shape, torch.float32)
     planner.constants["score_params"] = packed(fold_scores(problem.scores))
@@ -190,7 +190,8 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int, decod
     rows = decode_limit * problem.group or max(problem.group, decode_rows(problem))  # q may be all padding
     max_keys = max_visible_keys(problem)
     tuning = planner.target.tuning
-    tiling = decode_tiling(rows, head_dim, v_head_dim, q.element_size(), _page_size(cache), tuning)
+    element_bytes = max(cache.k.element_size(), cache.v.element_size())
+    tiling = decode_tiling(rows, head_dim, v_head_dim, element_bytes, _page_size(cache), tuning)
     row_tiles = -(-rows // tiling.rows)
     planned = choose_num_splits(sequences * row_tiles, tiling, min(rows, tiling.rows), max_keys, planner.target.simdgroups)
     num_splits = min(problem.num_splits or planned, MAX_SPLITS)
@@ -283,6 +284,12 @@ def _cache_params(cache: KVCache) -> dict[str, int]:
             (f"{name}_batch_stride", f"{name}_page_stride", f"{name}_token_stride", f"{name}_head_stride"),
             (batch, page, token, head),
         )
+    for name, descale in (("k", cache.k_descale), ("v", cache.v_descale)):
+        sequence, outer, token, head = scale_strides(descale)
+        batch, page = (0, outer) if cache.block_table is not None else (outer, PSEUDO_PAGE * token)
+        axes = ("sequence", "batch", "page", "token", "head")
+        params |= zip((f"{name}_descale_{axis}_stride" for axis in axes), (sequence, batch, page, token, head))
+        params[f"writes_{name}_descale"] = int(is_per_token(descale))
     return params
 
 
@@ -302,7 +309,7 @@ def _strides(name: str, tensor: Tensor) -> dict[str, int]:
     return {f"{name}_{axis}_stride": stride for axis, stride in zip(("batch", "token", "head"), strides(tensor))}
 
 
-def _definitions(problem: AttentionProblem, tiling: DecodeTiling | PrefillTiling, offset: int) -> dict[str, int]:
+def _definitions(problem: AttentionProblem, tiling: DecodeTiling | PrefillTiling, offset: int) -> dict[str, int | str]:
     """What decode and prefill are specialised for: the shape, and each number of the tiling under its name in capitals."""
     tensors = (problem.queries.q, problem.cache.k, problem.cache.v)
     aligned = all(number % tiling.chunk == 0 for tensor in tensors for number in (offset, *tensor.stride()[:-1]))
@@ -314,8 +321,12 @@ def _definitions(problem: AttentionProblem, tiling: DecodeTiling | PrefillTiling
     }
 
 
-def _cache_definitions(cache: KVCache) -> dict[str, int]:
+def _cache_definitions(cache: KVCache) -> dict[str, int | str]:
     return {
+        "K_T": ELEMENT_TYPES[cache.k.dtype],
+        "V_T": ELEMENT_TYPES[cache.v.dtype],
+        "K_QUANTIZED": int(cache.k.dtype in QUANTIZED),
+        "V_QUANTIZED": int(cache.v.dtype in QUANTIZED),
         "HEAD_DIM": cache.k.shape[-1],
         "V_HEAD_DIM": cache.v.shape[-1],
         "PAGED": int(cache.block_table is not None),

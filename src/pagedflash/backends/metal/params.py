@@ -48,6 +48,18 @@ class Params(NamedTuple):
     v_page_stride: int
     v_token_stride: int
     v_head_stride: int
+    k_descale_sequence_stride: int
+    k_descale_batch_stride: int
+    k_descale_page_stride: int
+    k_descale_token_stride: int
+    k_descale_head_stride: int
+    v_descale_sequence_stride: int
+    v_descale_batch_stride: int
+    v_descale_page_stride: int
+    v_descale_token_stride: int
+    v_descale_head_stride: int
+    writes_k_descale: int  # there is one scale a token and head
+    writes_v_descale: int
     k_new_batch_stride: int
     k_new_token_stride: int
     k_new_head_stride: int

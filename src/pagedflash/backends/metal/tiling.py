@@ -57,6 +57,8 @@ def decode_tiling(
 ) -> DecodeTiling:
     """For ``total_rows`` packed-GQA rows of each sequence and KV head."""
     chunk = LOAD_BYTES // element_bytes
+    if element_bytes == 1 and head_dim < MATRIX * chunk:
+        chunk //= 2
     k_tail, v_tail = _tail(head_dim, chunk), _tail(v_head_dim, chunk)
     v_matrices = v_head_dim // (MATRIX * chunk) * chunk + v_tail
     rows = min(total_rows, tuning.decode_rows)

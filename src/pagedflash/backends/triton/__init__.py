@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import AttentionProblem, CacheWrite
+from ...problem import QUANTIZED, AttentionProblem, CacheWrite
 from ..protocol import Capabilities, Support
 
 NAME = "triton"
-CAPABILITIES = Capabilities()
+CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED))
 
 
 @cache

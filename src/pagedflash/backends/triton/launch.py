@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, strides
-from ...problem import Append, AttentionProblem, CacheWrite, fold_scores
+from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides
+from ...problem import WRITE, Append, AttentionProblem, CacheWrite, fold_scores, is_per_token
 from .compiled import CompiledLaunch, addresses_of, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
@@ -26,6 +26,7 @@ from .kernels.params import (
     PrefillTile,
     ProblemParams,
     QueryParams,
+    ScaleStrides,
     Strides,
     WriteParams,
     WriteTile,
@@ -34,10 +35,6 @@ from .kernels.prefill import prefill
 from .kernels.score import ScoreParams
 from .semaphores import semaphores
 from .tiling import block_width, decode_tiling, power_of_two, prefill_tiling, stride_factor
-
-_FIELDS = [field.name for field in AttentionProblem.TENSOR_FIELDS]
-_WRITE = slice(_FIELDS.index("k"), _FIELDS.index("alibi_slopes"))
-"""Where a problem's tensors are those of its :class:`~pagedflash.problem.CacheWrite`."""
 
 MAX_DECODE_ROWS = 64
 """Packed-GQA rows up to which a call goes to ``decode``, which holds them all in one tile."""
@@ -103,7 +100,7 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
         out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
     lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
     if plan.write is not None:
-        plan.write(tensors[_WRITE], addresses[_WRITE])
+        plan.write(tensors[WRITE], addresses[WRITE])
     if not plan.attend:
         return out.zero_(), lse.fill_(math.inf)
     counters = partials = counters_at = partials_at = None
@@ -277,10 +274,12 @@ def _params(problem: AttentionProblem, aligned: bool, precision: str, decode_lim
 
 
 def _cache_params(problem: AttentionProblem | CacheWrite, align: int) -> CacheParams:
-    k, v, block_table = problem.cache[:3]
+    k, v, k_descale, v_descale, block_table = problem.cache[:5]
     return CacheParams(
         k_strides=_divided(k, align),
         v_strides=None if strides(v) == strides(k) else _divided(v, align),
+        k_descale_strides=_scale_strides(k_descale),
+        v_descale_strides=_scale_strides(v_descale),
         capacity=problem.capacity if k.shape[0] else 0,
         num_pages=k.shape[0],
         table_width=None if block_table is None else block_table.shape[1],
@@ -306,6 +305,10 @@ def _append_params(append: Append | None, align: int, queries_by_position: bool 
         INTERLEAVED=append.rotary_interleaved,
         QUERIES_BY_POSITION=queries_by_position,
     )
+
+
+def _scale_strides(descale: Tensor | None) -> ScaleStrides | None:
+    return None if descale is None else ScaleStrides(*scale_strides(descale), is_per_token(descale))
 
 
 def _divided(tensor: Tensor, align: int) -> Strides:

@@ -58,10 +58,11 @@ def block_width(head_dim: int) -> int:
 def stride_factor(tensors: Sequence[Tensor], aligned: bool) -> int:
     """ALIGN of the strides of ``tensors`` (:class:`.kernels.params.Strides`).
 
-    8 where it divides all strides and addresses are ``aligned`` to 16 bytes, so that rows are loaded in pieces of those.
+    Where addresses are ``aligned`` to 16 bytes, the first of 16 (if there are elements of one byte) and 8 that divides all
+    strides, so that rows are loaded in pieces of those; else 1.
     """
-    bits = 0
+    bits = 0 if any(tensor.element_size() == 1 for tensor in tensors) else 8
     for tensor in tensors:
         for stride in strides(tensor):
             bits |= stride
-    return 8 if aligned and bits % 8 == 0 else 1
+    return next((align for align in (16, 8) if aligned and bits % align == 0), 1)

@@ -39,13 +39,15 @@ _LOADED_FUNCTIONS = (
 )
 
 
-def enable(decode_fast_path_for: Iterable[str] = ()) -> None:
+def enable(decode_fast_path_for: Iterable[str] = (), kv_cache_dtype: str | None = None) -> None:
     """Make ``attn_implementation="pagedflash"`` known to transformers. Calling it again changes nothing.
 
     Args:
         decode_fast_path_for: further implementations that continuous batching shall decode through block tables with, on
             any device: Hub names, such as ``"kernels-community/metal-flash-sdpa"`` loaded from what ``pagedflash hub``
             writes. One without ``flash_attn_with_kvcache`` still gets no fast path. Names of several calls add up.
+        kv_cache_dtype: the format that ``generate_batch()`` keeps keys and values in: ``"float16"`` or ``"bfloat16"`` (for
+            models in float32) or ``"fp8_e4m3"``. None: the model's dtype. Once enabled it stays, until :func:`disable`.
 
     Warns:
         RuntimeWarning: this transformers decides elsewhere whether to decode through block tables. Generation works, but
@@ -57,6 +59,8 @@ def enable(decode_fast_path_for: Iterable[str] = ()) -> None:
     """
     if isinstance(decode_fast_path_for, str):
         raise TypeError("pagedflash: decode_fast_path_for is of type str, expected several names, as a list or tuple")
+    if kv_cache_dtype is not None:
+        _check_kv_cache_dtype(kv_cache_dtype)
     if not is_enabled():
         _require_transformers()
         try:
@@ -67,7 +71,29 @@ def enable(decode_fast_path_for: Iterable[str] = ()) -> None:
             disable()
             _refuse_version(error)
         gate.open_gate(seen=engine.install())
+        if kv_cache_dtype is not None:
+            _keep_in_format(kv_cache_dtype)
     gate.allow((*decode_fast_path_for, NAME))
+
+
+def _check_kv_cache_dtype(name: str) -> None:
+    """
+    Raises:
+        ValueError: no such format. RuntimeError: enabled already, or transformers has no place for it.
+    """
+    _require_transformers()
+    if is_enabled():
+        raise RuntimeError("pagedflash: kv_cache_dtype is given, but enabled already; call disable() first")
+    if hooks.version_numbers() < engine.FIRST_VERSION:
+        raise RuntimeError(f"pagedflash: kv_cache_dtype is given, but transformers {hooks.version()} is older than 5.19")
+    if name not in engine.KV_CACHE_DTYPES:
+        raise ValueError(f"pagedflash: kv_cache_dtype is {name!r}, expected one of {', '.join(engine.KV_CACHE_DTYPES)}")
+
+
+def _keep_in_format(name: str) -> None:
+    from .engine import formats
+
+    formats.install(name)
 
 
 def disable() -> None:

@@ -9,7 +9,9 @@
 
 namespace pagedflash {
 
-enum Dtype : int64_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+enum Dtype : int64_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, INT8 = 3, FLOAT8_E4M3 = 4, FLOAT8_E5M2 = 5 };
+
+PAGEDFLASH_INLINE int64_t element_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : dtype <= BFLOAT16 ? 2 : 1; }
 
 enum Status : int64_t { OK = 0, INVALID_VALUES = 1, OUT_OF_MEMORY = 2 };
 
@@ -24,6 +26,10 @@ struct CacheWrite : WriteAddresses, WriteShape {
   PAGEDFLASH_INLINE bool packed() const { return cu_seqlens_k && !paged(); }
   // Tokens that the cache holds for one sequence.
   PAGEDFLASH_INLINE int64_t capacity() const { return paged() ? table_width * page_size : page_size; }
+  // Bytes of a token in the cache.
+  PAGEDFLASH_INLINE int64_t token_bytes() const {
+    return kv_heads * (head_dim * element_size(k_dtype) + v_head_dim * element_size(v_dtype));
+  }
 };
 
 struct AttentionProblem : QueryAddresses, ScoreAddresses, OutputAddresses, QueryShape, ScoreParams {
@@ -37,7 +43,5 @@ struct AttentionProblem : QueryAddresses, ScoreAddresses, OutputAddresses, Query
 
   PAGEDFLASH_INLINE int64_t group() const { return q_heads / write.kv_heads; }  // query heads of a KV head
 };
-
-PAGEDFLASH_INLINE int64_t element_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 }  // namespace pagedflash

@@ -59,38 +59,37 @@ PAGEDFLASH_INLINE void with_row_count(int64_t rows, const Body& body) {
   }
 }
 
-template <class T, class KV>
 struct DecodeScratch {
-  using Query = typename KV::Query;
-  using Element = typename KV::Element;
-
   DecodeScratch(ScratchArena arena, const AttentionProblem& problem, int64_t heads, int64_t rows) {
     const int64_t query_size = round_up(problem.write.head_dim, CHUNK), out_size = round_up(problem.write.v_head_dim, CHUNK);
-    queries = arena.allocate<Query>(heads * rows * query_size);
+    queries = arena.allocate<float>(heads * rows * query_size);
     accumulators = arena.allocate<float>(heads * rows * out_size);
     scores = arena.allocate<float>(heads * rows * DECODE_TILE);
     states = arena.allocate<SoftmaxState>(heads * rows);
     score_rows = arena.allocate<ScoreRow>(heads * rows);
-    k = arena.allocate<const Element*>(DECODE_TILE + BLOCK_TOKENS);
-    v = arena.allocate<const Element*>(DECODE_TILE + BLOCK_TOKENS);
-    query = arena.allocate<T>(query_size);
+    tokens.k = arena.allocate<const char*>(DECODE_TILE + BLOCK_TOKENS);
+    tokens.v = arena.allocate<const char*>(DECODE_TILE + BLOCK_TOKENS);
+    tokens.k_descale = arena.allocate<const float*>(DECODE_TILE + BLOCK_TOKENS);
+    tokens.v_descale = arena.allocate<const float*>(DECODE_TILE + BLOCK_TOKENS);
+    query = arena.allocate<float>(query_size);
+    rounded = arena.allocate<float>(query_size);
     values = arena.allocate<float>(out_size);
     bytes = arena.used();
   }
 
   // Queries and accumulators lie chunk by chunk, the rows of a chunk together: what meets a loaded chunk lies side by side.
-  Query* queries;            // (heads, head_dim / CHUNK rounded up, rows, CHUNK)
+  void* queries;             // (heads, head_dim / CHUNK rounded up, rows, CHUNK), of the type that the dot product takes
   float* accumulators;       // (heads, v_head_dim / CHUNK rounded up, rows, CHUNK)
   float* scores;             // (heads, rows, DECODE_TILE)
   SoftmaxState* states;      // (heads, rows)
   ScoreRow* score_rows;      // (heads, rows)
-  const Element **k, **v;    // addresses of the tokens of the tile and of the next block
-  T* query;                  // (head_dim rounded up), one row as it is loaded
+  TokenAddresses tokens;     // of the tile and of the next block
+  float* query;              // (head_dim rounded up), one row as it is loaded
+  void* rounded;             // the same in its dtype
   float* values;             // (v_head_dim rounded up), one row as it is written
   int64_t bytes;
 };
 
-template <class T, class KV>
 class Decode {
  public:
   Decode(const Plan& plan, const Task& task, void* scratch)
@@ -98,42 +97,50 @@ class Decode {
         heads_(task.kv_heads.size()), rows_(task.rows.size()), head_dim_(problem_.write.head_dim),
         v_head_dim_(problem_.write.v_head_dim), query_size_(round_up(head_dim_, CHUNK)),
         out_size_(round_up(v_head_dim_, CHUNK)),
-        prefetches_(rows_ > 1 || heads_ * head_dim_ * (int64_t)sizeof(Element) < LONG_TOKEN_BYTES),
+        prefetches_(rows_ > 1 || heads_ * head_dim_ * element_size(problem_.write.k_dtype) < LONG_TOKEN_BYTES),
         scratch_(ScratchArena(scratch), problem_, heads_, rows_) {}
 
   void run() {
-    load_queries();
-    const int64_t heads_at_once = max<int64_t>(1, QUERY_BYTES / (rows_ * query_size_ * (int64_t)sizeof(Query)));
+    const CacheWrite& write = problem_.write;
+    int64_t heads_at_once = 1;
+    with_dot_product(write.dtype, write.k_dtype, [&](auto dot_product) {
+      using Dot = decltype(dot_product);
+      with_dtype(write.dtype, [&](auto element) { load_queries<decltype(element), Dot>(); });
+      heads_at_once = max<int64_t>(1, QUERY_BYTES / (rows_ * query_size_ * (int64_t)sizeof(typename Dot::Query)));
+    });
     for (int64_t first = task_.keys.begin; first < task_.keys.end; first += DECODE_TILE) {
       const int64_t tokens = min(DECODE_TILE, task_.keys.end - first);
       locate_tile(first);
       for (int64_t head = 0; head < heads_; head += heads_at_once) {
         const Range heads = {head, min(heads_, head + heads_at_once)};
-        with_row_count(rows_, [&](auto rows) { score_tile<decltype(rows)::value>(heads, tokens); });
+        with_dot_product(write.dtype, write.k_dtype, [&](auto dot_product) {
+          with_row_count(rows_, [&](auto rows) { score_tile<decltype(dot_product), decltype(rows)::value>(heads, tokens); });
+        });
+        if (write.k_descale) scale(heads, tokens, scratch_.tokens.k_descale, write.k_descale_stride.head);
         softmax(heads, first, tokens);
-        with_row_count(rows_, [&](auto rows) { accumulate_tile<decltype(rows)::value>(heads, tokens); });
+        if (write.v_descale) scale(heads, tokens, scratch_.tokens.v_descale, write.v_descale_stride.head);
+        with_format(write.v_dtype, [&](auto element) {
+          with_row_count(rows_, [&](auto rows) { accumulate_tile<decltype(element), decltype(rows)::value>(heads, tokens); });
+        });
       }
     }
-    finish();
+    with_dtype(write.dtype, [&](auto element) { finish<decltype(element)>(); });
   }
 
  private:
-  using Element = typename KV::Element;
-  using Query = typename KV::Query;
-
   static constexpr int64_t STEP = 2 * CHUNK;
 
   // Prefetches tokens line after line: all heads of a token, then the next token.
   class Prefetcher {
    public:
-    PAGEDFLASH_INLINE Prefetcher(const Element* const* token, Range heads, int64_t stride, int64_t size)
+    PAGEDFLASH_INLINE Prefetcher(const char* const* token, Range heads, int64_t stride, int64_t size)
         : token_(token), heads_(heads), stride_(stride), size_(size), head_(heads.begin) {}
     PAGEDFLASH_INLINE void next(int64_t lines) {
       for (int64_t i = 0; i < lines; i++) {
-        prefetch(*token_ + head_ * stride_ + element_);
-        element_ += CACHE_LINE / sizeof(Element);
-        if (element_ < size_) continue;
-        element_ = 0;
+        prefetch(*token_ + head_ * stride_ + byte_);
+        byte_ += CACHE_LINE;
+        if (byte_ < size_) continue;
+        byte_ = 0;
         if (++head_ < heads_.end) continue;
         head_ = heads_.begin;
         token_++;
@@ -141,19 +148,23 @@ class Decode {
     }
 
    private:
-    const Element* const* token_;
+    const char* const* token_;
     const Range heads_;
-    const int64_t stride_, size_;
-    int64_t head_, element_ = 0;
+    const int64_t stride_, size_;  // bytes from head to head, of a head
+    int64_t head_, byte_ = 0;
   };
 
+  template <class T, class Dot>
   void load_queries() {
+    using Query = typename Dot::Query;
     for (int64_t i = 0; i < heads_ * rows_; i++) {
       const int64_t head = i / rows_, row = i % rows_;
       const QueryAndHead at = unpack_row(problem_, task_.kv_heads.begin + head, row);
-      load_query(problem_, sequence_, at.query, at.head, scratch_.query, query_size_);
-      Query* to = scratch_.queries + head * rows_ * query_size_ + row * CHUNK;
-      for (int64_t d = 0; d < query_size_; d += CHUNK) KV::store_query(to + d * rows_, scratch_.query + d);
+      T* loaded = static_cast<T*>(scratch_.rounded);
+      load_query(problem_, sequence_, at.query, at.head, loaded, query_size_);
+      convert(scratch_.query, loaded, query_size_);
+      Query* to = static_cast<Query*>(scratch_.queries) + head * rows_ * query_size_ + row * CHUNK;
+      for (int64_t d = 0; d < query_size_; d += CHUNK) Dot::store_query(to + d * rows_, scratch_.query + d);
       scratch_.score_rows[i] = score_row(problem_, sequence_, at.query, at.head);
       scratch_.states[i] = SoftmaxState();
     }
@@ -163,41 +174,56 @@ class Decode {
   // The tile's tokens and the next block's, some of which the tile before has located. Behind the last key it is repeated.
   void locate_tile(int64_t first) {
     const int64_t count = DECODE_TILE + BLOCK_TOKENS, known = first == task_.keys.begin ? 0 : BLOCK_TOKENS;
-    memcpy(scratch_.k, scratch_.k + DECODE_TILE, known * sizeof(Element*));
-    memcpy(scratch_.v, scratch_.v + DECODE_TILE, known * sizeof(Element*));
+    const TokenAddresses& tokens = scratch_.tokens;
     const int64_t located = max(known, min(count, task_.keys.end - first));
-    locate(problem_, sequence_, first + known, located - known, scratch_.k + known, scratch_.v + known);
-    for (int64_t t = located; t < count; t++) {
-      scratch_.k[t] = scratch_.k[located - 1];
-      scratch_.v[t] = scratch_.v[located - 1];
+    const auto move = [&](auto* addresses) { memcpy(addresses, addresses + DECODE_TILE, known * sizeof *addresses); };
+    const auto repeat_last = [&](auto* addresses) {
+      for (int64_t t = located; t < count; t++) addresses[t] = addresses[located - 1];
+    };
+    move(tokens.k), move(tokens.v), move(tokens.k_descale), move(tokens.v_descale);
+    locate(problem_, sequence_, first + known, located - known, tokens + known);
+    repeat_last(tokens.k), repeat_last(tokens.v);
+  }
+
+  // Scores, or probabilities, of all rows of some heads times the scale of each token.
+  void scale(Range heads, int64_t tokens, const float* const* descales, int64_t head_stride) {
+    for (int64_t head = heads.begin; head < heads.end; head++) {
+      float scales[DECODE_TILE];
+      for (int64_t t = 0; t < tokens; t++) scales[t] = descales[t][(task_.kv_heads.begin + head) * head_stride];
+      for (int64_t row = 0; row < rows_; row++) {
+        float* scores = scratch_.scores + (head * rows_ + row) * DECODE_TILE;
+        for (int64_t t = 0; t < tokens; t++) scores[t] *= scales[t];
+      }
     }
   }
 
   // What the loops need lies in local constants, here and in accumulate_tile: behind every store the compiler would read the
   // members again.
-  template <int ROWS>
+  template <class Dot, int ROWS>
   void score_tile(Range heads, int64_t tokens) {
+    using Element = typename Dot::Element;
+    using Query = typename Dot::Query;
     constexpr int TOKENS = tokens_at_once(ROWS);
     const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, query_size = query_size_;
     const int64_t k_head = problem_.write.k_stride.head;
     const int64_t lines = prefetches_ ? TOKENS * STEP * sizeof(Element) / CACHE_LINE : 0;
-    const Element* const* k = scratch_.k;
+    const char* const* k = scratch_.tokens.k;
     const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
     for (int64_t begin = 0; begin < tokens; begin += BLOCK_TOKENS) {
-      Prefetcher prefetcher(k + begin + BLOCK_TOKENS, all_heads, k_head, head_dim_);
+      Prefetcher prefetcher(k + begin + BLOCK_TOKENS, all_heads, k_head * sizeof(Element), head_dim_ * sizeof(Element));
       for (int64_t head = heads.begin; head < heads.end; head++) {
         const int64_t offset = (task_.kv_heads.begin + head) * k_head;
-        const Query* query = scratch_.queries + head * rows * query_size;
+        const Query* query = static_cast<const Query*>(scratch_.queries) + head * rows * query_size;
         for (int64_t t = begin; t < begin + BLOCK_TOKENS; t += TOKENS) {
           const Element* key[TOKENS];
-          for (int j = 0; j < TOKENS; j++) key[j] = k[t + j] + offset;
+          for (int j = 0; j < TOKENS; j++) key[j] = reinterpret_cast<const Element*>(k[t + j]) + offset;
           float* scores = scratch_.scores + head * rows * DECODE_TILE + t;
-          score_block<ROWS, TOKENS, true>(key, query, rows, scores, prefetcher, lines);
+          score_block<Dot, ROWS, TOKENS, true>(key, query, rows, scores, prefetcher, lines);
           if (ROWS < ROW_BLOCK) continue;
           for (int64_t row = ROWS; row < rows; row += ROWS)
             with_row_count(rows - row, [&](auto count) {
-              score_block<decltype(count)::value, TOKENS, false>(key, query + row * CHUNK, rows, scores + row * DECODE_TILE,
-                                                                 prefetcher, 0);
+              score_block<Dot, decltype(count)::value, TOKENS, false>(key, query + row * CHUNK, rows,
+                                                                      scores + row * DECODE_TILE, prefetcher, 0);
             });
         }
       }
@@ -210,9 +236,9 @@ class Decode {
   //            key t        key t+1           a loaded chunk of a key meets all ROWS rows,
   //   row 0    accumulator  accumulator       a row's chunk comes from the first-level cache
   //   row 1    accumulator  accumulator
-  template <int ROWS, int TOKENS, bool PREFETCHES>
-  PAGEDFLASH_INLINE void score_block(const Element* const* key, const Query* query, int64_t rows, float* scores,
-                                     Prefetcher& prefetcher, int64_t lines) {
+  template <class Dot, int ROWS, int TOKENS, bool PREFETCHES>
+  PAGEDFLASH_INLINE void score_block(const typename Dot::Element* const* key, const typename Dot::Query* query, int64_t rows,
+                                     float* scores, Prefetcher& prefetcher, int64_t lines) {
     constexpr int COUNT = (ROWS * TOKENS + LANES - 1) / LANES * LANES;
     constexpr int CHAINS = ROWS * TOKENS * 2 <= ACCUMULATORS ? 2 : 1;
     const int64_t head_dim = head_dim_, whole = head_dim / STEP * STEP;
@@ -222,12 +248,12 @@ class Decode {
     for (int64_t d = 0; d < whole; d += STEP) {
       if (PREFETCHES) prefetcher.next(lines);
       for (int c = 0; c < STEP; c += CHUNK)
-        score_chunk<ROWS, TOKENS>([&](int j) { return KV::load_key(key[j] + d + c); }, query + (d + c) * rows,
-                                  accumulator[c / CHUNK % CHAINS]);
+        score_chunk<Dot, ROWS, TOKENS>([&](int j) { return Dot::load_key(key[j] + d + c); }, query + (d + c) * rows,
+                                       accumulator[c / CHUNK % CHAINS]);
     }
     for (int64_t d = whole; d < head_dim; d += CHUNK)
-      score_chunk<ROWS, TOKENS>([&](int j) { return KV::load_key_part(key[j] + d, head_dim - d); }, query + d * rows,
-                                accumulator[0]);
+      score_chunk<Dot, ROWS, TOKENS>([&](int j) { return Dot::load_key_part(key[j] + d, head_dim - d); }, query + d * rows,
+                                     accumulator[0]);
     float dots[COUNT];
     for (int i = 0; i < COUNT; i++)
       if (CHAINS == 2) accumulator[0][i] = add(accumulator[0][i], accumulator[CHAINS - 1][i]);
@@ -236,27 +262,27 @@ class Decode {
   }
 
   // One chunk of each key and row. What is loaded first stays in registers while the other side passes.
-  template <int ROWS, int TOKENS, class LoadKey>
-  static PAGEDFLASH_INLINE void score_chunk(const LoadKey& load_key, const Query* query, Vec* accumulator) {
-    using Key = typename KV::Key;
+  template <class Dot, int ROWS, int TOKENS, class LoadKey>
+  static PAGEDFLASH_INLINE void score_chunk(const LoadKey& load_key, const typename Dot::Query* query, Vec* accumulator) {
+    using Key = typename Dot::Key;
     if constexpr (ROWS >= TOKENS) {
       Key keys[TOKENS];
       for (int j = 0; j < TOKENS; j++) keys[j] = load_key(j);
       for (int r = 0; r < ROWS; r++) {
-        const Key row = KV::load_query(query + r * CHUNK);
+        const Key row = Dot::load_query(query + r * CHUNK);
         for (int j = 0; j < TOKENS; j++) {
           Vec& sum = accumulator[r * TOKENS + j];
-          sum = KV::dot(keys[j], row, sum);
+          sum = Dot::dot(keys[j], row, sum);
         }
       }
     } else {
       Key rows[ROWS];
-      for (int r = 0; r < ROWS; r++) rows[r] = KV::load_query(query + r * CHUNK);
+      for (int r = 0; r < ROWS; r++) rows[r] = Dot::load_query(query + r * CHUNK);
       for (int j = 0; j < TOKENS; j++) {
         const Key key = load_key(j);
         for (int r = 0; r < ROWS; r++) {
           Vec& sum = accumulator[r * TOKENS + j];
-          sum = KV::dot(key, rows[r], sum);
+          sum = Dot::dot(key, rows[r], sum);
         }
       }
     }
@@ -278,23 +304,23 @@ class Decode {
     return scratch_.accumulators + i / rows_ * rows_ * out_size_ + i % rows_ * CHUNK;
   }
 
-  template <int ROWS>
+  template <class Element, int ROWS>
   void accumulate_tile(Range heads, int64_t tokens) {
     constexpr int CHUNKS = chunks_at_once(ROWS);
     const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, out_size = out_size_;
     const int64_t v_head = problem_.write.v_stride.head, v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
-    const Element* const* v = scratch_.v;
+    const char* const* v = scratch_.tokens.v;
     const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
     const int64_t lines = prefetches_ ? BLOCK_TOKENS * CHUNKS * CHUNK * sizeof(Element) / CACHE_LINE : 0;
     for (int64_t t = 0; t < tokens; t += BLOCK_TOKENS) {
       const int64_t count = min(BLOCK_TOKENS, tokens - t);
-      Prefetcher prefetcher(v + t + BLOCK_TOKENS, all_heads, v_head, v_head_dim);
+      Prefetcher prefetcher(v + t + BLOCK_TOKENS, all_heads, v_head * sizeof(Element), v_head_dim * sizeof(Element));
       for (int64_t head = heads.begin; head < heads.end; head++) {
         const int64_t offset = (task_.kv_heads.begin + head) * v_head;
         const float* weights = scratch_.scores + head * rows * DECODE_TILE + t;
         float* accumulators = scratch_.accumulators + head * rows * out_size;
         const Element* value[BLOCK_TOKENS];
-        for (int j = 0; j < BLOCK_TOKENS; j++) value[j] = v[t + j] + offset;
+        for (int j = 0; j < BLOCK_TOKENS; j++) value[j] = reinterpret_cast<const Element*>(v[t + j]) + offset;
         int64_t d = 0;
         if (count == BLOCK_TOKENS) {
           for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK) {
@@ -312,7 +338,7 @@ class Decode {
 
   // CHUNKS chunks from element d on: all rows, while the chunks are cached. COUNT tokens in whole chunks; if 0, `count` tokens
   // in chunks that may reach behind the end of a row.
-  template <int ROWS, int CHUNKS, int COUNT>
+  template <int ROWS, int CHUNKS, int COUNT, class Element>
   PAGEDFLASH_INLINE void accumulate_chunks(const Element* const* value, int64_t count, int64_t d, const float* weights,
                                            int64_t rows, float* accumulators) {
     accumulate_block<ROWS, CHUNKS, COUNT>(value, count, d, weights, rows, accumulators);
@@ -325,7 +351,7 @@ class Decode {
   }
 
   // ROWS rows and CHUNKS chunks, in registers: accumulators += probabilities x values.
-  template <int ROWS, int CHUNKS, int COUNT>
+  template <int ROWS, int CHUNKS, int COUNT, class Element>
   PAGEDFLASH_INLINE void accumulate_block(const Element* const* value, int64_t count, int64_t d, const float* weights,
                                           int64_t rows, float* accumulators) {
     const int64_t v_head_dim = v_head_dim_;
@@ -336,7 +362,8 @@ class Decode {
     const auto add_token = [&](int64_t j) {
       for (int c = 0; c < CHUNKS; c++) {
         const int64_t at = d + c * CHUNK;
-        const Chunk chunk = COUNT ? KV::load_value(value[j] + at) : KV::load_value_part(value[j] + at, v_head_dim - at);
+        const bool whole = COUNT || v_head_dim - at >= CHUNK;
+        const Chunk chunk = whole ? load_chunk(value[j] + at) : load_chunk_part(value[j] + at, v_head_dim - at);
         for (int r = 0; r < ROWS; r++) {
           const Vec weight = splat(weights[r * DECODE_TILE + j]);
           sum[r][2 * c] = fma(weight, chunk.a, sum[r][2 * c]);
@@ -355,12 +382,13 @@ class Decode {
         for (int i = 0; i < 2; i++) store(accumulators + (c * rows + r) * CHUNK + i * LANES, sum[r][2 * c + i]);
   }
 
+  template <class T>
   void finish() {
     for (int64_t i = 0; i < heads_ * rows_; i++) {
       const float* chunks = row_accumulators(i);
       for (int64_t d = 0; d < out_size_; d += CHUNK, chunks += rows_ * CHUNK) {
         Chunk chunk = {load(chunks), load(chunks + LANES)};
-        KV::restore_order(chunk);
+        with_format(problem_.write.v_dtype, [&](auto element) { restore_order<decltype(element)>(chunk); });
         store(scratch_.values + d, chunk.a);
         store(scratch_.values + d + LANES, chunk.b);
       }
@@ -375,7 +403,7 @@ class Decode {
   const Score score_;
   const int64_t heads_, rows_, head_dim_, v_head_dim_, query_size_, out_size_;
   const bool prefetches_;
-  const DecodeScratch<T, KV> scratch_;
+  const DecodeScratch scratch_;
 };
 
 }  // namespace PAGEDFLASH_ISA

@@ -51,8 +51,7 @@ void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t b
 }
 
 void kv_write(const Kernels& kernels, const CacheWrite& write) {
-  const int64_t token_bytes = write.kv_heads * (write.head_dim + write.v_head_dim) * element_size(write.dtype);
-  parallel(write.batch_size * write.num_new_tokens, GRAIN_BYTES / max<int64_t>(1, token_bytes) + 1,
+  parallel(write.batch_size * write.num_new_tokens, GRAIN_BYTES / max<int64_t>(1, write.token_bytes()) + 1,
            [&](Range tokens) { kernels.kv_write(write, tokens); });
 }
 

@@ -14,7 +14,8 @@
 //   STEP                                elements: a multiple of this is multiplied
 //   Session                             lives while a thread multiplies
 //   store_query(to, row, n)             n elements of T as groups
-//   load_groups<KV>(p, n)               LANES groups: the first n elements of a cache, zeros beyond them
+//   load_groups(p, n)                   LANES groups: the first n elements of a cache, zeros beyond them
+//   load_groups(p, n, scale)            the same times a scale
 //   interleave(v[GROUP])                LANES groups of GROUP tokens; then each group has one element of every token
 //   store_probabilities(row, i, p)      probabilities i to i + LANES of a row, in place of its scores
 //   multiply_block(a, a_stride, b, depth, c, c_stride, alpha)
@@ -64,9 +65,13 @@ template <class T>
 struct Gemm : RegisterGemm<FloatDot> {
   static constexpr int64_t GROUP = 1;
   static PAGEDFLASH_INLINE void store_query(float* to, const T* row, int64_t n) { convert(to, row, n); }
-  template <class KV>
-  static PAGEDFLASH_INLINE Vec load_groups(const typename KV::Element* p, int64_t n) {
-    return KV::load_floats(p, n);
+  template <class E>
+  static PAGEDFLASH_INLINE Vec load_groups(const E* p, int64_t n) {
+    return load_part(p, n);
+  }
+  template <class E>
+  static PAGEDFLASH_INLINE Vec load_groups(const E* p, int64_t n, Vec scale) {
+    return mul(load_part(p, n), scale);
   }
   static PAGEDFLASH_INLINE void interleave(Vec[GROUP]) {}
   static PAGEDFLASH_INLINE void store_probabilities(float* row, int64_t i, Vec p) { store(row + i, p); }
@@ -89,9 +94,15 @@ template <>
 struct Gemm<bf16> : PairGemm {
   static constexpr int64_t GROUP = 2;
   static PAGEDFLASH_INLINE void store_query(float* to, const bf16* row, int64_t n) { memcpy(to, row, n * sizeof(bf16)); }
-  template <class KV>
-  static PAGEDFLASH_INLINE Vec load_groups(const typename KV::Element* p, int64_t n) {
-    return KV::load_pairs(p, n);
+  static PAGEDFLASH_INLINE Vec load_groups(const bf16* p, int64_t n) { return load_pairs(p, n); }
+  template <class E>
+  static PAGEDFLASH_INLINE Vec load_groups(const E* p, int64_t n) {
+    return load_groups(p, n, splat(1.0f));
+  }
+  template <class E>
+  static PAGEDFLASH_INLINE Vec load_groups(const E* p, int64_t n, Vec scale) {
+    const Vec high = n > LANES ? load_part(p + LANES, n - LANES) : zero();
+    return round_pairs(mul(load_part(p, n), scale), mul(high, scale));
   }
   static PAGEDFLASH_INLINE void interleave(Vec v[GROUP]) { interleave_pairs(v); }
   static PAGEDFLASH_INLINE void store_probabilities(float* row, int64_t i, Vec p) {

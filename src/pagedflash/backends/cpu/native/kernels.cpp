@@ -1,4 +1,4 @@
-// The kernels for one instruction set (see CMakeLists.txt), for the three dtypes.
+// The kernels for one instruction set (see CMakeLists.txt), for all dtypes and formats of a cache.
 #include "kernels.h"
 
 #include "combine.h"
@@ -10,35 +10,14 @@ namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 namespace {
 
-// Calls run(T()) with the element type of a dtype.
-template <class Run>
-PAGEDFLASH_INLINE void with_dtype(int64_t dtype, const Run& run) {
-  switch (dtype) {
-    case FLOAT32: return run(float());
-    case FLOAT16: return run(f16());
-    case BFLOAT16: return run(bf16());
-  }
-}
-
 void kv_write(const CacheWrite& write, Range tokens) {
-  with_dtype(write.dtype, [&](auto element) {
-    using T = decltype(element);
-    kv_write_tokens<T, KVFormat<T>>(write, tokens);
-  });
+  with_dtype(write.dtype, [&](auto element) { kv_write_tokens<decltype(element)>(write, tokens); });
 }
 
-void decode(const Plan& plan, const Task& task, void* scratch) {
-  with_dtype(plan.problem.write.dtype, [&](auto element) {
-    using T = decltype(element);
-    Decode<T, KVFormat<T>>(plan, task, scratch).run();
-  });
-}
+void decode(const Plan& plan, const Task& task, void* scratch) { Decode(plan, task, scratch).run(); }
 
 void prefill(const Plan& plan, const Task& task, void* scratch) {
-  with_dtype(plan.problem.write.dtype, [&](auto element) {
-    using T = decltype(element);
-    Prefill<T, KVFormat<T>>(plan, task, scratch).run();
-  });
+  with_dtype(plan.problem.write.dtype, [&](auto element) { Prefill<decltype(element)>(plan, task, scratch).run(); });
 }
 
 void combine(const Plan& plan, Range rows) {
@@ -50,8 +29,8 @@ int64_t scratch_bytes(const AttentionProblem& problem) {
   with_dtype(problem.write.dtype, [&](auto element) {
     using T = decltype(element);
     const ScratchArena nothing(nullptr);
-    bytes = max(DecodeScratch<T, KVFormat<T>>(nothing, problem, problem.write.kv_heads, MAX_DECODE_ROWS).bytes,
-                PrefillScratch<T, KVFormat<T>>(nothing, problem).bytes);
+    bytes = max(DecodeScratch(nothing, problem, problem.write.kv_heads, MAX_DECODE_ROWS).bytes,
+                PrefillScratch<T>(nothing, problem).bytes);
   });
   return bytes;
 }

@@ -10,10 +10,34 @@ namespace PAGEDFLASH_ISA {
 PAGEDFLASH_INLINE int64_t offset(const Strides& stride, int64_t batch, int64_t token, int64_t head) {
   return batch * stride.batch + token * stride.token + head * stride.head;
 }
+PAGEDFLASH_INLINE int64_t offset(const ScaleStrides& stride, int64_t sequence, int64_t batch, int64_t token, int64_t head) {
+  return sequence * stride.sequence + batch * stride.batch + token * stride.token + head * stride.head;
+}
 
-template <class T, class KV>
+constexpr int64_t MAX_HEAD_DIM = 512;
+
+// One new key or value, in the cache's format. A key is rotated to its position if it is not negative.
+template <class T, class E>
+void store_row(const CacheWrite& write, const T* row, int64_t size, int64_t position, E* to, float* descale, bool writes_descale) {
+  if constexpr (LARGEST<E> > 0) {
+    float values[MAX_HEAD_DIM];
+    int64_t rotated = 0;
+    if (position >= 0)
+      rotated = rotate_row(row, write, position,
+                           [&](int64_t i, const float* x, int64_t n) { memcpy(values + i, x, n * sizeof(float)); });
+    convert(values + rotated, row + rotated, size - rotated);
+    if (writes_descale) *descale = scale_of<E>(values, size);
+    quantize(to, values, size, *descale);
+  } else {
+    int64_t rotated = 0;
+    if (position >= 0)
+      rotated = rotate_row(row, write, position, [&](int64_t i, const float* x, int64_t n) { convert(to + i, x, n); });
+    convert(to + rotated, row + rotated, size - rotated);
+  }
+}
+
+template <class T>
 void kv_write_tokens(const CacheWrite& write, Range tokens) {
-  using Element = typename KV::Element;
   for (int64_t t = tokens.begin; t < tokens.end; t++) {
     const int64_t b = t / write.num_new_tokens, i = t % write.num_new_tokens;
     if (write.seqused_k[b] < 0) continue;
@@ -27,13 +51,17 @@ void kv_write_tokens(const CacheWrite& write, Range tokens) {
     for (int64_t head = 0; head < write.kv_heads; head++) {
       const T* k_new = static_cast<const T*>(write.k_new) + offset(write.k_new_stride, b, i, head);
       const T* v_new = static_cast<const T*>(write.v_new) + offset(write.v_new_stride, b, i, head);
-      Element* k = static_cast<Element*>(write.k) + offset(write.k_stride, page, slot, head);
-      Element* v = static_cast<Element*>(write.v) + offset(write.v_stride, page, slot, head);
-      int64_t rotated = 0;
-      if (write.rotary_cos)
-        rotated = rotate_row(k_new, write, position, [&](int64_t i, const float* x, int64_t n) { KV::store(k + i, x, n); });
-      KV::store(k + rotated, k_new + rotated, write.head_dim - rotated);
-      KV::store(v, v_new, write.v_head_dim);
+      const int64_t k_scale = offset(write.k_descale_stride, b, page, slot, head);
+      const int64_t v_scale = offset(write.v_descale_stride, b, page, slot, head);
+      with_format(write.k_dtype, [&](auto element) {
+        auto* k = static_cast<decltype(element)*>(write.k) + offset(write.k_stride, page, slot, head);
+        store_row(write, k_new, write.head_dim, write.rotary_cos ? position : -1, k, write.k_descale + k_scale,
+                  write.writes_k_descale);
+      });
+      with_format(write.v_dtype, [&](auto element) {
+        auto* v = static_cast<decltype(element)*>(write.v) + offset(write.v_stride, page, slot, head);
+        store_row(write, v_new, write.v_head_dim, -1, v, write.v_descale + v_scale, write.writes_v_descale);
+      });
     }
   }
 }

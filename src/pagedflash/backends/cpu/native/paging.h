@@ -11,34 +11,47 @@ constexpr int64_t CACHE_LINE = 64;  // bytes
 // Into the second-level cache: the first is full of what is worked on.
 PAGEDFLASH_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
-// Addresses of KV head 0 of `count` keys and values from `first` on; other heads are k_stride.head, v_stride.head further.
-// All must be keys that some query sees: entries of the block table to their left may be anything.
-template <class Element>
-void locate(const AttentionProblem& problem, const Sequence& sequence, int64_t first, int64_t count, const Element** k,
-            const Element** v) {
-  const CacheWrite& write = problem.write;
-  const Element *k_data = static_cast<const Element*>(write.k), *v_data = static_cast<const Element*>(write.v);
-  if (!write.paged()) {
-    const int64_t b = sequence.batch;
-    const int64_t row = write.packed() ? 0 : write.cache_batch_idx ? write.cache_batch_idx[b] : b;
-    if (write.packed()) first += write.cu_seqlens_k[b];
-    k_data += row * write.k_stride.batch;
-    v_data += row * write.v_stride.batch;
-    for (int64_t t = 0; t < count; t++) {
-      k[t] = k_data + (first + t) * write.k_stride.token;
-      v[t] = v_data + (first + t) * write.v_stride.token;
-    }
-    return;
+// Addresses of KV head 0 of some tokens; other heads are k_stride.head, v_stride.head elements further, and their scales
+// k_descale_stride.head, v_descale_stride.head. Without scales these addresses mean nothing.
+struct TokenAddresses {
+  const char **k, **v;
+  const float **k_descale, **v_descale;
+
+  PAGEDFLASH_INLINE TokenAddresses operator+(int64_t tokens) const {
+    return {k + tokens, v + tokens, k_descale + tokens, v_descale + tokens};
   }
-  const int32_t* table = write.block_table + sequence.batch * write.table_width;
-  int64_t column = first / write.page_size, slot = first % write.page_size;
-  for (int64_t t = 0; t < count; column++, slot = 0) {
-    const Element* k_page = k_data + table[column] * write.k_stride.batch;
-    const Element* v_page = v_data + table[column] * write.v_stride.batch;
-    for (; slot < write.page_size && t < count; slot++, t++) {
-      k[t] = k_page + slot * write.k_stride.token;
-      v[t] = v_page + slot * write.v_stride.token;
-    }
+};
+
+// Where one side of the cache has tokens of a page (or row), one after another.
+PAGEDFLASH_INLINE void locate_in_page(const void* data, const Strides& stride, int64_t element_bytes, const float* descales,
+                                      const ScaleStrides& descale_stride, int64_t sequence, int64_t page, int64_t slot,
+                                      int64_t count, const char** to, const float** to_descales) {
+  const char* token = static_cast<const char*>(data) + (page * stride.batch + slot * stride.token) * element_bytes;
+  for (int64_t t = 0; t < count; t++) to[t] = token + t * stride.token * element_bytes;
+  if (!descales) return;
+  descales += sequence * descale_stride.sequence + page * descale_stride.batch + slot * descale_stride.token;
+  for (int64_t t = 0; t < count; t++) to_descales[t] = descales + t * descale_stride.token;
+}
+
+// Finds `count` keys and values from `first` on. All must be keys that some query sees: entries of the block table to their
+// left may be anything.
+inline void locate(const AttentionProblem& problem, const Sequence& sequence, int64_t first, int64_t count,
+                   const TokenAddresses& to) {
+  const CacheWrite& write = problem.write;
+  const int64_t b = sequence.batch, k_bytes = element_size(write.k_dtype), v_bytes = element_size(write.v_dtype);
+  const auto locate_run = [&](int64_t page, int64_t slot, int64_t tokens, int64_t t) {
+    locate_in_page(write.k, write.k_stride, k_bytes, write.k_descale, write.k_descale_stride, b, page, slot, tokens,
+                   to.k + t, to.k_descale + t);
+    locate_in_page(write.v, write.v_stride, v_bytes, write.v_descale, write.v_descale_stride, b, page, slot, tokens,
+                   to.v + t, to.v_descale + t);
+  };
+  if (write.packed()) return locate_run(0, write.cu_seqlens_k[b] + first, count, 0);
+  if (!write.paged()) return locate_run(write.cache_batch_idx ? write.cache_batch_idx[b] : b, first, count, 0);
+  const int32_t* table = write.block_table + b * write.table_width;
+  for (int64_t t = 0; t < count;) {
+    const int64_t slot = (first + t) % write.page_size, tokens = min(count - t, write.page_size - slot);
+    locate_run(table[(first + t) / write.page_size], slot, tokens, t);
+    t += tokens;
   }
 }
 

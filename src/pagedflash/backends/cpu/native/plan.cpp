@@ -60,8 +60,7 @@ bool Plan::build(int64_t threads) {
           keys_per_split(problem, keys.size(), decode_keys, TARGET_DECODE_TASKS, MIN_DECODE_KEYS);
       int64_t head_groups = 1;
       if (split_keys >= keys.size()) {
-        const int64_t bytes =
-            keys.size() * write.kv_heads * (write.head_dim + write.v_head_dim) * element_size(write.dtype);
+        const int64_t bytes = keys.size() * write.token_bytes();
         head_groups = min(min(write.kv_heads, divide_up(SHORT_TASKS_PER_THREAD * threads, decode_sequences)),
                           max<int64_t>(1, bytes / MIN_GROUP_BYTES));
       }

@@ -32,10 +32,8 @@ namespace PAGEDFLASH_ISA {
 
 constexpr int64_t PREFILL_TILE = 128;  // keys
 
-template <class T, class KV>
+template <class T>
 struct PrefillScratch {
-  using Element = typename KV::Element;
-
   PrefillScratch(ScratchArena arena, const AttentionProblem& problem) {
     constexpr int64_t rows = PREFILL_ROWS + Gemm<T>::ROWS;
     const int64_t query_size = round_up(problem.write.head_dim, Gemm<T>::STEP);
@@ -50,8 +48,10 @@ struct PrefillScratch {
     k_panel = arena.allocate<float>(query_size / Gemm<T>::GROUP * PANEL);
     v_panels = arena.allocate<float>(out_size * PREFILL_TILE / Gemm<T>::GROUP);
     for (int i = 0; i < 2; i++) {
-      k[i] = arena.allocate<const Element*>(PREFILL_TILE);
-      v[i] = arena.allocate<const Element*>(PREFILL_TILE);
+      tokens[i].k = arena.allocate<const char*>(PREFILL_TILE);
+      tokens[i].v = arena.allocate<const char*>(PREFILL_TILE);
+      tokens[i].k_descale = arena.allocate<const float*>(PREFILL_TILE);
+      tokens[i].v_descale = arena.allocate<const float*>(PREFILL_TILE);
     }
     query = arena.allocate<T>(query_size);
     bytes = arena.used();
@@ -67,12 +67,12 @@ struct PrefillScratch {
   Range* seen;             // (rows / ROWS), of the tile
   float* k_panel;          // (head_dim padded to STEP, PANEL)
   float* v_panels;         // (v_head_dim / PANEL, PREFILL_TILE, PANEL)
-  const Element **k[2], **v[2];  // addresses of the tokens of this tile and of the next
+  TokenAddresses tokens[2];  // of this tile and of the next
   T* query;                // (head_dim padded to STEP), one row as it is loaded
   int64_t bytes;
 };
 
-template <class T, class KV>
+template <class T>
 class Prefill {
  public:
   Prefill(const Plan& plan, const Task& task, void* scratch)
@@ -89,9 +89,10 @@ class Prefill {
       const int64_t tokens = tile_size(first);
       locate_tile(now ^ 1, first + PREFILL_TILE);
       find_seen(first, tokens);
-      score(scratch_.k[now], scratch_.v[now], tokens);
+      score(scratch_.tokens[now], tokens);
+      if (problem_.write.k_descale) scale_scores(scratch_.tokens[now].k_descale, tokens);
       softmax(first);
-      accumulate(scratch_.v[now], scratch_.k[now ^ 1], tokens, tile_size(first + PREFILL_TILE));
+      accumulate(scratch_.tokens[now], scratch_.tokens[now ^ 1], tokens, tile_size(first + PREFILL_TILE));
     }
     for (int64_t row = 0; row < rows_; row++)
       finish_row<T>(plan_, task_, kv_head_, task_.rows.begin + row, scratch_.accumulators + row * out_size_,
@@ -99,38 +100,36 @@ class Prefill {
   }
 
  private:
-  using Element = typename KV::Element;
   using Product = Gemm<T>;
   static constexpr int64_t ROWS = Product::ROWS, STEP = Product::STEP, GROUP = Product::GROUP;
 
   // Prefetches one head of keys or values, in so many `steps`.
   class Prefetcher {
    public:
-    Prefetcher(const Element* const* tokens, int64_t count, int64_t offset, int64_t size, int64_t steps)
+    Prefetcher(const char* const* tokens, int64_t count, int64_t offset, int64_t size, int64_t steps)
         : tokens_(tokens), count_(count), offset_(offset), size_(size),
-          lines_(divide_up(count * divide_up(size, LINE_ELEMENTS), steps)) {}
+          lines_(divide_up(count * divide_up(size, CACHE_LINE), steps)) {}
 
     PAGEDFLASH_INLINE void step() {
       for (int64_t i = 0; i < lines_ && token_ < count_; i++) {
-        prefetch(tokens_[token_] + offset_ + element_);
-        element_ += LINE_ELEMENTS;
-        if (element_ < size_) continue;
-        element_ = 0;
+        prefetch(tokens_[token_] + offset_ + byte_);
+        byte_ += CACHE_LINE;
+        if (byte_ < size_) continue;
+        byte_ = 0;
         token_++;
       }
     }
 
    private:
-    static constexpr int64_t LINE_ELEMENTS = CACHE_LINE / sizeof(Element);
-    const Element* const* tokens_;
-    const int64_t count_, offset_, size_;  // tokens, elements to the head, elements of a token
+    const char* const* tokens_;
+    const int64_t count_, offset_, size_;  // tokens, bytes to the head, bytes of a token
     const int64_t lines_;                  // of each step
-    int64_t token_ = 0, element_ = 0;
+    int64_t token_ = 0, byte_ = 0;
   };
 
   int64_t tile_size(int64_t first) const { return max<int64_t>(0, min(PREFILL_TILE, task_.keys.end - first)); }
   void locate_tile(int which, int64_t first) {
-    locate(problem_, sequence_, first, tile_size(first), scratch_.k[which], scratch_.v[which]);
+    locate(problem_, sequence_, first, tile_size(first), scratch_.tokens[which]);
   }
 
   void load_queries() {
@@ -165,13 +164,16 @@ class Prefill {
   }
 
   // Meanwhile the next panel's keys and the tile's values are prefetched.
-  void score(const Element* const* k, const Element* const* v, int64_t tokens) {
-    const int64_t k_head = kv_head_ * problem_.write.k_stride.head, v_head = kv_head_ * problem_.write.v_stride.head;
+  void score(const TokenAddresses& tile, int64_t tokens) {
+    const CacheWrite& write = problem_.write;
+    const int64_t k_bytes = element_size(write.k_dtype), v_bytes = element_size(write.v_dtype);
+    const int64_t k_head = kv_head_ * write.k_stride.head * k_bytes, v_head = kv_head_ * write.v_stride.head * v_bytes;
     const int64_t blocks = padded_rows_ / ROWS;
-    Prefetcher values(v, tokens, v_head, v_head_dim_, blocks * divide_up(tokens, PANEL));
+    Prefetcher values(tile.v, tokens, v_head, v_head_dim_ * v_bytes, blocks * divide_up(tokens, PANEL));
     for (int64_t t = 0; t < tokens; t += PANEL) {
-      pack_keys(k + t, min(PANEL, tokens - t));
-      Prefetcher keys(k + t + PANEL, max<int64_t>(0, min(PANEL, tokens - t - PANEL)), k_head, head_dim_, blocks);
+      with_format(write.k_dtype, [&](auto element) { pack_keys<decltype(element)>(tile.k + t, min(PANEL, tokens - t)); });
+      const int64_t next_tokens = max<int64_t>(0, min(PANEL, tokens - t - PANEL));
+      Prefetcher keys(tile.k + t + PANEL, next_tokens, k_head, head_dim_ * k_bytes, blocks);
       for (int64_t block = 0, row = 0; block < blocks; block++, row += ROWS) {
         keys.step();
         values.step();
@@ -183,18 +185,31 @@ class Prefill {
   }
 
   // Keys become columns: LANES keys x LANES groups are transposed in registers. Behind the last key it is repeated.
-  void pack_keys(const Element* const* k, int64_t tokens) {
+  template <class E>
+  void pack_keys(const char* const* k, int64_t tokens) {
     const int64_t offset = kv_head_ * problem_.write.k_stride.head;
     for (int64_t t = 0; t < PANEL; t += LANES) {
       for (int64_t d = 0; d < query_size_; d += LANES * GROUP) {
         Vec block[LANES];
-        for (int i = 0; i < LANES; i++)
-          block[i] = Product::template load_groups<KV>(k[min(t + i, tokens - 1)] + offset + d, head_dim_ - d);
+        for (int i = 0; i < LANES; i++) {
+          const E* key = reinterpret_cast<const E*>(k[min(t + i, tokens - 1)]) + offset;
+          block[i] = Product::load_groups(key + d, head_dim_ - d);
+        }
         transpose(block);
         const int64_t group = d / GROUP;
         for (int i = 0; i < LANES && group + i < query_size_ / GROUP; i++)
           store(scratch_.k_panel + (group + i) * PANEL + t, block[i]);
       }
+    }
+  }
+
+  void scale_scores(const float* const* descales, int64_t tokens) {
+    float scales[PREFILL_TILE];
+    for (int64_t t = 0; t < tokens; t++) scales[t] = descales[t][kv_head_ * problem_.write.k_descale_stride.head];
+    for (int64_t row = 0; row < rows_; row++) {
+      float* scores = scratch_.scores + row * PREFILL_TILE;
+      const Range seen = scratch_.seen[row / ROWS];
+      for (int64_t t = seen.begin; t < seen.end; t++) scores[t] *= scales[t];
     }
   }
 
@@ -210,10 +225,11 @@ class Prefill {
   }
 
   // Meanwhile the first keys of the next tile are prefetched. A panel stays in the first-level cache while all rows pass.
-  void accumulate(const Element* const* v, const Element* const* next_k, int64_t tokens, int64_t next_tokens) {
-    pack_values(v, tokens);
-    const int64_t blocks = padded_rows_ / ROWS;
-    Prefetcher keys(next_k, min(PANEL, next_tokens), kv_head_ * problem_.write.k_stride.head, head_dim_,
+  void accumulate(const TokenAddresses& tile, const TokenAddresses& next, int64_t tokens, int64_t next_tokens) {
+    const CacheWrite& write = problem_.write;
+    with_format(write.v_dtype, [&](auto element) { pack_values<decltype(element)>(tile, tokens); });
+    const int64_t blocks = padded_rows_ / ROWS, k_bytes = element_size(write.k_dtype);
+    Prefetcher keys(next.k, min(PANEL, next_tokens), kv_head_ * write.k_stride.head * k_bytes, head_dim_ * k_bytes,
                     blocks * (out_size_ / PANEL));
     for (int64_t column = 0; column < out_size_; column += PANEL) {
       const float* panel = value_panel(column);
@@ -231,15 +247,22 @@ class Prefill {
   float* value_panel(int64_t column) const { return scratch_.v_panels + column * PREFILL_TILE / GROUP; }
 
   // Behind the last token come zeros: their probabilities are zero too.
-  void pack_values(const Element* const* v, int64_t tokens) {
+  template <class E>
+  void pack_values(const TokenAddresses& tile, int64_t tokens) {
+    const int64_t descale = kv_head_ * problem_.write.v_descale_stride.head;
     const int64_t offset = kv_head_ * problem_.write.v_stride.head;
     for (int64_t t = 0; t < round_up(tokens, STEP); t += GROUP) {
       for (int64_t d = 0; d < out_size_; d += LANES * GROUP) {
         Vec values[GROUP];
-        for (int64_t i = 0; i < GROUP; i++)
-          values[i] = t + i < tokens && d < v_head_dim_
-                          ? Product::template load_groups<KV>(v[t + i] + offset + d, v_head_dim_ - d)
-                          : zero();
+        for (int64_t i = 0; i < GROUP; i++) {
+          values[i] = zero();
+          if (t + i >= tokens || d >= v_head_dim_) continue;
+          const E* value = reinterpret_cast<const E*>(tile.v[t + i]) + offset + d;
+          if constexpr (LARGEST<E> > 0)
+            values[i] = Product::load_groups(value, v_head_dim_ - d, splat(tile.v_descale[t + i][descale]));
+          else
+            values[i] = Product::load_groups(value, v_head_dim_ - d);
+        }
         Product::interleave(values);
         for (int64_t i = 0; i < GROUP; i++) {
           const int64_t column = d + i * LANES;
@@ -255,7 +278,7 @@ class Prefill {
   const Sequence& sequence_;
   const Score score_;
   const int64_t kv_head_, rows_, padded_rows_, head_dim_, query_size_, v_head_dim_, out_size_;
-  const PrefillScratch<T, KV> scratch_;
+  const PrefillScratch<T> scratch_;
   const typename Product::Session session_{};
 };
 

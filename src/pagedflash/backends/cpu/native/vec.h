@@ -13,9 +13,10 @@
 //   select_in_range(v, i, lo, hi, w)   lane by lane: v where lo <= i < hi, else w
 //   mul_pow2(v, n)                     v * 2^n for whole n from -127 (gives 0) to 127
 //   transpose(v[LANES])                in place, LANES x LANES
-//   load(T*) store(T*)                 also for f16 and bf16, rounding to nearest even
+//   load(T*) store(T*)                 also for f16 and bf16, rounding to nearest even; load for i8, e4m3 and e5m2 too
 //   load_part store_part(T*, n)        the first n elements, n a multiple of 8; zeros beyond them
-//   load_chunk(T*)                     2 * LANES elements as two registers, in whatever order is cheapest for T:
+//   load_chunk(T*)                     2 * LANES elements as two registers; of bf16 first the even ones, then the odd ones
+//   load_chunk_part(T*, n)             the first n elements of a chunk
 //   restore_order<T>(chunk)            that order back to the order in memory
 //
 // and, where PAGEDFLASH_BF16_PAIRS is defined, on LANES pairs of bfloat16:
@@ -23,6 +24,7 @@
 //   load_pairs(bf16*, n)               the first n of 2 * LANES elements; zeros beyond them
 //   dot_pairs(a, b, c)                 a.even * b.even + a.odd * b.odd + c, in float
 //   interleave_pairs(v[2])             a0 a1 a2 ..., b0 b1 b2 ... become a0 b0 a1 b1 ..., in place
+//   round_pairs(low, high)             2 * LANES floats in this order, rounded to bfloat16
 //   store_rounded(bf16*, v)            floats rounded to bfloat16; subnormal ones to zero
 //
 // min and max give the second operand if either is NaN, or NaN.
@@ -44,6 +46,26 @@ struct f16 {
 struct bf16 {
   uint16_t bits;
 };
+struct i8 {
+  int8_t bits;
+};
+struct e4m3 {  // no infinity; NaN is all ones
+  uint8_t bits;
+};
+struct e5m2 {  // the upper half of an f16
+  uint8_t bits;
+};
+
+PAGEDFLASH_INLINE float float_of_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+PAGEDFLASH_INLINE uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
 
 }  // namespace PAGEDFLASH_ISA
 }  // namespace pagedflash
@@ -67,6 +89,12 @@ using pagedflash::min;
 constexpr int CHUNK = 2 * LANES;
 constexpr int64_t PANEL = GEMM_VECS * LANES;  // columns of a packed panel of the matrix product
 
+// Where load_chunk puts element i.
+template <class T>
+PAGEDFLASH_INLINE constexpr int chunk_position(int i) { return i; }
+template <>
+PAGEDFLASH_INLINE constexpr int chunk_position<bf16>(int i) { return i % 2 * LANES + i / 2; }
+
 constexpr float LOG2_E = 1.44269504088896f, LN_2 = 0.693147180559945f;
 
 // 2^x for x <= 127, relative error below 1e-7; exact for whole x; exactly 0 for x <= -127, and for -inf. The polynomial is
@@ -81,6 +109,11 @@ PAGEDFLASH_INLINE Vec exp2(Vec x) {
   y = fma(y, f, splat(0.6931469776f));
   y = fma(y, f, splat(1.0f));
   return mul_pow2(y, n);
+}
+
+template <class T>
+PAGEDFLASH_INLINE void convert(T* to, const T* from, int64_t n) {
+  memcpy(to, from, n * sizeof(T));
 }
 
 // n elements, n any number, from one type to another. Nothing behind them is touched.

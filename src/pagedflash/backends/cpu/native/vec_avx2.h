@@ -89,6 +89,21 @@ PAGEDFLASH_INLINE void store(bf16* p, Vec a) {
   const __m256i high = _mm256_srli_epi32(kept, 16);
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
 }
+PAGEDFLASH_INLINE Vec load(const i8* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+PAGEDFLASH_INLINE Vec load(const e5m2* p) {
+  return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 8));
+}
+// As float16 first, whose exponent has another bias: 2^8 times too small. NaN, the one magnitude of all ones, is carried over.
+PAGEDFLASH_INLINE Vec load(const e4m3* p) {
+  const __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
+  __m128i magnitude = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(0x3F80));
+  const __m128i carry = _mm_add_epi16(magnitude, _mm_set1_epi16(0x80));
+  magnitude = _mm_add_epi16(magnitude, _mm_and_si128(carry, _mm_set1_epi16(0x4000)));
+  const __m128i sign = _mm_and_si128(x, _mm_set1_epi16((short)0x8000));
+  return mul(_mm256_cvtph_ps(_mm_or_si128(magnitude, sign)), splat(256.0f));
+}
 // Parts are multiples of 8 = LANES: there are no others.
 template <class T>
 PAGEDFLASH_INLINE Vec load_part(const T* p, int64_t) { return load(p); }

@@ -77,6 +77,19 @@ PAGEDFLASH_INLINE Vec widen(const f16*, __m256i bits) { return _mm512_cvtph_ps(b
 PAGEDFLASH_INLINE Vec widen(const bf16*, __m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
+PAGEDFLASH_INLINE Vec widen(const i8*, __m128i bits) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits)); }
+PAGEDFLASH_INLINE Vec widen(const e5m2*, __m128i bits) {
+  return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bits), 8));
+}
+// As float16 first, whose exponent has another bias: 2^8 times too small. NaN, the one magnitude of all ones, is carried over.
+PAGEDFLASH_INLINE Vec widen(const e4m3*, __m128i bits) {
+  const __m256i x = _mm256_cvtepi8_epi16(bits);
+  __m256i magnitude = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(0x3F80));
+  const __m256i carry = _mm256_add_epi16(magnitude, _mm256_set1_epi16(0x80));
+  magnitude = _mm256_add_epi16(magnitude, _mm256_and_si256(carry, _mm256_set1_epi16(0x4000)));
+  const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi16((short)0x8000));
+  return mul(_mm512_cvtph_ps(_mm256_or_si256(magnitude, sign)), splat(256.0f));
+}
 PAGEDFLASH_INLINE __m256i narrow(const f16*, Vec a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
 PAGEDFLASH_INLINE __m256i narrow(const bf16*, Vec a) {
   const __m512i bits = _mm512_castps_si512(a);
@@ -92,11 +105,17 @@ PAGEDFLASH_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 PAGEDFLASH_INLINE Vec load_part(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 PAGEDFLASH_INLINE void store_part(float* p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
 template <class T>
-PAGEDFLASH_INLINE Vec load(const T* p) { return widen(p, _mm256_loadu_si256((const __m256i*)p)); }
+PAGEDFLASH_INLINE Vec load(const T* p) {
+  if constexpr (sizeof(T) == 1) return widen(p, _mm_loadu_si128((const __m128i*)p));
+  else return widen(p, _mm256_loadu_si256((const __m256i*)p));
+}
 template <class T>
 PAGEDFLASH_INLINE void store(T* p, Vec a) { _mm256_storeu_si256((__m256i*)p, narrow(p, a)); }
 template <class T>
-PAGEDFLASH_INLINE Vec load_part(const T* p, int64_t n) { return widen(p, _mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+PAGEDFLASH_INLINE Vec load_part(const T* p, int64_t n) {
+  if constexpr (sizeof(T) == 1) return widen(p, _mm_maskz_loadu_epi8(first_lanes(n), p));
+  else return widen(p, _mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
 template <class T>
 PAGEDFLASH_INLINE void store_part(T* p, Vec a, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(p, a)); }
 
@@ -145,6 +164,7 @@ PAGEDFLASH_INLINE void interleave_pairs(Vec v[2]) {
   v[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, low, b));
   v[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, high, b));
 }
+PAGEDFLASH_INLINE Vec round_pairs(Vec low, Vec high) { return (Vec)_mm512_cvtne2ps_pbh(high, low); }
 PAGEDFLASH_INLINE void store_rounded(bf16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a));
 }

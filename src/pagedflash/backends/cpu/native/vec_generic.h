@@ -48,16 +48,6 @@ PAGEDFLASH_INLINE Vec reduce_sums(const Vec v[LANES]) {
   return (t[0] + t[2]) + (t[1] + t[3]);
 }
 
-PAGEDFLASH_INLINE float float_of_bits(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-PAGEDFLASH_INLINE uint32_t bits_of_float(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits;
-}
 PAGEDFLASH_INLINE float widen(f16 h) {
   const uint32_t sign = (uint32_t)(h.bits & 0x8000) << 16, rest = (uint32_t)(h.bits & 0x7FFF) << 13;
   // 2^112 moves the exponent's bias from 15 to 127, subnormals included; infinity and NaN keep theirs.
@@ -79,6 +69,14 @@ PAGEDFLASH_INLINE f16 narrow_to_f16(float x) {
   return {(uint16_t)(sign | half)};
 }
 PAGEDFLASH_INLINE float widen(bf16 b) { return float_of_bits((uint32_t)b.bits << 16); }
+PAGEDFLASH_INLINE float widen(i8 x) { return x.bits; }
+PAGEDFLASH_INLINE float widen(e5m2 x) { return widen(f16{(uint16_t)(x.bits << 8)}); }
+PAGEDFLASH_INLINE float widen(e4m3 x) {
+  const uint32_t sign = (uint32_t)(x.bits & 0x80) << 24, rest = (uint32_t)(x.bits & 0x7F) << 20;
+  // 2^120 moves the exponent's bias from 7 to 127, subnormals included.
+  const float magnitude = (x.bits & 0x7F) == 0x7F ? float_of_bits(0x7FC00000) : float_of_bits(rest) * 0x1p120f;
+  return float_of_bits(bits_of_float(magnitude) | sign);
+}
 PAGEDFLASH_INLINE bf16 narrow_to_bf16(float x) {
   const uint32_t bits = bits_of_float(x);
   return {(uint16_t)(x != x ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};

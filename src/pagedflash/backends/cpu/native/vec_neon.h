@@ -53,6 +53,25 @@ PAGEDFLASH_INLINE void store(bf16* p, Vec a) {
   const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
   vst1_u16(&p->bits, vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), rounded, vdupq_n_u32(0x7FC00000)), 16));
 }
+PAGEDFLASH_INLINE uint8x8_t load_bytes(const void* p) {  // LANES of them
+  uint32_t bytes;
+  memcpy(&bytes, p, 4);
+  return vreinterpret_u8_u32(vdup_n_u32(bytes));
+}
+PAGEDFLASH_INLINE Vec load(const i8* p) {
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u8(load_bytes(p))))));
+}
+PAGEDFLASH_INLINE Vec load(const e5m2* p) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vshl_n_u16(vget_low_u16(vmovl_u8(load_bytes(p))), 8)));
+}
+// As float16 first, whose exponent has another bias: 2^8 times too small. NaN, the one magnitude of all ones, is carried over.
+PAGEDFLASH_INLINE Vec load(const e4m3* p) {
+  const uint16x4_t x = vget_low_u16(vmovl_u8(load_bytes(p)));
+  uint16x4_t magnitude = vand_u16(vshl_n_u16(x, 7), vdup_n_u16(0x3F80));
+  magnitude = vadd_u16(magnitude, vand_u16(vadd_u16(magnitude, vdup_n_u16(0x80)), vdup_n_u16(0x4000)));
+  const uint16x4_t sign = vshl_n_u16(vand_u16(x, vdup_n_u16(0x80)), 8);
+  return mul(vcvt_f32_f16(vreinterpret_f16_u16(vorr_u16(magnitude, sign))), splat(256.0f));
+}
 // Parts are multiples of 8, so of LANES: there are no others.
 template <class T>
 PAGEDFLASH_INLINE Vec load_part(const T* p, int64_t) { return load(p); }

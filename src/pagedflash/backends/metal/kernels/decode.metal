@@ -52,39 +52,39 @@ inline int looked_up_page(device const int* pages_of_sequence, int tile, int lan
 }
 
 // What a lane loads of its keys together: CHUNKS whole loads of each, and one of TAIL elements behind them.
-template <int CHUNKS, int TAIL>
+template <typename E, int CHUNKS, int TAIL>
 struct Loaded {
-    Packed<CHUNK> chunks[MAX_OF(CHUNKS, 1) * LANE_KEYS];
-    Packed<MAX_OF(TAIL, 1)> tail[LANE_KEYS];
+    PackedOf<E, CHUNK> chunks[MAX_OF(CHUNKS, 1) * LANE_KEYS];
+    PackedOf<E, MAX_OF(TAIL, 1)> tail[LANE_KEYS];
 };
 
-template <bool CHECKED, int DIMS, int CHUNKS, int TAIL>
+template <bool CHECKED, int DIMS, typename E, int CHUNKS, int TAIL>
 inline void load_rows_of(
-    thread Loaded<CHUNKS, TAIL>& loaded, device const T* pages, int first_dim, thread const Tile& tile, long page_stride,
+    thread Loaded<E, CHUNKS, TAIL>& loaded, device const E* pages, int first_dim, thread const Tile& tile, long page_stride,
     int token_stride, int lane
 ) {
     const int slot = matrix_row(lane);
     UNROLL
     for (int i = 0; i < LANE_KEYS; i++) {
         const int key = tile.first_key + key_offset(i, lane);
-        device const T* row = token_at(pages, tile.page[i], key, page_stride, token_stride);
+        device const E* row = token_at(pages, tile.page[i], key, page_stride, token_stride);
         const bool present = !CHECKED || contains(tile.range, key);
         UNROLL
         for (int c = 0; c < CHUNKS; c++) {
             const int d = first_dim + (c * 8 + slot) * CHUNK;
-            loaded.chunks[c * LANE_KEYS + i] = present ? load<CHUNK, DIMS>(row, d) : Packed<CHUNK>(0);
+            loaded.chunks[c * LANE_KEYS + i] = present ? load<CHUNK, DIMS>(row, d) : PackedOf<E, CHUNK>(0);
         }
         if (TAIL > 0) {
             const int d = first_dim + CHUNKS * 8 * CHUNK + slot * TAIL;
-            loaded.tail[i] = present ? load<MAX_OF(TAIL, 1), DIMS>(row, d) : Packed<MAX_OF(TAIL, 1)>(0);
+            loaded.tail[i] = present ? load<MAX_OF(TAIL, 1), DIMS>(row, d) : PackedOf<E, MAX_OF(TAIL, 1)>(0);
         }
     }
 }
 
 // Dims from `first_dim` on of each key of this lane. Most tiles lie inside the range, and then nothing stands between loads.
-template <int DIMS, int CHUNKS, int TAIL>
+template <int DIMS, typename E, int CHUNKS, int TAIL>
 inline void load_rows(
-    thread Loaded<CHUNKS, TAIL>& loaded, device const T* pages, int first_dim, thread const Tile& tile, long page_stride,
+    thread Loaded<E, CHUNKS, TAIL>& loaded, device const E* pages, int first_dim, thread const Tile& tile, long page_stride,
     int token_stride, int lane
 ) {
     if (tile.inside) {
@@ -94,9 +94,20 @@ inline void load_rows(
     }
 }
 
+// The scales of this lane's keys of a tile, 0 for those outside the range.
+inline void load_scales(thread float2* scales, thread const Scales& of_head, thread const Tile& tile, int lane) {
+    UNROLL
+    for (int i = 0; i < LANE_KEYS; i++) {
+        const int key = tile.first_key + key_offset(i, lane);
+        scales[i / 2][i % 2] = tile.inside || contains(tile.range, key) ? *of_head.at(tile.page[i], key) : 0.0f;
+    }
+}
+
 // S += Q K^T for the dims that are loaded. `queries` are this lane's elements of Q, one matrix 32 behind the other.
 template <int CHUNKS, int TAIL>
-inline void multiply_keys(thread float2* scores, threadgroup const Pair* queries, thread const Loaded<CHUNKS, TAIL>& keys) {
+inline void multiply_keys(
+    thread float2* scores, threadgroup const Pair* queries, thread const Loaded<K_T, CHUNKS, TAIL>& keys
+) {
     UNROLL
     for (int m = 0; m < CHUNKS * CHUNK + TAIL; m++) {
         const int c = m / CHUNK * LANE_KEYS;
@@ -106,25 +117,32 @@ inline void multiply_keys(thread float2* scores, threadgroup const Pair* queries
             UNROLL
             for (int i = 0; i < KEY_BLOCKS; i++) {
                 const Pair pair = m < CHUNKS * CHUNK
-                    ? pair_of(keys.chunks[c + 2 * i], keys.chunks[c + 2 * i + 1], m % CHUNK)
-                    : pair_of(keys.tail[2 * i], keys.tail[2 * i + 1], m - CHUNKS * CHUNK);
+                    ? Elements<K_T>::pair_of(keys.chunks[c + 2 * i], keys.chunks[c + 2 * i + 1], m % CHUNK)
+                    : Elements<K_T>::pair_of(keys.tail[2 * i], keys.tail[2 * i + 1], m - CHUNKS * CHUNK);
                 multiply_add(scores[r * KEY_BLOCKS + i], query, pair);
             }
         }
     }
 }
 
-// O^T += V^T P^T for the dims that are loaded.
+// O^T += V^T P^T for the dims that are loaded. Values are scaled before they meet their weights, which times a scale could be
+// too small for half.
 template <int CHUNKS, int TAIL>
-inline void multiply_values(thread float2* output, thread const Pair* weights, thread const Loaded<CHUNKS, TAIL>& values) {
+inline void multiply_values(
+    thread float2* output, thread const Pair* weights, thread const Loaded<V_T, CHUNKS, TAIL>& values,
+    thread const float2* scales
+) {
     UNROLL
     for (int m = 0; m < CHUNKS * CHUNK + TAIL; m++) {
         const int c = m / CHUNK * LANE_KEYS;
         UNROLL
         for (int i = 0; i < KEY_BLOCKS; i++) {
-            const Pair pair = m < CHUNKS * CHUNK
-                ? pair_of(values.chunks[c + 2 * i], values.chunks[c + 2 * i + 1], m % CHUNK)
-                : pair_of(values.tail[2 * i], values.tail[2 * i + 1], m - CHUNKS * CHUNK);
+            Pair pair = m < CHUNKS * CHUNK
+                ? Elements<V_T>::pair_of(values.chunks[c + 2 * i], values.chunks[c + 2 * i + 1], m % CHUNK)
+                : Elements<V_T>::pair_of(values.tail[2 * i], values.tail[2 * i + 1], m - CHUNKS * CHUNK);
+#if V_QUANTIZED
+            pair = Pair(T(float(pair.x) * scales[i].x), T(float(pair.y) * scales[i].y));
+#endif
             UNROLL
             for (int r = 0; r < ROW_BLOCKS; r++) multiply_add(output[r * V_MATRICES + m], pair, weights[r * KEY_BLOCKS + i]);
         }
@@ -134,8 +152,8 @@ inline void multiply_values(thread float2* output, thread const Pair* weights, t
 [[max_total_threads_per_threadgroup(THREADS)]]
 kernel void decode(
     device const T* q [[buffer(0)]],
-    device T* k [[buffer(1)]],
-    device T* v [[buffer(2)]],
+    device K_T* k [[buffer(1)]],
+    device V_T* v [[buffer(2)]],
     device T* out [[buffer(3)]],
     device float* lse [[buffer(4)]],
     device const T* k_new [[buffer(5)]],
@@ -155,6 +173,8 @@ kernel void decode(
     device float* softmax_partial [[buffer(19)]],
     constant Params& params [[buffer(20)]],
     constant ScoreParams& score_params [[buffer(21)]],
+    device float* k_descale [[buffer(22)]],
+    device float* v_descale [[buffer(23)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]]
@@ -208,8 +228,10 @@ kernel void decode(
     const int tiles_begin = first_tile + split * tiles_per_split;
     const int tiles_end = min(tiles_begin + tiles_per_split, first_tile + tiles);
 
-    device T* k_pages = k + s.cache_row * params.k_batch_stride + kv_head * params.k_head_stride;
-    device T* v_pages = v + s.cache_row * params.v_batch_stride + kv_head * params.v_head_stride;
+    device K_T* k_pages = k + s.cache_row * params.k_batch_stride + kv_head * params.k_head_stride;
+    const Scales k_scales = k_scales_of(k_descale, params, b, s.cache_row, kv_head);
+    const Scales v_scales = v_scales_of(v_descale, params, b, s.cache_row, kv_head);
+    device V_T* v_pages = v + s.cache_row * params.v_batch_stride + kv_head * params.v_head_stride;
     device const int* pages_of_sequence = block_table + long(b) * params.max_pages;
     const long k_page_stride = params.k_page_stride, v_page_stride = params.v_page_stride;
     const int k_token_stride = int(params.k_token_stride), v_token_stride = int(params.v_token_stride);
@@ -223,6 +245,8 @@ kernel void decode(
             append_token(
                 slot_at(k_pages, page, key, k_page_stride, k_token_stride),
                 slot_at(v_pages, page, key, v_page_stride, v_token_stride),
+                k_scales.at(page, key),
+                v_scales.at(page, key),
                 k_new + b * params.k_new_batch_stride + token * params.k_new_token_stride + kv_head * params.k_new_head_stride,
                 v_new + b * params.v_new_batch_stride + token * params.v_new_token_stride + kv_head * params.v_new_head_stride,
                 key, rotary_cos, rotary_sin, params, lane
@@ -296,19 +320,30 @@ kernel void decode(
         simdgroup_barrier(mem_flags::mem_threadgroup);  // queries are read anew, not kept in registers
         UNROLL
         for (int c = 0; c + LOAD_CHUNKS <= K_CHUNKS; c += LOAD_CHUNKS) {
-            Loaded<LOAD_CHUNKS, 0> keys;
+            Loaded<K_T, LOAD_CHUNKS, 0> keys;
             load_rows<HEAD_DIM>(keys, k_pages, c * 8 * CHUNK, tile, k_page_stride, k_token_stride, lane);
             multiply_keys(scores, queries + c * CHUNK * 32, keys);
         }
         if (K_REST + K_TAIL > 0) {
             const int c = K_CHUNKS - K_REST;
-            Loaded<K_REST, K_TAIL> keys;
+            Loaded<K_T, K_REST, K_TAIL> keys;
             load_rows<HEAD_DIM>(keys, k_pages, c * 8 * CHUNK, tile, k_page_stride, k_token_stride, lane);
             multiply_keys(scores, queries + c * CHUNK * 32, keys);
         }
 
+#if K_QUANTIZED  // q . k of elements is exact, that of scaled ones would be rounded
+        float2 scales_of_keys[KEY_BLOCKS];
+        load_scales(scales_of_keys, k_scales, tile, lane);
+        UNROLL
+        for (int i = 0; i < ROW_BLOCKS * KEY_BLOCKS; i++) scores[i] *= scales_of_keys[i % KEY_BLOCKS];
+#endif
+
         // The first values are loaded while the softmax is computed.
-        Loaded<V_FIRST, V_FIRST_TAIL> first_values;
+        float2 scales_of_values[KEY_BLOCKS];
+#if V_QUANTIZED
+        load_scales(scales_of_values, v_scales, tile, lane);
+#endif
+        Loaded<V_T, V_FIRST, V_FIRST_TAIL> first_values;
         load_rows<V_HEAD_DIM>(first_values, v_pages, 0, tile, v_page_stride, v_token_stride, lane);
 
         // Online softmax: scores to weights, and those to P^T.
@@ -339,18 +374,18 @@ kernel void decode(
         }
 
         // O^T = O^T alpha + V^T P^T
-        multiply_values(output, weights, first_values);
+        multiply_values(output, weights, first_values, scales_of_values);
         UNROLL
         for (int c = LOAD_CHUNKS; c + LOAD_CHUNKS <= V_CHUNKS; c += LOAD_CHUNKS) {
-            Loaded<LOAD_CHUNKS, 0> values;
+            Loaded<V_T, LOAD_CHUNKS, 0> values;
             load_rows<V_HEAD_DIM>(values, v_pages, c * 8 * CHUNK, tile, v_page_stride, v_token_stride, lane);
-            multiply_values(output + c * CHUNK, weights, values);
+            multiply_values(output + c * CHUNK, weights, values, scales_of_values);
         }
         if (V_CHUNKS >= LOAD_CHUNKS && V_REST + V_TAIL > 0) {
             const int c = V_CHUNKS - V_REST;
-            Loaded<V_REST, V_TAIL> values;
+            Loaded<V_T, V_REST, V_TAIL> values;
             load_rows<V_HEAD_DIM>(values, v_pages, c * 8 * CHUNK, tile, v_page_stride, v_token_stride, lane);
-            multiply_values(output + c * CHUNK, weights, values);
+            multiply_values(output + c * CHUNK, weights, values, scales_of_values);
         }
     }
 

@@ -31,9 +31,9 @@ typedef DimOrder<CHUNK, K_CHUNKS, K_TAIL> KeyDims;
 
 // Rows of K or V for one tile of keys, from their pages into threadgroup memory; 0 for keys outside the range.
 // Lane l of each simdgroup knows the page of key l of the tile.
-template <int ROW, int DIMS>
+template <int ROW, int DIMS, typename E>
 inline void load_tile(
-    threadgroup Packed<CHUNK>* tile, device const T* pages, int page, int first_key, KVRange range,
+    threadgroup Packed<CHUNK>* tile, device const E* pages, thread const Scales& scales, bool scaled, int page, int first_key, KVRange range,
     long page_stride, int token_stride, int thread_index
 ) {
     const int loads = ROW - 1;
@@ -42,9 +42,13 @@ inline void load_tile(
         const int key = first_key + row;
         const int row_page = simd_shuffle(page, ushort(min(row, KEY_TILE - 1)));
         if (row < KEY_TILE) {
-            tile[row * ROW + chunk] = contains(range, key)
-                ? load<CHUNK, DIMS>(token_at(pages, row_page, key, page_stride, token_stride), chunk * CHUNK)
-                : Packed<CHUNK>(0);
+            Packed<CHUNK> loaded = Packed<CHUNK>(0);
+            if (contains(range, key)) {
+                const float scale = scaled ? *scales.at(row_page, key) : 1.0f;
+                device const E* token = token_at(pages, row_page, key, page_stride, token_stride);
+                loaded = Elements<E>::template scaled<CHUNK>(load<CHUNK, DIMS>(token, chunk * CHUNK), scale);
+            }
+            tile[row * ROW + chunk] = loaded;
         }
     }
 }
@@ -58,7 +62,7 @@ inline void multiply_keys(thread float2* scores, thread const Pair* queries, thr
         const Packed<READ> x = *reinterpret_cast<threadgroup const Packed<READ>*>(first);
         const Packed<READ> y = *reinterpret_cast<threadgroup const Packed<READ>*>(first + row);
         UNROLL
-        for (int i = 0; i < READ; i++) multiply_add(scores[j], queries[i], pair_of(x, y, i));
+        for (int i = 0; i < READ; i++) multiply_add(scores[j], queries[i], Elements<T>::pair_of(x, y, i));
     }
 }
 
@@ -80,8 +84,8 @@ inline int sequence_of(thread int& tile, device const int* cu_seqlens_q, constan
 [[max_total_threads_per_threadgroup(THREADS)]]
 kernel void prefill(
     device const T* q [[buffer(0)]],
-    device const T* k [[buffer(1)]],
-    device const T* v [[buffer(2)]],
+    device const K_T* k [[buffer(1)]],
+    device const V_T* v [[buffer(2)]],
     device T* out [[buffer(3)]],
     device float* lse [[buffer(4)]],
     device const int* cu_seqlens_q [[buffer(5)]],
@@ -97,6 +101,8 @@ kernel void prefill(
     device const float* sinks [[buffer(15)]],
     constant Params& params [[buffer(16)]],
     constant ScoreParams& score_params [[buffer(17)]],
+    device float* k_descale [[buffer(18)]],
+    device float* v_descale [[buffer(19)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]]
@@ -176,8 +182,10 @@ kernel void prefill(
     const KVRange range = kv_range(s, first_row / GROUP, (first_row + QUERY_TILE - 1) / GROUP);
     const int tiles_end = range.begin < range.end ? range.end : 0;
 
-    device const T* k_pages = k + s.cache_row * params.k_batch_stride + kv_head * params.k_head_stride;
-    device const T* v_pages = v + s.cache_row * params.v_batch_stride + kv_head * params.v_head_stride;
+    device const K_T* k_pages = k + s.cache_row * params.k_batch_stride + kv_head * params.k_head_stride;
+    const Scales k_scales = k_scales_of(k_descale, params, b, s.cache_row, kv_head);
+    const Scales v_scales = v_scales_of(v_descale, params, b, s.cache_row, kv_head);
+    device const V_T* v_pages = v + s.cache_row * params.v_batch_stride + kv_head * params.v_head_stride;
     device const int* pages_of_sequence = block_table + long(b) * params.max_pages;
     const long k_page_stride = params.k_page_stride, v_page_stride = params.v_page_stride;
     const int k_token_stride = int(params.k_token_stride), v_token_stride = int(params.v_token_stride);
@@ -191,8 +199,12 @@ kernel void prefill(
     for (int first_key = range.begin / KEY_TILE * KEY_TILE; first_key < tiles_end; first_key += KEY_TILE) {
         const int page = page_of(pages_of_sequence, clamp(first_key + min(lane, KEY_TILE - 1), range.begin, range.end - 1));
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        load_tile<K_ROW, HEAD_DIM>(k_tile, k_pages, page, first_key, range, k_page_stride, k_token_stride, thread_index);
-        load_tile<V_ROW, V_HEAD_DIM>(v_tile, v_pages, page, first_key, range, v_page_stride, v_token_stride, thread_index);
+        load_tile<K_ROW, HEAD_DIM>(
+            k_tile, k_pages, k_scales, false, page, first_key, range, k_page_stride, k_token_stride, thread_index
+        );
+        load_tile<V_ROW, V_HEAD_DIM>(
+            v_tile, v_pages, v_scales, V_QUANTIZED, page, first_key, range, v_page_stride, v_token_stride, thread_index
+        );
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
         // S = Q K^T
@@ -219,6 +231,18 @@ kernel void prefill(
             UNROLL
             for (int p = 0; p < DIM_SPLIT; p++) {
                 scores[j] += score_parts[((row_group * DIM_SPLIT + p) * (KEY_TILE / 8) + j) * 32 + lane];
+            }
+        }
+#endif
+
+#if K_QUANTIZED  // q . k of elements is exact, that of scaled ones would be rounded
+        UNROLL
+        for (int j = 0; j < KEY_TILE / 8; j++) {
+            UNROLL
+            for (int e = 0; e < 2; e++) {
+                const int row = j * 8 + column + e;
+                const int row_page = simd_shuffle(page, ushort(row));
+                if (contains(range, first_key + row)) scores[j][e] *= *k_scales.at(row_page, first_key + row);
             }
         }
 #endif

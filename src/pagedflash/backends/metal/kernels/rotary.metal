@@ -23,10 +23,20 @@ inline int rotary_position(Sequence s, constant Params& params, int query) {
     return min(s.append_begin + query, int(params.rotary_positions) - 1);
 }
 
+// The scale of a new token and head: written for its largest magnitude, or the static one.
+inline float written_scale(device float* scale, float largest, bool writes, int lane) {
+    if (!writes) return *scale;
+    const float of_token = scale_of(largest);
+    if (lane == 0) *scale = of_token;
+    return of_token;
+}
+
 // One new token of one head, written to its slot by the 32 lanes of a simdgroup.
 inline void append_token(
-    device T* k_slot,
-    device T* v_slot,
+    device K_T* k_slot,
+    device V_T* v_slot,
+    device float* k_scale,
+    device float* v_scale,
     device const T* k_new,
     device const T* v_new,
     int position,
@@ -35,11 +45,22 @@ inline void append_token(
     constant Params& params,
     int lane
 ) {
+    float largest = 0.0f, reciprocal = 1.0f;
+#if K_QUANTIZED
     for (int d = lane; d < HEAD_DIM; d += 32) {
         const T x = params.rotary_half ? rotated(k_new, d, position, rotary_cos, rotary_sin, params) : k_new[d];
-        store_element(k_slot, d, x);
+        largest = max(largest, fabs(float(x)));
     }
-    for (int d = lane; d < V_HEAD_DIM; d += 32) {
-        store_element(v_slot, d, v_new[d]);
+    reciprocal = reciprocal_of(written_scale(k_scale, largest, params.writes_k_descale, lane));
+#endif
+    for (int d = lane; d < HEAD_DIM; d += 32) {
+        const T x = params.rotary_half ? rotated(k_new, d, position, rotary_cos, rotary_sin, params) : k_new[d];
+        k_slot[d] = stored<K_T>(x, reciprocal);
     }
+#if V_QUANTIZED
+    largest = 0.0f;
+    for (int d = lane; d < V_HEAD_DIM; d += 32) largest = max(largest, fabs(float(v_new[d])));
+    reciprocal = reciprocal_of(written_scale(v_scale, largest, params.writes_v_descale, lane));
+#endif
+    for (int d = lane; d < V_HEAD_DIM; d += 32) v_slot[d] = stored<V_T>(v_new[d], reciprocal);
 }

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .combine import is_last, reduce_few, store_split
-from .kv_format import load_keys, load_values
+from .kv_format import load_kv
 from .kv_write import append_tokens
 from .output import clear_rows_behind, store_output
 from .paging import load_pages, view_kv
@@ -92,11 +92,9 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
             tl.zeros([tile.BLOCK_M, tile.BLOCK_N], tl.float32),
         )
         for kv_tile in range(first_tile, first_tile + count):
-            k_tile = load_keys(problem, kv, pages, kv_tile, tile.BLOCK_N, True)
-            v_tile = load_values(problem, kv, pages, kv_tile, tile.BLOCK_N, True)
+            loaded = load_kv(problem, kv, pages, kv_tile, tile.BLOCK_N, True)
             pages = load_pages(problem, kv, kv_tile + 1, tile.BLOCK_N)
-            slots = kv_tile * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
-            state = attend_tile(problem, state, q_tile, k_tile, v_tile, slots, cached_rows, True, True)
+            state = attend_tile(problem, state, q_tile, loaded, cached_rows, True, True)
         total = SoftmaxState(state.acc, state.row_max, tl.sum(state.row_sum, 1))
 
         # The new tokens, with the last tile.
@@ -104,11 +102,8 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
             if tile_index + count == work_end:
                 seqlen_cached = work.seqlen_k - problem.append.seqlen_new
                 token = tl.arange(0, tile.BLOCK_NEW)
-                k_new, v_new = append_tokens(
-                    tensors, problem, b, kv_head, token, tl.where(work.seqlen_k < 0, -1, seqlen_cached)
-                )
-                slots = seqlen_cached + token
-                total = attend_tile(problem, total, q_tile, k_new, v_new, slots, rows, True, False)
+                new = append_tokens(tensors, problem, b, kv_head, token, tl.where(work.seqlen_k < 0, -1, seqlen_cached))
+                total = attend_tile(problem, total, q_tile, new, rows, True, False)
 
         # The output, or a split.
         if tile.SPLIT_KV:

@@ -1,4 +1,9 @@
-"""How tiles of keys and values are loaded from a cache and stored in it. All that a kernel knows of its elements is here."""
+"""How keys and values are loaded from a cache and stored in it. All that a kernel knows of its elements is here.
+
+A cache has q's dtype, or a narrower one under float32; or it is quantized, and its elements are to be multiplied by scales.
+"""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -6,39 +11,44 @@ import triton.language as tl
 from .paging import slots_in_page
 from .params import in_elements
 
-
-@triton.jit
-def load_keys(problem, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """``(BLOCK_N, BLOCK_D)`` keys: those of KV tile ``tile_index``, which lie in ``pages``."""
-    return load_tile(
-        problem, view, view.k, view.k_strides, pages, tile_index, problem.cache.D, problem.cache.BLOCK_D, BLOCK_N, MASKED
-    )  # fmt: skip
+TO_NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 next to it has no bits for a fraction
+SMALLEST_SCALE = tl.constexpr(2.0**-126)  # one below it counts as 0: what is quantized with it is 0
 
 
-@triton.jit
-def load_values(problem, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """``(BLOCK_N, BLOCK_DV)`` values."""
-    return load_tile(
-        problem, view, view.v, view.v_strides, pages, tile_index, problem.cache.DV, problem.cache.BLOCK_DV, BLOCK_N, MASKED
-    )  # fmt: skip
+class KVTile(NamedTuple):
+    """Keys and values as the cache holds them, and their scales, which mean nothing where it is not quantized."""
+
+    k: Any  # (BLOCK_N, BLOCK_D)
+    v: Any  # (BLOCK_N, BLOCK_DV)
+    k_scales: Any  # (BLOCK_N,) float32
+    v_scales: Any
+    slots: Any  # (BLOCK_N,)
 
 
 @triton.jit
-def load_tile(
-    problem, view, base, strides, pages, tile_index,
-    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """If MASKED, the slots outside ``[view.begin, view.end)`` are zeros.
+def load_kv(problem, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """The KV tile ``tile_index``, which lies in ``pages``. If MASKED, slots outside ``[view.begin, view.end)`` are zeros.
 
     Zeros and not what lies there, because an unused slot may hold NaN, and 0 x NaN is not 0.
     """
     slots = tile_index * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_WIDTH)
     within = slots_in_page(problem, view, slots).to(tl.int64)
+    inside = (slots >= view.begin) & (slots < view.end)
+    k = load_tile(view.k, view.k_strides, pages, within, inside, problem.cache.D, problem.cache.BLOCK_D, MASKED)
+    v = load_tile(view.v, view.v_strides, pages, within, inside, problem.cache.DV, problem.cache.BLOCK_DV, MASKED)
+    k_scales = load_scales(view.k_descale, problem.cache.k_descale_strides, pages, within, inside)
+    v_scales = load_scales(view.v_descale, problem.cache.v_descale_strides, pages, within, inside)
+    return KVTile(k, v, k_scales, v_scales, slots)
+
+
+@triton.jit
+def load_tile(
+    base, strides, pages, within, inside, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_WIDTH)
     rows = pages.to(tl.int64) * strides.batch + within * strides.token
     pointers = base + rows[:, None] + d[None, :]
     if MASKED:
-        inside = (slots >= view.begin) & (slots < view.end)
         tile = tl.load(pointers, inside[:, None] & (d < WIDTH)[None, :], other=0.0)
     elif WIDTH == BLOCK_WIDTH:
         tile = tl.load(pointers)
@@ -48,18 +58,50 @@ def load_tile(
 
 
 @triton.jit
-def store_keys(tensors, problem, kv_head, page, slot, tile, written):
-    """Store the rows of ``tile`` as keys at ``slot`` of ``page`` (vectors), where ``written``."""
-    strides = in_elements(problem.cache.k_strides)
-    store_tile(tensors.k, strides, kv_head, page, slot, tile, written, problem.cache.D, problem.cache.BLOCK_D)
+def load_scales(base, strides, pages, within, inside):
+    """The scale of each token; any numbers where there are none."""
+    if strides is None:
+        scales = within.to(tl.float32)
+    else:
+        offsets = pages.to(tl.int64) * tl.cast(strides.batch, tl.int64) + within * tl.cast(strides.token, tl.int64)
+        scales = tl.load(base + offsets, inside, other=0.0)
+    return scales
 
 
 @triton.jit
-def store_values(tensors, problem, kv_head, page, slot, tile, written):
-    strides = in_elements(problem.cache.k_strides)
+def multiply_keys(problem, q_tile, kv):
+    """``(rows, BLOCK_N)`` q.k. Elements become q's dtype exactly, so they are scaled behind the product."""
+    products = tl.dot(q_tile, tl.trans(kv.k.to(q_tile.dtype)), input_precision=problem.score.PRECISION)
+    if problem.cache.k_descale_strides is not None:
+        products *= kv.k_scales[None, :]
+    return products
+
+
+@triton.jit
+def values_of(problem, kv, dtype: tl.constexpr):
+    """The values of a tile, scaled."""
+    v = kv.v
+    if problem.cache.v_descale_strides is not None:
+        v = v.to(tl.float32) * kv.v_scales[:, None]
+    return v.to(dtype)
+
+
+@triton.jit
+def store_kv(tensors, problem, b, kv_head, page, slot, k, v, written):
+    """Store new tokens, ``k`` and ``v`` a row each, at ``slot`` of ``page`` (vectors), where ``written``.
+
+    Returns:
+        Them as a KVTile without slots: as the cache holds them.
+    """
+    k_strides = in_elements(problem.cache.k_strides)
+    v_strides = k_strides
     if problem.cache.v_strides is not None:
-        strides = in_elements(problem.cache.v_strides)
-    store_tile(tensors.v, strides, kv_head, page, slot, tile, written, problem.cache.DV, problem.cache.BLOCK_DV)
+        v_strides = in_elements(problem.cache.v_strides)
+    k, k_scales = quantize(tensors.k, tensors.k_descale, problem.cache.k_descale_strides, b, kv_head, page, slot, k, written)
+    v, v_scales = quantize(tensors.v, tensors.v_descale, problem.cache.v_descale_strides, b, kv_head, page, slot, v, written)
+    store_tile(tensors.k, k_strides, kv_head, page, slot, k, written, problem.cache.D, problem.cache.BLOCK_D)
+    store_tile(tensors.v, v_strides, kv_head, page, slot, v, written, problem.cache.DV, problem.cache.BLOCK_DV)
+    return k, v, k_scales, v_scales
 
 
 @triton.jit
@@ -69,3 +111,35 @@ def store_tile(
     d = tl.arange(0, BLOCK_WIDTH)
     rows = base + kv_head * strides.head + page.to(tl.int64) * strides.batch + slot.to(tl.int64) * strides.token
     tl.store(rows[:, None] + d[None, :], tile, written[:, None] & (d < WIDTH)[None, :])
+
+
+@triton.jit
+def quantize(base, descale, strides, b, kv_head, page, slot, tile, written):
+    """``(tile in the format of the cache at base, its scales)``. Scales that are one a token and head are stored."""
+    FORMAT: tl.constexpr = base.dtype.element_ty
+    if strides is None:
+        elements = tile.to(FORMAT)
+        scales = slot.to(tl.float32)
+    else:
+        LARGEST: tl.constexpr = 127.0 if tl.int8 == FORMAT else 448.0 if tl.float8e4nv == FORMAT else 57344.0
+        x = tile.to(tl.float32)
+        offsets = (
+            b.to(tl.int64) * strides.sequence + kv_head * tl.cast(strides.head, tl.int64)
+            + page.to(tl.int64) * strides.batch + slot.to(tl.int64) * strides.token
+        )  # fmt: skip
+        if strides.IS_WRITTEN:
+            scales = tl.math.div_rn(tl.max(tl.where(x == x, tl.abs(x), 0.0), 1), LARGEST)
+            scales = tl.where(scales < SMALLEST_SCALE, 0.0, scales)
+            tl.store(descale + offsets, scales, written)
+        else:
+            scales = tl.load(descale + offsets, written, other=0.0)
+        is_zero = tl.abs(scales) < SMALLEST_SCALE
+        reciprocals = tl.where(is_zero, 0.0, tl.math.div_rn(1.0, tl.where(is_zero, 1.0, scales)))
+        x = x * reciprocals[:, None]
+        x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
+        if tl.int8 == FORMAT:
+            x = tl.where(x == x, x, 0.0)
+            elements = ((x + TO_NEAREST) - TO_NEAREST).to(tl.int8)
+        else:
+            elements = x.to(FORMAT)
+    return elements, scales

@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from .kv_format import store_keys, store_values
+from .kv_format import KVTile, store_kv
 from .params import WriteParams, WriteTensors, WriteTile, in_elements
 from .rotary import load_rotated
 
 
 @triton.jit
 def append_tokens(tensors, problem, b, kv_head, token, seqlen_cached):
-    """Write new tokens (a vector) behind the ``seqlen_cached`` of sequence ``b``; return their keys and values.
+    """Write new tokens (a vector) behind the ``seqlen_cached`` of sequence ``b``; return them as the cache holds them.
 
     What does not fit the cache, or would go to no page, is not written anywhere.
     """
@@ -33,16 +33,16 @@ def append_tokens(tensors, problem, b, kv_head, token, seqlen_cached):
     # ---- Keys, rotated at the position they take ----
     new = in_elements(problem.append.k_strides)
     source = tensors.k_new + b.to(tl.int64) * new.batch + kv_head.to(tl.int64) * new.head + row * new.token
-    k_tile = load_rotated(tensors, problem, source, valid, position)
-    store_keys(tensors, problem, kv_head, page, slot, k_tile, written)
+    k = load_rotated(tensors, problem, source, valid, position)
 
     # ---- Values ----
     new = in_elements(problem.append.v_strides)
     d = tl.arange(0, problem.cache.BLOCK_DV)
     source = tensors.v_new + b.to(tl.int64) * new.batch + kv_head.to(tl.int64) * new.head + row * new.token
-    v_tile = tl.load(source[:, None] + d[None, :], valid[:, None] & (d < problem.cache.DV)[None, :], other=0.0)
-    store_values(tensors, problem, kv_head, page, slot, v_tile, written)
-    return k_tile, v_tile
+    v = tl.load(source[:, None] + d[None, :], valid[:, None] & (d < problem.cache.DV)[None, :], other=0.0)
+
+    k, v, k_scales, v_scales = store_kv(tensors, problem, b, kv_head, page, slot, k, v, written)
+    return KVTile(k, v, k_scales, v_scales, position)
 
 
 @triton.jit

@@ -17,6 +17,8 @@ class KVView(NamedTuple):
     v: Any
     k_strides: Any  # in elements
     v_strides: Any
+    k_descale: Any  # pointers to the scales of the sequence and KV head; to anything where there are none
+    v_descale: Any
     row: Any  # the sequence's row of the block table (a pointer) or of a dense cache; packed keys are one long row
     offset: Any  # slots from there to the sequence
     begin: Any  # slots [begin, end) are read
@@ -42,7 +44,18 @@ def view_kv(tensors, problem, b, kv_head, begin, end):
         row = b
     k = tensors.k + kv_head * k_strides.head
     v = tensors.v + kv_head * v_strides.head
-    return KVView(k, v, k_strides, v_strides, row, offset, begin, end)
+    k_descale = descale_of(tensors.k_descale, problem.cache.k_descale_strides, b, kv_head, k)
+    v_descale = descale_of(tensors.v_descale, problem.cache.v_descale_strides, b, kv_head, v)
+    return KVView(k, v, k_strides, v_strides, k_descale, v_descale, row, offset, begin, end)
+
+
+@triton.jit
+def descale_of(descale, strides, b, kv_head, anything):
+    if strides is None:
+        of_head = anything
+    else:
+        of_head = descale + b.to(tl.int64) * strides.sequence + kv_head.to(tl.int64) * strides.head
+    return of_head
 
 
 @triton.jit

@@ -21,6 +21,8 @@ class Tensors(NamedTuple):
     seqused_q: Any
     k: Any  # pages (num_pages, page_size, Hkv, D) | packed (total_k, Hkv, D) | dense (B_cache, Sk, Hkv, D)
     v: Any
+    k_descale: Any  # float32; None: not quantized
+    v_descale: Any
     block_table: Any
     cache_batch_idx: Any
     cache_leftpad: Any
@@ -43,6 +45,8 @@ class WriteTensors(NamedTuple):
 
     k: Any
     v: Any
+    k_descale: Any
+    v_descale: Any
     block_table: Any
     cache_batch_idx: Any
     cache_leftpad: Any
@@ -74,6 +78,16 @@ class ElementStrides(NamedTuple):
     head: Any
 
 
+class ScaleStrides(NamedTuple):
+    """Elements from one scale to the next, 0 where one serves all."""
+
+    sequence: int
+    batch: int
+    token: int
+    head: int
+    IS_WRITTEN: bool  # one a token and head, by an append
+
+
 class QueryParams(NamedTuple):
     strides: Strides
     batch_size: int
@@ -88,6 +102,8 @@ class QueryParams(NamedTuple):
 class CacheParams(NamedTuple):
     k_strides: Strides
     v_strides: Strides | None  # None: as k's, so that offsets are computed once
+    k_descale_strides: ScaleStrides | None
+    v_descale_strides: ScaleStrides | None
     capacity: int  # tokens that fit one sequence; 0 without pages
     num_pages: int  # or rows of a dense cache
     table_width: int | None

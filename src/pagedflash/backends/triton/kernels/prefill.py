@@ -21,7 +21,7 @@ Source: Dao, "FlashAttention-2" (2023).
 import triton
 import triton.language as tl
 
-from .kv_format import load_keys, load_values
+from .kv_format import load_kv
 from .output import clear_rows_behind, store_output
 from .paging import load_pages, view_kv
 from .params import PrefillTile, ProblemParams, Tensors
@@ -37,11 +37,9 @@ def attend_tiles(problem, tile, state, q_tile, kv, rows, first_tile, end_tile, M
     """KV tiles ``first_tile`` to ``end_tile`` into the state. Pages are looked up one tile ahead."""
     pages = load_pages(problem, kv, first_tile, tile.BLOCK_N)
     for kv_tile in range(first_tile, end_tile):
-        k_tile = load_keys(problem, kv, pages, kv_tile, tile.BLOCK_N, MASKED)
-        v_tile = load_values(problem, kv, pages, kv_tile, tile.BLOCK_N, MASKED)
+        loaded = load_kv(problem, kv, pages, kv_tile, tile.BLOCK_N, MASKED)
         pages = load_pages(problem, kv, kv_tile + 1, tile.BLOCK_N)
-        slots = kv_tile * tile.BLOCK_N + tl.arange(0, tile.BLOCK_N)
-        state = attend_tile(problem, state, q_tile, k_tile, v_tile, slots, rows, MASKED, False)
+        state = attend_tile(problem, state, q_tile, loaded, rows, MASKED, False)
     return state
 
 

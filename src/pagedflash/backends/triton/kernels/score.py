@@ -47,9 +47,9 @@ def row_scores(tensors, problem, b, head, i, used, seqlen_q, seqlen_k, begin, en
 
 
 @triton.jit
-def score_tile(problem, q_tile, k_tile, slots, rows, MASKED: tl.constexpr):
-    """``(rows, BLOCK_N)`` scores; if MASKED, -inf at the slots that a row does not see."""
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=problem.score.PRECISION) * problem.score.scale
+def score_tile(problem, products, slots, rows, MASKED: tl.constexpr):
+    """From q.k ``(rows, BLOCK_N)`` to scores; if MASKED, -inf at the slots that a row does not see."""
+    scores = products * problem.score.scale
     if problem.score.softcap is not None:
         # tanh(x) = 1 - 2 / (e^2x + 1), which is right at both ends: e^2x = inf gives 1, 0 gives -1
         scores = problem.score.softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E)) + 1.0))

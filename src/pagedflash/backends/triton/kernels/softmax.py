@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .kv_format import multiply_keys, values_of
 from .score import LN2, load_sinks, score_tile
 
 
@@ -35,21 +36,20 @@ def raise_max(row_max, other_max, MAY_BE_EMPTY: tl.constexpr):
 
 
 @triton.jit
-def attend_tile(
-    problem, state, q_tile, k_tile, v_tile, slots, rows, MASKED: tl.constexpr, DEFER_SUM: tl.constexpr
-):  # fmt: skip
+def attend_tile(problem, state, q_tile, kv, rows, MASKED: tl.constexpr, DEFER_SUM: tl.constexpr):
     """A tile of keys and values into the state. If not MASKED, every row sees the whole tile.
 
     If DEFER_SUM, ``row_sum`` is ``(rows, BLOCK_N)``: one step less in which warps wait for each other.
     """
-    scores = score_tile(problem, q_tile, k_tile, slots, rows, MASKED)
+    scores = score_tile(problem, multiply_keys(problem, q_tile, kv), kv.slots, rows, MASKED)
     row_max, subtrahend, alpha = raise_max(state.row_max, tl.max(scores, 1), MASKED)
     weights = tl.exp2(scores - subtrahend[:, None])
     if DEFER_SUM:
         row_sum = state.row_sum * alpha[:, None] + weights
     else:
         row_sum = state.row_sum * alpha + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v_tile.dtype), v_tile, state.acc * alpha[:, None], input_precision=problem.score.PRECISION)
+    v = values_of(problem, kv, q_tile.dtype)
+    acc = tl.dot(weights.to(v.dtype), v, state.acc * alpha[:, None], input_precision=problem.score.PRECISION)
     return SoftmaxState(acc, row_max, row_sum)
 
 

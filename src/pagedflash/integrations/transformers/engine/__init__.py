@@ -31,6 +31,10 @@ FIRST_VERSION = (5, 19)
 """Before it transformers keeps its batches elsewhere, and continuous batching stays as transformers does it."""
 
 
+KV_CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
+"""What ``enable(kv_cache_dtype=...)`` takes. Float8 has a scale of 1: no other one is kept with the pages."""
+
+
 class Slots(NamedTuple):
     """Places of tokens, one by one, as :func:`~pagedflash.kv_paged_write` takes sequences of one token."""
 
@@ -96,9 +100,13 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], 
         ``(1, total, Hq, D)``.
     """
     tables: StepTables = kwargs["block_table"]
+    scales: dict[str, Any] = {}
     k_cache, v_cache = kwargs["k_cache"], kwargs["v_cache"]
     if q.dtype is not k_cache.dtype:
-        q, k, v = (tensor.to(k_cache.dtype) for tensor in (q, k, v))
+        from . import formats
+
+        q, k, v = formats.in_format((q, k, v), k_cache)
+        scales = formats.descales(k_cache, v_cache)
     new_k, new_v = k.transpose(0, 1), v.transpose(0, 1)  # sequences of one token
     if tables.slots is None:
         out = interface.flash_attn_with_kvcache(
@@ -109,10 +117,11 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], 
             new_v,
             cache_seqlens=tables.cache_seqlens,
             block_table=tables.block_table,
+            **scales,
             **options,
         )
         return cast(Tensor, out).transpose(0, 1)
-    interface.kv_paged_write(new_k, new_v, k_cache, v_cache, *tables.slots)
+    interface.kv_paged_write(new_k, new_v, k_cache, v_cache, *tables.slots, **scales)
     out = interface.flash_attn_varlen_func(
         q[0],
         k_cache,
@@ -122,6 +131,7 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], 
         kwargs["max_length_q"],
         kwargs["max_length_k"],
         block_table=tables.block_table,
+        **scales,
         **options,
     )
     return cast(Tensor, out).unsqueeze(0)
