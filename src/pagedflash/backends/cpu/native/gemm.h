@@ -11,6 +11,9 @@
 //
 //   GROUP                               elements of a group
 //   ROWS                                rows of a block
+//   TILE_KEYS                           keys of a tile
+//   PASS_ROWS                           rows that see a tile before the next ones do
+//   PADDING                             groups between rows of a and c, which should not lie a power of two apart
 //   STEP                                elements: a multiple of this is multiplied
 //   Session                             lives while a thread multiplies
 //   store_query(to, row, n)             n elements of T as groups
@@ -23,6 +26,7 @@
 #pragma once
 
 #include "kv_format.h"
+#include "plan.h"
 #if defined(PAGEDFLASH_ISA_amx)
 #include "gemm_amx.h"
 #endif
@@ -34,6 +38,9 @@ namespace PAGEDFLASH_ISA {
 template <class Dot>
 struct RegisterGemm {
   static constexpr int64_t ROWS = GEMM_ROWS, STEP = Dot::STEP;
+  static constexpr int64_t TILE_KEYS = 128;
+  static constexpr int64_t PADDING = 0;  // rows are read one after another
+  static constexpr int64_t PASS_ROWS = PREFILL_ROWS;  // a panel is in the first-level cache while all of them pass
   struct Session {};
 
   static PAGEDFLASH_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,

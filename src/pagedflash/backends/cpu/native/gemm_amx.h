@@ -10,6 +10,9 @@ namespace PAGEDFLASH_ISA {
 struct TileGemm {
   static constexpr int64_t TILE = 16;  // rows, and groups
   static constexpr int64_t ROWS = 2 * TILE, STEP = 2 * TILE;
+  static constexpr int64_t TILE_KEYS = 256;
+  static constexpr int64_t PADDING = TILE;
+  static constexpr int64_t PASS_ROWS = ROWS;  // so few that their scores stay in the first-level cache
   static_assert(PANEL == 2 * TILE && LANES == TILE);
 
   // The shapes of a thread's tiles.

@@ -55,7 +55,7 @@ struct Cpu {
   bool intel = false;
 
   Cpu() {
-    uint32_t a, b, c, d;
+    uint32_t a = 0, b = 0, c = 0, d = 0;
     intel = __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
     const bool fma = c >> 12 & 1, os_saves = c >> 27 & 1, f16c = c >> 29 & 1;

@@ -30,28 +30,28 @@
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
-constexpr int64_t PREFILL_TILE = 128;  // keys
-
 template <class T>
 struct PrefillScratch {
+  static constexpr bool ONE_PASS = Gemm<T>::PASS_ROWS == PREFILL_ROWS;
+
   PrefillScratch(ScratchArena arena, const AttentionProblem& problem) {
-    constexpr int64_t rows = PREFILL_ROWS + Gemm<T>::ROWS;
+    constexpr int64_t rows = PREFILL_ROWS + Gemm<T>::ROWS, keys = Gemm<T>::TILE_KEYS;
     const int64_t query_size = round_up(problem.write.head_dim, Gemm<T>::STEP);
     const int64_t out_size = round_up(problem.write.v_head_dim, PANEL);
-    queries = arena.allocate<float>(rows * query_size / Gemm<T>::GROUP);
-    scores = arena.allocate<float>(rows * PREFILL_TILE);
-    accumulators = arena.allocate<float>(rows * out_size);
+    queries = arena.allocate<float>(rows * (query_size / Gemm<T>::GROUP + Gemm<T>::PADDING));
+    scores = arena.allocate<float>(Gemm<T>::PASS_ROWS * (keys + Gemm<T>::PADDING));
+    accumulators = arena.allocate<float>(rows * (out_size + Gemm<T>::PADDING));
     alpha = arena.allocate<float>(rows);
     states = arena.allocate<SoftmaxState>(rows);
     score_rows = arena.allocate<ScoreRow>(rows);
     seen = arena.allocate<Range>(rows / Gemm<T>::ROWS);
-    k_panel = arena.allocate<float>(query_size / Gemm<T>::GROUP * PANEL);
-    v_panels = arena.allocate<float>(out_size * PREFILL_TILE / Gemm<T>::GROUP);
+    k_panels = arena.allocate<float>(query_size / Gemm<T>::GROUP * (ONE_PASS ? PANEL : keys));
+    v_panels = arena.allocate<float>(out_size * keys / Gemm<T>::GROUP);
     for (int i = 0; i < 2; i++) {
-      tokens[i].k = arena.allocate<const char*>(PREFILL_TILE);
-      tokens[i].v = arena.allocate<const char*>(PREFILL_TILE);
-      tokens[i].k_descale = arena.allocate<const float*>(PREFILL_TILE);
-      tokens[i].v_descale = arena.allocate<const float*>(PREFILL_TILE);
+      tokens[i].k = arena.allocate<const char*>(keys);
+      tokens[i].v = arena.allocate<const char*>(keys);
+      tokens[i].k_descale = arena.allocate<const float*>(keys);
+      tokens[i].v_descale = arena.allocate<const float*>(keys);
     }
     query = arena.allocate<T>(query_size);
     bytes = arena.used();
@@ -59,14 +59,14 @@ struct PrefillScratch {
 
   // Queries, panels and, in place of scores, probabilities are groups of Gemm<T>: so many elements make one.
   float* queries;          // (rows, head_dim padded to STEP)
-  float* scores;           // (rows, PREFILL_TILE)
+  float* scores;           // (PASS_ROWS, TILE_KEYS)
   float* accumulators;     // (rows, v_head_dim padded to PANEL)
   float* alpha;            // (rows)
   SoftmaxState* states;    // (rows)
   ScoreRow* score_rows;    // (rows)
   Range* seen;             // (rows / ROWS), of the tile
-  float* k_panel;          // (head_dim padded to STEP, PANEL)
-  float* v_panels;         // (v_head_dim / PANEL, PREFILL_TILE, PANEL)
+  float* k_panels;         // (TILE_KEYS / PANEL, or 1 if ONE_PASS; head_dim padded to STEP; PANEL)
+  float* v_panels;         // (v_head_dim / PANEL, TILE_KEYS, PANEL)
   TokenAddresses tokens[2];  // of this tile and of the next
   T* query;                // (head_dim padded to STEP), one row as it is loaded
   int64_t bytes;
@@ -79,29 +79,37 @@ class Prefill {
       : plan_(plan), problem_(plan.problem), task_(task), sequence_(plan.sequences[task.sequence]), score_(problem_),
         kv_head_(task.kv_heads.begin), rows_(task.rows.size()), padded_rows_(round_up(rows_, ROWS)),
         head_dim_(problem_.write.head_dim), query_size_(round_up(head_dim_, STEP)), v_head_dim_(problem_.write.v_head_dim),
-        out_size_(round_up(v_head_dim_, PANEL)), scratch_(ScratchArena(scratch), problem_) {}
+        out_size_(round_up(v_head_dim_, PANEL)), query_stride_(query_size_ / GROUP + Product::PADDING),
+        out_stride_(out_size_ + Product::PADDING), scratch_(ScratchArena(scratch), problem_) {}
 
   void run() {
     load_queries();
     int now = 0;
     locate_tile(now, task_.keys.begin);
-    for (int64_t first = task_.keys.begin; first < task_.keys.end; first += PREFILL_TILE, now ^= 1) {
+    for (int64_t first = task_.keys.begin; first < task_.keys.end; first += TILE_KEYS, now ^= 1) {
       const int64_t tokens = tile_size(first);
-      locate_tile(now ^ 1, first + PREFILL_TILE);
+      locate_tile(now ^ 1, first + TILE_KEYS);
       find_seen(first, tokens);
-      score(scratch_.tokens[now], tokens);
-      if (problem_.write.k_descale) scale_scores(scratch_.tokens[now].k_descale, tokens);
-      softmax(first);
-      accumulate(scratch_.tokens[now], scratch_.tokens[now ^ 1], tokens, tile_size(first + PREFILL_TILE));
+      const TokenAddresses &tile = scratch_.tokens[now], &next = scratch_.tokens[now ^ 1];
+      for (int64_t begin = 0; begin < padded_rows_; begin += PASS_ROWS) {
+        const Range rows = {begin, min(padded_rows_, begin + PASS_ROWS)};
+        score(rows, tile, tokens);
+        if (problem_.write.k_descale) scale_scores(rows, tile.k_descale, tokens);
+        softmax(rows, first);
+        accumulate(rows, tile, next, tokens, tile_size(first + TILE_KEYS));
+      }
     }
     for (int64_t row = 0; row < rows_; row++)
-      finish_row<T>(plan_, task_, kv_head_, task_.rows.begin + row, scratch_.accumulators + row * out_size_,
+      finish_row<T>(plan_, task_, kv_head_, task_.rows.begin + row, scratch_.accumulators + row * out_stride_,
                     scratch_.states[row]);
   }
 
  private:
   using Product = Gemm<T>;
   static constexpr int64_t ROWS = Product::ROWS, STEP = Product::STEP, GROUP = Product::GROUP;
+  static constexpr int64_t TILE_KEYS = Product::TILE_KEYS, PASS_ROWS = Product::PASS_ROWS;
+  static constexpr bool ONE_PASS = PrefillScratch<T>::ONE_PASS;
+  static constexpr int64_t SCORE_STRIDE = TILE_KEYS + Product::PADDING;
 
   // Prefetches one head of keys or values, in so many `steps`.
   class Prefetcher {
@@ -127,7 +135,7 @@ class Prefill {
     int64_t token_ = 0, byte_ = 0;
   };
 
-  int64_t tile_size(int64_t first) const { return max<int64_t>(0, min(PREFILL_TILE, task_.keys.end - first)); }
+  int64_t tile_size(int64_t first) const { return max<int64_t>(0, min(TILE_KEYS, task_.keys.end - first)); }
   void locate_tile(int which, int64_t first) {
     locate(problem_, sequence_, first, tile_size(first), scratch_.tokens[which]);
   }
@@ -141,12 +149,12 @@ class Prefill {
       scratch_.states[row] = SoftmaxState();
     }
     const int64_t padding = padded_rows_ - rows_;  // rows that nobody reads, but that are multiplied
-    memset(row_queries(rows_), 0, padding * query_size_ / GROUP * sizeof(float));
+    memset(row_queries(rows_), 0, padding * query_stride_ * sizeof(float));
     for (int64_t row = rows_; row < padded_rows_; row++) scratch_.alpha[row] = 1;
-    memset(scratch_.accumulators, 0, padded_rows_ * out_size_ * sizeof(float));
+    memset(scratch_.accumulators, 0, padded_rows_ * out_stride_ * sizeof(float));
   }
 
-  float* row_queries(int64_t row) const { return scratch_.queries + row * query_size_ / GROUP; }
+  float* row_queries(int64_t row) const { return scratch_.queries + row * query_stride_; }
 
   // The keys of the tile that the rows of each block see, from a multiple of LANES and STEP on.
   void find_seen(int64_t first, int64_t tokens) {
@@ -163,30 +171,35 @@ class Prefill {
     }
   }
 
-  // Meanwhile the next panel's keys and the tile's values are prefetched.
-  void score(const TokenAddresses& tile, int64_t tokens) {
+  // The first rows pack the keys. Meanwhile the next panel's keys and the tile's values are prefetched.
+  void score(Range rows, const TokenAddresses& tile, int64_t tokens) {
     const CacheWrite& write = problem_.write;
     const int64_t k_bytes = element_size(write.k_dtype), v_bytes = element_size(write.v_dtype);
     const int64_t k_head = kv_head_ * write.k_stride.head * k_bytes, v_head = kv_head_ * write.v_stride.head * v_bytes;
-    const int64_t blocks = padded_rows_ / ROWS;
-    Prefetcher values(tile.v, tokens, v_head, v_head_dim_ * v_bytes, blocks * divide_up(tokens, PANEL));
+    const int64_t blocks = rows.size() / ROWS;
+    const bool packs = rows.begin == 0;
+    Prefetcher values(tile.v, packs ? tokens : 0, v_head, v_head_dim_ * v_bytes, blocks * divide_up(tokens, PANEL));
     for (int64_t t = 0; t < tokens; t += PANEL) {
-      with_format(write.k_dtype, [&](auto element) { pack_keys<decltype(element)>(tile.k + t, min(PANEL, tokens - t)); });
-      const int64_t next_tokens = max<int64_t>(0, min(PANEL, tokens - t - PANEL));
-      Prefetcher keys(tile.k + t + PANEL, next_tokens, k_head, head_dim_ * k_bytes, blocks);
-      for (int64_t block = 0, row = 0; block < blocks; block++, row += ROWS) {
+      float* panel = scratch_.k_panels + (ONE_PASS ? 0 : t * query_size_ / GROUP);
+      if (packs)
+        with_format(write.k_dtype,
+                    [&](auto element) { pack_keys<decltype(element)>(panel, tile.k + t, min(PANEL, tokens - t)); });
+      const int64_t next = packs ? max<int64_t>(0, min(PANEL, tokens - t - PANEL)) : 0;
+      Prefetcher keys(tile.k + t + PANEL, next, k_head, head_dim_ * k_bytes, blocks);
+      for (int64_t row = rows.begin; row < rows.end; row += ROWS) {
         keys.step();
         values.step();
-        if (scratch_.seen[block].begin < t + PANEL && t < scratch_.seen[block].end)
-          Product::multiply_block(row_queries(row), query_size_ / GROUP, scratch_.k_panel, query_size_ / GROUP,
-                                  scratch_.scores + row * PREFILL_TILE + t, PREFILL_TILE, nullptr);
+        const Range seen = scratch_.seen[row / ROWS];
+        if (seen.begin < t + PANEL && t < seen.end)
+          Product::multiply_block(row_queries(row), query_stride_, panel, query_size_ / GROUP,
+                                  scratch_.scores + (row - rows.begin) * SCORE_STRIDE + t, SCORE_STRIDE, nullptr);
       }
     }
   }
 
   // Keys become columns: LANES keys x LANES groups are transposed in registers. Behind the last key it is repeated.
   template <class E>
-  void pack_keys(const char* const* k, int64_t tokens) {
+  void pack_keys(float* panel, const char* const* k, int64_t tokens) {
     const int64_t offset = kv_head_ * problem_.write.k_stride.head;
     for (int64_t t = 0; t < PANEL; t += LANES) {
       for (int64_t d = 0; d < query_size_; d += LANES * GROUP) {
@@ -198,25 +211,25 @@ class Prefill {
         transpose(block);
         const int64_t group = d / GROUP;
         for (int i = 0; i < LANES && group + i < query_size_ / GROUP; i++)
-          store(scratch_.k_panel + (group + i) * PANEL + t, block[i]);
+          store(panel + (group + i) * PANEL + t, block[i]);
       }
     }
   }
 
-  void scale_scores(const float* const* descales, int64_t tokens) {
-    float scales[PREFILL_TILE];
+  void scale_scores(Range rows, const float* const* descales, int64_t tokens) {
+    float scales[TILE_KEYS];
     for (int64_t t = 0; t < tokens; t++) scales[t] = descales[t][kv_head_ * problem_.write.k_descale_stride.head];
-    for (int64_t row = 0; row < rows_; row++) {
-      float* scores = scratch_.scores + row * PREFILL_TILE;
+    for (int64_t row = rows.begin; row < min(rows.end, rows_); row++) {
+      float* scores = scratch_.scores + (row - rows.begin) * SCORE_STRIDE;
       const Range seen = scratch_.seen[row / ROWS];
       for (int64_t t = seen.begin; t < seen.end; t++) scores[t] *= scales[t];
     }
   }
 
-  void softmax(int64_t first) {
-    for (int64_t row = 0; row < rows_; row++) {
+  void softmax(Range rows, int64_t first) {
+    for (int64_t row = rows.begin; row < min(rows.end, rows_); row++) {
       const Range seen = scratch_.seen[row / ROWS];
-      float* scores = scratch_.scores + row * PREFILL_TILE + seen.begin;
+      float* scores = scratch_.scores + (row - rows.begin) * SCORE_STRIDE + seen.begin;
       scratch_.alpha[row] = softmax_tile(scores, score_, scratch_.score_rows[row], first + seen.begin, seen.size(),
                                          scratch_.states[row], Product::store_probabilities);
       for (int64_t i = round_up(seen.size(), LANES); i < round_up(seen.size(), STEP); i += LANES)
@@ -224,27 +237,31 @@ class Prefill {
     }
   }
 
-  // Meanwhile the first keys of the next tile are prefetched. A panel stays in the first-level cache while all rows pass.
-  void accumulate(const TokenAddresses& tile, const TokenAddresses& next, int64_t tokens, int64_t next_tokens) {
+  // The first rows pack the values. Meanwhile the first keys of the next tile are prefetched. A panel stays in the first-level
+  // cache while all rows pass.
+  void accumulate(Range rows, const TokenAddresses& tile, const TokenAddresses& next, int64_t tokens, int64_t next_tokens) {
     const CacheWrite& write = problem_.write;
-    with_format(write.v_dtype, [&](auto element) { pack_values<decltype(element)>(tile, tokens); });
-    const int64_t blocks = padded_rows_ / ROWS, k_bytes = element_size(write.k_dtype);
+    const int64_t blocks = rows.size() / ROWS, k_bytes = element_size(write.k_dtype);
+    if (rows.begin == 0)
+      with_format(write.v_dtype, [&](auto element) { pack_values<decltype(element)>(tile, tokens); });
+    else
+      next_tokens = 0;
     Prefetcher keys(next.k, min(PANEL, next_tokens), kv_head_ * write.k_stride.head * k_bytes, head_dim_ * k_bytes,
                     blocks * (out_size_ / PANEL));
     for (int64_t column = 0; column < out_size_; column += PANEL) {
       const float* panel = value_panel(column);
-      for (int64_t block = 0, row = 0; block < blocks; block++, row += ROWS) {
+      for (int64_t row = rows.begin; row < rows.end; row += ROWS) {
         keys.step();
-        const Range seen = scratch_.seen[block];
+        const Range seen = scratch_.seen[row / ROWS];
         if (seen.size() > 0)
-          Product::multiply_block(scratch_.scores + row * PREFILL_TILE + seen.begin, PREFILL_TILE,
+          Product::multiply_block(scratch_.scores + (row - rows.begin) * SCORE_STRIDE + seen.begin, SCORE_STRIDE,
                                   panel + seen.begin / GROUP * PANEL, round_up(seen.size(), STEP) / GROUP,
-                                  scratch_.accumulators + row * out_size_ + column, out_size_, scratch_.alpha + row);
+                                  scratch_.accumulators + row * out_stride_ + column, out_stride_, scratch_.alpha + row);
       }
     }
   }
 
-  float* value_panel(int64_t column) const { return scratch_.v_panels + column * PREFILL_TILE / GROUP; }
+  float* value_panel(int64_t column) const { return scratch_.v_panels + column * TILE_KEYS / GROUP; }
 
   // Behind the last token come zeros: their probabilities are zero too.
   template <class E>
@@ -277,7 +294,7 @@ class Prefill {
   const Task& task_;
   const Sequence& sequence_;
   const Score score_;
-  const int64_t kv_head_, rows_, padded_rows_, head_dim_, query_size_, v_head_dim_, out_size_;
+  const int64_t kv_head_, rows_, padded_rows_, head_dim_, query_size_, v_head_dim_, out_size_, query_stride_, out_stride_;
   const PrefillScratch<T> scratch_;
   const typename Product::Session session_{};
 };
