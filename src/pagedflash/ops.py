@@ -227,9 +227,9 @@ _innermost_transform: Callable[[], Any] = getattr(torch._C._functorch, "peek_int
 
 
 def _call(operator: Any, *flat: Any) -> Any:
-    """Call an operator that writes nothing. ``torch.func.grad`` takes an autograd.Function, but no operator that is one."""
+    """Call an operator that writes nothing. ``torch.func`` differentiates an autograd.Function, but no operator that is one."""
     transform = None if torch.compiler.is_compiling() else _innermost_transform()
-    if transform is not None and transform.key() == torch._C._functorch.TransformType.Grad:
+    if transform is not None and transform.key().name in ("Grad", "Vmap"):
         return _differentiable[operator](*flat)
     return operator(*flat)
 
