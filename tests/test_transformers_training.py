@@ -66,17 +66,17 @@ def assert_trains_as_eager(family: str, **inputs: Tensor) -> None:
     assert gradients.keys() == want.keys()
     assert family != "gpt_oss" or any(name.endswith("sinks") for name in want)
     for name, gradient in want.items():
-        error = (gradients[name] - gradient).abs().max()
-        assert error <= 2e-3 * gradient.abs().max().clamp(min=1e-3), (
-            f"{name} is off by {error:.3g} of {gradient.abs().max():.3g}"
-        )
+        error, largest = (gradients[name] - gradient).abs().max(), gradient.abs().max()
+        assert error <= 2e-3 * largest.clamp(min=1e-3), f"{name} is off by {error:.3g} of {largest:.3g}"
 
 
 @pytest.mark.parametrize("padding", MASKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_as_eager(family: str, padding: str) -> None:
     mask = MASKS[padding]
-    assert_trains_as_eager(family, input_ids=IDS, attention_mask=mask, labels=IDS.masked_fill(mask == 0, -100))
+    # Nothing is predicted from padding: there eager attention looks at other padding, this one at nothing.
+    counted = mask.bool() & mask.roll(1, 1).bool()
+    assert_trains_as_eager(family, input_ids=IDS, attention_mask=mask, labels=IDS.masked_fill(~counted, -100))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
@@ -119,5 +119,5 @@ def test_a_step_of_an_optimizer_lowers_the_loss() -> None:
 def test_attention_dropout_is_refused_by_name() -> None:
     config = AutoConfig.for_model("llama", **SIZES, attention_dropout=0.1)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="pagedflash").train()
-    with pytest.raises(ValueError, match="dropout of 0.1 is not supported: .*attention_dropout"):
+    with pytest.raises(ValueError, match=r"dropout of 0.1 is not supported: .*attention_dropout"):
         model(input_ids=IDS)

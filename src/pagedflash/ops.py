@@ -227,7 +227,7 @@ _innermost_transform: Callable[[], Any] = getattr(torch._C._functorch, "peek_int
 
 
 def _call(operator: Any, *flat: Any) -> Any:
-    """Call an operator that writes nothing. ``torch.func`` differentiates an autograd.Function, but no operator that is one."""
+    """Call an operator that writes nothing. ``torch.func`` takes an autograd.Function, but no operator that calls one."""
     transform = None if torch.compiler.is_compiling() else _innermost_transform()
     if transform is not None and transform.key().name in ("Grad", "Vmap"):
         return _differentiable[operator](*flat)

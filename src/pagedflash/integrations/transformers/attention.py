@@ -60,7 +60,7 @@ def forward(
     if dropout:
         refuse(
             f"dropout of {dropout}",
-            "attention has none here: set attention_dropout (of BERT: attention_probs_dropout_prob) to 0, or call model.eval()",
+            "there is none; set attention_dropout (BERT: attention_probs_dropout_prob) to 0, or call model.eval()",
         )
     if isinstance(cache, PagedAttentionCache) and isinstance(kwargs.get("cu_seq_lens_k"), dict):
         key, value = cache.update(key, value, module.layer_idx, kwargs)
