@@ -69,10 +69,10 @@ def assert_gradients_match_reference(problem: AttentionProblem, run: Run, run_ba
 
     message = describe(problem)
     assert got.sinks.shape == ((0,) if sinks is None else sinks.shape), message
-    for name, tensor, gradient, expected in zip(
+    for name, given, gradient, expected in zip(
         Gradients._fields, (problem.queries.q, *problem.cache[:2], problem.scores.sinks), got, want
     ):
-        assert tensor is not None and gradient.dtype == tensor.dtype and gradient.shape == tensor.shape, message
+        assert given is not None and gradient.dtype == given.dtype and gradient.shape == given.shape, message
         assert gradient.isfinite().all(), f"the gradient of {name} is not finite: {message}"
         if gradient.numel():
             error, largest = (gradient.cpu().double() - expected).abs().max(), expected.abs().max()
