@@ -135,6 +135,10 @@ def test_every_function_runs_with_grad() -> None:
     out = flash_attn_with_kvcache(q, *caches, cache_seqlens=torch.tensor([1, 2]), block_table=TABLE)
     with pytest.raises(NotImplementedError, match="through pages, where there is none"):
         out.sum().backward()
+    quantized, scale = torch.zeros(2, 5, 2, 16, dtype=torch.int8), torch.ones(())
+    out = flash_attn_with_kvcache(q, quantized, quantized, cache_seqlens=5, k_descale=scale, v_descale=scale)
+    with pytest.raises(NotImplementedError, match="through a quantized cache, where there is none"):
+        out.sum().backward()
 
 
 def test_a_torch_without_its_private_names_still_runs() -> None:

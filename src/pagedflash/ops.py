@@ -205,8 +205,10 @@ class _WithBackward(_WithoutBackward):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, _, *flat = inputs
         tensors, ctx.numbers = flat[: len(_TENSORS)], flat[len(_TENSORS) :]
-        ctx.why = None if tensors[_TENSORS.index("block_table")] is None else NO_BACKWARD_OF_CACHES.format(what="pages")
-        if ctx.why is None:
+        cache = (("block_table", "pages"), ("k_descale", "a quantized cache"), ("v_descale", "a quantized cache"))
+        through = next((what for field, what in cache if tensors[_TENSORS.index(field)] is not None), None)
+        ctx.why = None if through is None else NO_BACKWARD_OF_CACHES.format(what=through)
+        if through is None:
             ctx.save_for_backward(*tensors, *output)
 
     @staticmethod

@@ -36,7 +36,7 @@ class Gradients(NamedTuple):
 
 
 def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> Gradients:
-    """The gradients of a problem without an append and without a block table.
+    """The gradients of a problem without an append, a block table and scales of quantized keys.
 
     ``out`` and ``lse`` are what the forward pass gave, ``d_out`` and ``d_lse`` the gradients with respect to them. Queries
     and keys of no sequence get 0, and so do queries that see no key.

@@ -48,7 +48,7 @@ def assert_matches_reference(problem: AttentionProblem, run: Run) -> None:
 
 def assert_gradients_match_reference(problem: AttentionProblem, run: Run, run_backward: RunBackward) -> None:
     """The gradients of random weights on output and LSE must be those of autograd through the reference in float64. Only for
-    problems without an append and without a block table."""
+    problems without an append, a block table and scales of quantized keys."""
     oracle = as_float64(problem)
     q, sinks = oracle.queries.q, oracle.scores.sinks
     wanted = [tensor for tensor in (q, *oracle.cache[:2], sinks) if tensor is not None]
@@ -76,7 +76,8 @@ def assert_gradients_match_reference(problem: AttentionProblem, run: Run, run_ba
         assert gradient.isfinite().all(), f"the gradient of {name} is not finite: {message}"
         if gradient.numel():
             error, largest = (gradient.cpu().double() - expected).abs().max(), expected.abs().max()
-            allowed = GRADIENT_TOLERANCE[problem.queries.q.dtype] * largest.clamp(min=1.0)
+            tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in (problem.queries.q.dtype, given.dtype))
+            allowed = tolerance * largest.clamp(min=1.0)
             assert error <= allowed, f"the gradient of {name} is off by up to {error:.3g} of {largest:.3g}: {message}"
 
 
