@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pagedflash import availability
-from pagedflash.backends import reference
+from pagedflash.backends import backward, reference
 from pagedflash.backends.protocol import Capabilities, Support
 from pagedflash.problem import AttentionProblem, CacheWrite
 from pagedflash.testing import conformance
@@ -100,6 +100,16 @@ def gives_other_bits_each_time(problem: AttentionProblem) -> tuple[Tensor, Tenso
     return out + 1e-6 * (len(calls) % 2), lse
 
 
+def forgets_the_window(problem: AttentionProblem, *results: Tensor) -> backward.Gradients:
+    return backward.backward(problem.replace(window_left=-1, window_right=-1), *results)
+
+
+def adds_in_any_order(problem: AttentionProblem, *results: Tensor) -> backward.Gradients:
+    calls.append(problem)
+    gradients = backward.backward(problem, *results)
+    return gradients._replace(q=gradients.q + 1e-3 * (len(calls) % 2))
+
+
 def keeps_the_first_lengths(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     lengths = problem.cache.seqused_k
     kept = problem.plan("broken", lambda signature: []) if lengths is not None else []
@@ -166,6 +176,8 @@ CHECKING = Capabilities(checks_values=True)
         ("head_dims_at_its_limits", backend(attention=lambda p: reference.attention(p)[:1] * 2)),
         ("kv_write", backend(kv_write=writes_one_slot_more)),
         ("results_are_the_same_every_time", backend(attention=gives_other_bits_each_time)),
+        ("gradients", backend(backward=forgets_the_window)),
+        ("gradients_are_the_same_every_time", backend(backward=adds_in_any_order)),
         ("an_output_that_is_given_is_written", backend(attention=lambda problem, out=None: reference.attention(problem))),
         ("slots_that_no_sequence_owns_are_not_read", backend(attention=reads_what_it_does_not_own)),
         ("an_empty_batch", backend(attention=refuses_an_empty_batch)),

@@ -107,14 +107,14 @@ def test_appends_in_inference_mode() -> None:
 
 
 @pytest.mark.parametrize("wants_grad", range(3))
-def test_forward_runs_with_grad_and_backward_says_that_it_is_not_there(wants_grad: int) -> None:
+def test_gradients_are_tracked_where_they_are_asked_for(wants_grad: int) -> None:
     tensors = list(qkv())
     want = flash_attn_func(*tensors, causal=True)
     tensors[wants_grad].requires_grad_()
     out = flash_attn_func(*tensors, causal=True)
     assert torch.equal(out, want) and out.requires_grad
-    with pytest.raises(NotImplementedError, match="there is no backward yet"):
-        out.sum().backward()
+    out.sum().backward()
+    assert [tensor.grad is not None for tensor in tensors] == [i == wants_grad for i in range(3)]
     with torch.no_grad():
         assert not flash_attn_func(*tensors, causal=True).requires_grad
     for _ in range(2):  # the plan of a call without grad is not taken over by one with
@@ -130,7 +130,14 @@ def test_every_function_runs_with_grad() -> None:
     caches = torch.zeros(4, 4, 2, 16), torch.zeros(4, 4, 2, 16)
     out = flash_attn_with_kvcache(q, *caches, k[:, :3], v[:, :3], cache_seqlens=torch.tensor([1, 2]), block_table=TABLE)
     assert out.requires_grad and caches[0].any() and not caches[0].requires_grad
-    with pytest.raises(NotImplementedError, match="there is no backward yet"):
+    with pytest.raises(NotImplementedError, match="through an append to a cache, where there is none"):
+        out.sum().backward()
+    out = flash_attn_with_kvcache(q, *caches, cache_seqlens=torch.tensor([1, 2]), block_table=TABLE)
+    with pytest.raises(NotImplementedError, match="through pages, where there is none"):
+        out.sum().backward()
+    quantized, scale = torch.zeros(2, 5, 2, 16, dtype=torch.int8), torch.ones(())
+    out = flash_attn_with_kvcache(q, quantized, quantized, cache_seqlens=5, k_descale=scale, v_descale=scale)
+    with pytest.raises(NotImplementedError, match="through a quantized cache, where there is none"):
         out.sum().backward()
 
 

@@ -483,7 +483,7 @@ def reject_unsupported(scheduler_metadata: Given, qv: Given, attention_chunk: Gi
 
 def _reject_dropout(dropout_p: Given) -> None:
     if not isinstance(dropout_p, (int, float)) or dropout_p != 0.0:
-        reject("dropout_p", "{p}", "0: there is no dropout without a backward", p=dropout_p)
+        reject("dropout_p", "{p}", "0: there is no dropout", p=dropout_p)
 
 
 def _number(name: str, value: Given) -> float:

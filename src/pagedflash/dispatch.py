@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .backends import reference
+from .backends import backward, reference
 from .backends.protocol import Backend, Support
 from .problem import K_NEW, WRITE, AttentionProblem, CacheWrite, Tensors, is_per_token
 from .scoped import Scoped
@@ -93,6 +93,15 @@ def _attention_into(problem: AttentionProblem, backend: Backend, out: Tensor) ->
         result, lse = backend.attention(problem)
         out.copy_(result)
     return out, lse
+
+
+def attention_backward(
+    problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor
+) -> backward.Gradients:
+    """The gradients of a problem that :func:`attention` has run, from its device's backend if that has a backward of its
+    own."""
+    run = getattr(backend_for(out), "backward", backward.backward)
+    return cast(backward.Gradients, run(problem, out, lse, d_out, d_lse))
 
 
 def kv_write(write: CacheWrite) -> None:

@@ -13,7 +13,8 @@ Common to the three attention functions:
   float32.
 * Masks are aligned to the bottom right: query ``i`` sits at key position ``i + Sk - Sq``.
 * A query that sees no key gives 0, and ``+inf`` as its LSE (as flash-attn 2).
-* There is no backward yet: the forward runs with tensors that require grad, asking for a gradient raises.
+* Output and LSE are differentiable in q, k, v and the sinks, in O(S) memory and with the same bits each time; not twice, and
+  neither through pages nor through an append. See docs/training.md.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def flash_attn_func(
             ``i + Sk - Sq + right``. With ``causal``, right is 0.
         softcap: if > 0, scores become ``softcap * tanh(scores / softcap)``, after scaling, before masking (Gemma 2).
         alibi_slopes: float32 ``(Hq,)`` or ``(B, Hq)``; adds ``-slope * |i + Sk - Sq - j|`` (Press et al., 2022).
-        deterministic: accepted for compatibility; the forward pass always is.
+        deterministic: accepted for compatibility; forward and backward always are.
         return_attn_probs: return ``(out, lse, S_dmask)`` as flash-attn does; S_dmask is empty without dropout.
         s_aux: ``(Hq,)`` attention sinks: one extra logit per head in the softmax denominator (gpt-oss). Counted in the LSE.
         learnable_sink: another name of ``s_aux``.

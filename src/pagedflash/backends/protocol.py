@@ -30,6 +30,9 @@ class Capabilities(NamedTuple):
 
 
 class Backend(Protocol):
+    """One may also have a ``backward``, with the arguments and results of :func:`pagedflash.backends.backward.backward`,
+    which runs where it has none."""
+
     NAME: str
     CAPABILITIES: Capabilities
 

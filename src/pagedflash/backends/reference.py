@@ -7,6 +7,8 @@ garbage or NaN in unused slots and pages cannot leak.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def attend(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor
     q, cache = problem.queries.q, problem.cache
     lengths = [n + problem.num_new_tokens if n >= 0 else n for n in key_lengths(problem)]
     out = q.new_zeros(problem.out_shape) if out is None else out.zero_()
-    lse = torch.full(problem.lse_shape, float("inf"), dtype=_working_dtype(q), device=q.device)
+    lse = torch.full(problem.lse_shape, float("inf"), dtype=working_dtype(q), device=q.device)
     for b, length in enumerate(lengths):
         if length < 0:
             continue
@@ -59,7 +61,8 @@ def attend(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor
             _keys(problem, keys, descale, b, first, length, q_b.shape[0])
             for keys, descale in ((cache.k, cache.k_descale), (cache.v, cache.v_descale))
         )
-        out_rows, lse_rows = _attend(problem, q_b, k, v, b)
+        with without_autocast(q.device.type):
+            out_rows, lse_rows = _attend(problem, q_b, k, v, b)
         out_b.copy_(out_rows)
         lse_b.copy_(lse_rows)
     return out, lse
@@ -125,7 +128,7 @@ def combine(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     seen = ~empty.all(0)
     weights = torch.exp(lses - total).masked_fill(empty, 0.0)
     per_row = weights.transpose(-1, -2).unsqueeze(-1)  # head-major, as an LSE, to row-major, as an output
-    working = outs.to(_working_dtype(outs)).masked_fill(per_row == 0, 0.0)
+    working = outs.to(working_dtype(outs)).masked_fill(per_row == 0, 0.0)
     out = (working * per_row).sum(0).to(outs.dtype)
     return out, torch.where(seen, total, float("inf"))
 
@@ -137,7 +140,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     "RoFormer" (2021); the two layouts are GPT-J's and GPT-NeoX's.
     """
     half = cos.shape[-1]
-    working = _working_dtype(x)
+    working = working_dtype(x)
     cos, sin = cos.to(working).unsqueeze(1), sin.to(working).unsqueeze(1)
     head = x[..., : 2 * half].to(working)
     if interleaved:
@@ -149,8 +152,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
 
 
-def _working_dtype(tensor: Tensor) -> torch.dtype:
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """What sums are made in."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """What is computed inside keeps its dtype."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _queries(problem: AttentionProblem, b: int, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +204,7 @@ def _keys(
     scales = _scales(descale, b)
     if is_per_token(descale):
         scales = _rows(problem, scales.unsqueeze(-1), b, first, length, num_queries).squeeze(-1)
-    return rows.to(_working_dtype(problem.queries.q)) * scales.unsqueeze(-1)
+    return rows.to(working_dtype(problem.queries.q)) * scales.unsqueeze(-1)
 
 
 def _rows(problem: AttentionProblem, keys: Tensor, b: int, first: int, length: int, num_queries: int) -> Tensor:
@@ -219,7 +230,7 @@ def _rows(problem: AttentionProblem, keys: Tensor, b: int, first: int, length: i
 
 def _attend(problem: AttentionProblem, q: Tensor, k: Tensor, v: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """One sequence: ``q (Sq, Hq, D)``, ``k (n, Hkv, D)``, ``v (n, Hkv, Dv)`` to ``out (Sq, Hq, Dv)``, ``lse (Hq, Sq)``."""
-    working = _working_dtype(q)
+    working = working_dtype(q)
     num_queries, num_keys = q.shape[0], k.shape[0]
     k = k.to(working).repeat_interleave(problem.group, dim=1)
     v = v.to(working).repeat_interleave(problem.group, dim=1)

@@ -41,6 +41,7 @@ MODULES = (
     "validate.py",
     "validate_values.py",
     "backends/__init__.py",
+    "backends/backward.py",
     "backends/protocol.py",
     "backends/reference.py",
     "integrations/__init__.py",

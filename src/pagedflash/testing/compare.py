@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
+from ..backends.backward import Gradients
 from ..problem import AttentionProblem, KVCache
 
 # Largest difference to float64 on values of about unit size. float16 and bfloat16 round the output (2^-11, 2^-8 of its
@@ -16,7 +17,11 @@ OUT_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 LSE_TOLERANCE = {torch.float32: 5e-5, torch.float16: 5e-5, torch.bfloat16: 5e-5}
 ROTARY_LSE_TOLERANCE = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
+# Of the largest element of a gradient, which is a sum over queries or keys.
+GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
 Run = Callable[[AttentionProblem], tuple[Tensor, Tensor]]
+RunBackward = Callable[[AttentionProblem, Tensor, Tensor, Tensor, Tensor], Gradients]
 
 
 def assert_matches_reference(problem: AttentionProblem, run: Run) -> None:
@@ -39,6 +44,41 @@ def assert_matches_reference(problem: AttentionProblem, run: Run) -> None:
     _assert_close("out", out, want_out, OUT_TOLERANCE[dtype], message)
     _assert_close("lse", lse, want_lse, (ROTARY_LSE_TOLERANCE if rotary else LSE_TOLERANCE)[dtype], message)
     assert_same_caches(problem, expected)
+
+
+def assert_gradients_match_reference(problem: AttentionProblem, run: Run, run_backward: RunBackward) -> None:
+    """The gradients of random weights on output and LSE must be those of autograd through the reference in float64. Only for
+    problems without an append, a block table and scales of quantized keys."""
+    oracle = as_float64(problem)
+    q, sinks = oracle.queries.q, oracle.scores.sinks
+    wanted = [tensor for tensor in (q, *oracle.cache[:2], sinks) if tensor is not None]
+    for tensor in wanted:
+        tensor.requires_grad_()
+    results = reference.attention(oracle)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(result.shape, generator=generator, dtype=torch.float64) for result in results]
+    weights = [weight.to(problem.queries.q.dtype).double() for weight in weights]
+    # An LSE without keys is infinite whatever the inputs are.
+    terms = [(result.masked_fill(result.isinf(), 0.0) * weight).sum() for result, weight in zip(results, weights)]
+    total = sum(terms, 0.0 * q.sum())  # differentiable without sequences, too
+    want = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
+
+    out, lse = run(problem)
+    d_out, d_lse = (weight.to(result) for result, weight in zip((out, lse), weights))
+    got = run_backward(problem, out, lse, d_out, d_lse)
+
+    message = describe(problem)
+    assert got.sinks.shape == ((0,) if sinks is None else sinks.shape), message
+    for name, given, gradient, expected in zip(
+        Gradients._fields, (problem.queries.q, *problem.cache[:2], problem.scores.sinks), got, want
+    ):
+        assert given is not None and gradient.dtype == given.dtype and gradient.shape == given.shape, message
+        assert gradient.isfinite().all(), f"the gradient of {name} is not finite: {message}"
+        if gradient.numel():
+            error, largest = (gradient.cpu().double() - expected).abs().max(), expected.abs().max()
+            tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in (problem.queries.q.dtype, given.dtype))
+            allowed = tolerance * largest.clamp(min=1.0)
+            assert error <= allowed, f"the gradient of {name} is off by up to {error:.3g} of {largest:.3g}: {message}"
 
 
 def assert_same_caches(problem: AttentionProblem, expected: AttentionProblem) -> None:

@@ -24,14 +24,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..backends import reference
+from ..backends import backward, reference
 from ..backends.protocol import Backend, Capabilities, Support
 from ..dispatch import BACKEND_MODULES, DEVICE_BACKENDS
 from ..errors import InvalidValue
 from ..plan_cache import signature_of
 from ..problem import AttentionProblem, KVCache
 from ..validate_values import check_values, check_write_values, key_lengths
-from .compare import OUT_TOLERANCE, assert_matches_reference, assert_same_caches, copy_of, describe
+from .compare import (
+    OUT_TOLERANCE,
+    assert_gradients_match_reference,
+    assert_matches_reference,
+    assert_same_caches,
+    copy_of,
+    describe,
+)
 from .problems import GARBAGE, HEAD_DIMS, LAYOUTS, random_problem
 
 APPENDING = ("cache", "paged")
@@ -108,6 +115,25 @@ class BackendConformance:
         for layout in LAYOUTS:
             for problem in self.draw("determinism", layout=layout, max_keys=600):
                 self.assert_same_bits(problem, copy_of(problem))
+
+    def test_gradients(self) -> None:
+        """Of q, k, v and sinks, over all options, against autograd in float64: the backend's own ``backward``, or the common
+        one from what its forward pass gives."""
+        run = getattr(self.backend, "backward", backward.backward)
+        for layout in ("dense", "cache", "varlen"):
+            for problem in self.draw("gradients", layout=layout):
+                cache = problem.cache
+                if problem.append is None and cache.k_descale is None and cache.v_descale is None:
+                    assert_gradients_match_reference(problem, self.backend.attention, run)
+
+    def test_gradients_are_the_same_every_time(self) -> None:
+        """Bit for bit."""
+        run = getattr(self.backend, "backward", backward.backward)
+        for layout in ("dense", "varlen"):
+            for problem in self.draw("same gradients", layout=layout, max_keys=600):
+                out, lse = self.backend.attention(problem)
+                first, second = (run(problem, out, lse, torch.ones_like(out), torch.ones_like(lse)) for _ in range(2))
+                assert all(torch.equal(a, b) for a, b in zip(first, second)), describe(problem)
 
     def test_an_output_that_is_given_is_written(self) -> None:
         """With the bits of one that is not."""

@@ -58,7 +58,10 @@ def forward(
     if kwargs.get("output_attentions"):
         refuse("output_attentions", "flash attention never has the weights", instead='"eager"')
     if dropout:
-        refuse(f"dropout of {dropout}", "there is no backward pass yet to train with, so call model.eval()")
+        refuse(
+            f"dropout of {dropout}",
+            "there is none; set attention_dropout (BERT: attention_probs_dropout_prob) to 0, or call model.eval()",
+        )
     if isinstance(cache, PagedAttentionCache) and isinstance(kwargs.get("cu_seq_lens_k"), dict):
         key, value = cache.update(key, value, module.layer_idx, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
