@@ -72,15 +72,16 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
             backend = reference
         elif entry is not None:
             entry.ready_for = backend
-    if values_wanted(q):
-        if not backend.CAPABILITIES.checks_values:
-            check_values(problem)
-        check_new_tokens(problem.tensors[WRITE])
+    if not backend.CAPABILITIES.checks_values and values_wanted(q):
+        check_values(problem)
+    appended = problem.tensors[WRITE] if problem.tensors[K_NEW] is not None else None
+    if appended is not None and _is_quantized(appended) and values_wanted(q):
+        check_new_tokens(appended)
     if _counters:
         _count(CallKind(problem.layout, backend.NAME, q.device.type))
     results = backend.attention(problem) if out is None else _attention_into(problem, backend, out)
-    if problem.tensors[K_NEW] is not None:
-        _bump_versions(_written(problem.tensors[WRITE]))
+    if appended is not None:
+        _bump_versions(_written(appended))
     return results
 
 
@@ -113,9 +114,9 @@ def kv_write(write: CacheWrite) -> None:
         validate_write(write, backend.CAPABILITIES)
         if entry is not None:
             entry.ready_for = backend
-    if values_wanted(k_cache):
-        if not backend.CAPABILITIES.checks_values:
-            check_write_values(write)
+    if not backend.CAPABILITIES.checks_values and values_wanted(k_cache):
+        check_write_values(write)
+    if _is_quantized(write.tensors) and values_wanted(k_cache):
         check_new_tokens(write.tensors)
     if _counters:
         _count(CallKind("write", backend.NAME, k_cache.device.type))
@@ -167,10 +168,17 @@ def availability() -> dict[str, Support]:
     return {name: _load(name)[1] for name in BACKEND_MODULES}
 
 
-def _written(tensors: Tensors) -> list[Tensor]:
+def _is_quantized(tensors: Tensors) -> bool:
+    """Whether a cache that a write with these tensors writes to has scales."""
+    return tensors[2] is not None or tensors[3] is not None
+
+
+def _written(tensors: Tensors) -> tuple[Tensor, ...]:
     """What a write with these tensors writes to."""
-    k, v, *descales = tensors[:4]
-    return [k, v, *filter(is_per_token, descales)]  # type: ignore[list-item]
+    caches, descales = cast(tuple[Tensor, Tensor], tensors[:2]), tensors[2:4]
+    if not _is_quantized(tensors):
+        return caches
+    return caches + tuple(scale for scale in descales if scale is not None and is_per_token(scale))
 
 
 def _count(kind: CallKind) -> None:
