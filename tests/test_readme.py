@@ -13,8 +13,8 @@ README = ROOT / "README.md"
 PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "metalsim/README.md", *(ROOT / "docs").glob("*.md"))
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def python_blocks(page: Path = README) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
 def test_the_functions_example_runs_and_writes_the_pages():
@@ -30,6 +30,14 @@ def test_the_functions_example_runs_and_writes_the_pages():
 def test_the_transformers_example_compiles():
     source = next(block for block in python_blocks() if "generate_batch" in block)
     compile(source, str(README), "exec")
+
+
+def test_the_quantized_example_runs_and_writes_pages_and_scales():
+    (source,) = python_blocks(ROOT / "docs/quantization.md")
+    names: dict[str, torch.Tensor] = {}
+    exec(compile(source, "docs/quantization.md", "exec"), names)
+    stored = names["pages_k"][9, 1] * names["scale_k"][9, 1][:, None]
+    torch.testing.assert_close(stored, names["k"][0, 0], rtol=0, atol=names["k"].abs().max().item() / 127)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
