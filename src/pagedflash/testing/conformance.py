@@ -24,12 +24,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..backends import backward, reference
 from ..backends.protocol import Backend, Capabilities, Support
 from ..dispatch import BACKEND_MODULES, DEVICE_BACKENDS
 from ..errors import InvalidValue
 from ..plan_cache import signature_of
-from ..problem import AttentionProblem, KVCache
+from ..problem import Append, AttentionProblem, KVCache
 from ..validate_values import check_values, check_write_values, key_lengths
 from .compare import (
     OUT_TOLERANCE,
@@ -109,6 +110,45 @@ class BackendConformance:
                 reference.kv_write(expected.write)
                 self.backend.kv_write(problem.write)
                 assert_same_caches(problem, expected)
+
+    def test_slot_mappings(self) -> None:
+        """Packed tokens, each to a slot of its own or nowhere: ``kv_paged_write(slot_mapping=...)``."""
+        for tokens, pages in self.draw_tokens("slots"):
+            slots = torch.randperm(pages.k.shape[0] * pages.k.shape[1], device=self.device)[: len(tokens.k_new)]
+            slots[::3] = -1
+            want = [pages.k.flatten(0, 1).clone(), pages.v.flatten(0, 1).clone()]
+            for cache, new in zip(want, tokens[:2]):
+                cache[slots[slots >= 0]] = new[slots >= 0]
+            write, _ = arguments.write(*tokens[:2], pages.k, pages.v, None, None, slots, None, None)
+            self.backend.kv_write(write)
+            assert torch.equal(pages.k.flatten(0, 1), want[0]) and torch.equal(pages.v.flatten(0, 1), want[1])
+
+    def test_packed_appends(self) -> None:
+        """New tokens of sequences of different lengths: ``flash_attn_varlen_func(k_new=..., v_new=...)``."""
+        lengths, before = [3, 0, 1, 5], [4, 2, -1, 0]  # -1: a sequence to skip
+        for tokens, pages in self.draw_tokens("append", sum(lengths)):
+            page_size = pages.k.shape[1]
+            table = torch.randperm(pages.k.shape[0], device=self.device).to(torch.int32)[:12].view(4, 3)
+            want = [pages.k.clone(), pages.v.clone()]
+            for b, (length, first) in enumerate(zip(lengths, before)):
+                for i in range(length if first >= 0 else 0):
+                    page, slot = table[b, (first + i) // page_size], (first + i) % page_size
+                    for cache, new in zip(want, tokens[:2]):
+                        cache[page, slot] = new[sum(lengths[:b]) + i]
+            offsets = torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
+            cached = torch.tensor(before, dtype=torch.int32, device=self.device)
+            write, keys = arguments.packed_append(*tokens[:2], pages.k, pages.v, offsets, None, cached, table, None, None)
+            self.backend.kv_write(write)
+            assert torch.equal(pages.k, want[0]) and torch.equal(pages.v, want[1])
+            assert keys.tolist() == [b + n if b >= 0 else b for b, n in zip(before, lengths)]
+
+    def test_queries_keys_and_values_in_one_tensor(self) -> None:
+        """Views of it, as ``flash_attn_qkvpacked_func`` makes them."""
+        for tokens, _ in self.draw_tokens("qkvpacked", 30):
+            qkv = torch.stack((tokens.k_new,) * 3, 1).view(2, 15, 3, *tokens.k_new.shape[1:])
+            problem, _ = arguments.dense(*qkv.unbind(2), 0.0, 0, None, True, (-1, -1), 0.0, None, None, None)
+            if self.supports(problem):
+                assert_matches_reference(problem, self.backend.attention)
 
     def test_results_are_the_same_every_time(self) -> None:
         """Bit for bit."""
@@ -216,6 +256,15 @@ class BackendConformance:
             problem = random_problem(rng, device=self.device, capabilities=capabilities, **{**options, "dtype": dtype})
             if (not appends or problem.append is not None) and (not supported or self.supports(problem)):
                 yield problem
+
+    def draw_tokens(self, purpose: str, tokens: int = 20) -> Iterator[tuple[Append, KVCache]]:
+        """Packed new tokens of each dtype, and pages of 4 for them."""
+        head_dim = next(d for d in HEAD_DIMS if self.takes_head_dim(d))
+        for dtype in self.dtypes:
+            generator = torch.Generator().manual_seed(random.Random(f"{self.seed} {purpose}").getrandbits(32))
+            new = torch.randn(2, tokens, 2, head_dim, generator=generator).to(self.device, dtype)
+            pages = torch.randn(2, 16, 4, 2, head_dim, generator=generator).to(self.device, dtype)
+            yield Append(*new), KVCache(*pages)
 
     def takes_head_dim(self, head_dim: int) -> bool:
         _, _, largest, multiple, _ = self.backend.CAPABILITIES
