@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .backends import backward, reference
 from .backends.protocol import Backend, Support
-from .problem import K_NEW, WRITE, AttentionProblem, CacheWrite, Tensors, is_per_token
+from .problem import K_DESCALE, K_NEW, V_DESCALE, WRITE, AttentionProblem, CacheWrite, K, Tensors, V, is_per_token
 from .scoped import Scoped
 from .validate import validate, validate_out, validate_write
 from .validate_values import check_new_tokens, check_values, check_write_values
@@ -74,14 +74,16 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
             entry.ready_for = backend
     if not backend.CAPABILITIES.checks_values and values_wanted(q):
         check_values(problem)
-    appended = problem.tensors[WRITE] if problem.tensors[K_NEW] is not None else None
-    if appended is not None and _is_quantized(appended) and values_wanted(q):
-        check_new_tokens(appended)
+    tensors = problem.tensors
+    appends = tensors[K_NEW] is not None
+    appends_scales = appends and (tensors[K_DESCALE] is not None or tensors[V_DESCALE] is not None)
+    if appends_scales and values_wanted(q):
+        check_new_tokens(tensors[WRITE])
     if _counters:
         _count(CallKind(problem.layout, backend.NAME, q.device.type))
     results = backend.attention(problem) if out is None else _attention_into(problem, backend, out)
-    if appended is not None:
-        _bump_versions(_written(appended))
+    if appends:
+        _bump_versions(_written(tensors[WRITE]) if appends_scales else (tensors[K], tensors[V]))  # type: ignore[arg-type]
     return results
 
 
@@ -107,7 +109,7 @@ def attention_backward(
 
 def kv_write(write: CacheWrite) -> None:
     """Validate a write and run it on its device's backend. Every backend supports every write."""
-    k_cache = write.tensors[0]
+    k_cache, v_cache, k_descale, v_descale, *_ = write.tensors
     assert k_cache is not None
     backend, entry = backend_for(k_cache), write.entry
     if entry is None or entry.ready_for is not backend:
@@ -116,12 +118,13 @@ def kv_write(write: CacheWrite) -> None:
             entry.ready_for = backend
     if not backend.CAPABILITIES.checks_values and values_wanted(k_cache):
         check_write_values(write)
-    if _is_quantized(write.tensors) and values_wanted(k_cache):
+    has_scales = k_descale is not None or v_descale is not None
+    if has_scales and values_wanted(k_cache):
         check_new_tokens(write.tensors)
     if _counters:
         _count(CallKind("write", backend.NAME, k_cache.device.type))
     backend.kv_write(write)
-    _bump_versions(_written(write.tensors))
+    _bump_versions(_written(write.tensors) if has_scales else (k_cache, v_cache))  # type: ignore[arg-type]
 
 
 def backend_for(tensor: Tensor) -> Backend:
@@ -168,17 +171,10 @@ def availability() -> dict[str, Support]:
     return {name: _load(name)[1] for name in BACKEND_MODULES}
 
 
-def _is_quantized(tensors: Tensors) -> bool:
-    """Whether a cache that a write with these tensors writes to has scales."""
-    return tensors[2] is not None or tensors[3] is not None
-
-
-def _written(tensors: Tensors) -> tuple[Tensor, ...]:
+def _written(tensors: Tensors) -> list[Tensor]:
     """What a write with these tensors writes to."""
-    caches, descales = cast(tuple[Tensor, Tensor], tensors[:2]), tensors[2:4]
-    if not _is_quantized(tensors):
-        return caches
-    return caches + tuple(scale for scale in descales if scale is not None and is_per_token(scale))
+    k, v, *descales = tensors[:4]
+    return [k, v, *filter(is_per_token, descales)]  # type: ignore[list-item]
 
 
 def _count(kind: CallKind) -> None:

@@ -319,6 +319,7 @@ class AttentionProblem(_Flat):
 
 
 _NAMES = [name for name, _ in AttentionProblem.TENSOR_FIELDS]
+K, V, K_DESCALE, V_DESCALE = (_NAMES.index(name) for name in ("k", "v", "k_descale", "v_descale"))
 K_NEW = _NAMES.index("k_new")
 """Where a flat problem has its new keys."""
 WRITE = slice(_NAMES.index("k"), _NAMES.index("k") + len(CacheWrite.TENSOR_FIELDS))
