@@ -478,7 +478,8 @@ class _Kernel:
         return launch_ordinarily
 
 
-_TENSORS, _ADDRESSES = tuple(torch.zeros(11)), tuple(range(1024, 1024 + 11 * 16, 16))
+_COUNT = len(params.WriteTensors._fields)
+_TENSORS, _ADDRESSES = tuple(torch.zeros(_COUNT)), tuple(range(1024, 1024 + _COUNT * 16, 16))
 _STRIDES = params.Strides(64, 32, None, ALIGN=8)
 
 
