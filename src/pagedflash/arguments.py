@@ -196,7 +196,8 @@ def write(
 ) -> tuple[CacheWrite, Names]:
     """The write of ``kv_paged_write``, and its names."""
     if slot_mapping is not None:
-        return _write_to_slots(k, v, k_cache, v_cache, block_table, seq_lens, slot_mapping, k_descale, v_descale), SLOT_NAMES
+        cache = KVCache(k_cache, v_cache, k_descale, v_descale)
+        return _write_to_slots(k, v, cache, block_table, seq_lens, slot_mapping), SLOT_NAMES
     tensors = (k_cache, v_cache, k_descale, v_descale, block_table, None, None, seq_lens, None, k, v, None, None)
     entry = plan_cache.entry_of_arguments(tensors, ("write",))
     if (problem := _known(CacheWrite, entry, tensors)) is not None:
@@ -218,47 +219,30 @@ def write(
 
 
 def _write_to_slots(
-    k: Given,
-    v: Given,
-    k_cache: Given,
-    v_cache: Given,
-    block_table: Given,
-    seq_lens: Given,
-    slot_mapping: Given,
-    k_descale: Given,
-    v_descale: Given,
+    k: Given, v: Given, cache: KVCache, block_table: Given, seq_lens: Given, slot_mapping: Given
 ) -> CacheWrite:
     """Packed tokens, each to a slot of its own."""
     for name, other in (("block_table", block_table), ("seq_lens", seq_lens)):
         if other is not None:
             reject("slot_mapping", f"given together with {name}", "one of the two: a slot mapping already says where")
-    for name, tensor, axes in (("k", k, 3), ("v", v, 3), ("k_cache", k_cache, 4), ("v_cache", v_cache, 4)):
+    for name, tensor, axes in (("k", k, 3), ("v", v, 3), ("k_cache", cache.k, 4), ("v_cache", cache.v, 4)):
         _require_axes(name, tensor, axes)
     _require_axes("slot_mapping", slot_mapping, 1)
     if slot_mapping.dtype not in (torch.int32, torch.int64):
         reject_type("slot_mapping", "of dtype {dtype}", "torch.int32 or torch.int64", dtype=slot_mapping.dtype)
-    _require_tokens("k", k, len(slot_mapping), k_cache)
-    _require_tokens("v", v, len(slot_mapping), v_cache)
-    page_size = max(k_cache.shape[1], 1)
+    _require_tokens("k", k, len(slot_mapping), cache.k)
+    _require_tokens("v", v, len(slot_mapping), cache.v)
+    page_size = max(cache.k.shape[1], 1)
     pages = slot_mapping.div(page_size, rounding_mode="floor")
     offsets = torch.where(slot_mapping < 0, slot_mapping, slot_mapping - pages * page_size)
-    return _write_of_tokens(k, v, k_cache, v_cache, k_descale, v_descale, pages, offsets)
+    return _write_of_tokens(k, v, cache, pages, offsets)
 
 
-def _write_of_tokens(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_descale: Given,
-    v_descale: Given,
-    pages: Tensor,
-    offsets: Tensor,
-) -> CacheWrite:
+def _write_of_tokens(k: Tensor, v: Tensor, cache: KVCache, pages: Tensor, offsets: Tensor) -> CacheWrite:
     """Packed tokens, each to ``offsets (total,)`` of a page of its own: sequences of one token. -1 writes nothing."""
     table, lengths = _int32("slot_mapping", pages).unsqueeze(1), _int32("slot_mapping", offsets)
     return CacheWrite.of(
-        KVCache(k_cache, v_cache, k_descale, v_descale, table, seqused_k=lengths),
+        cache._replace(block_table=table, seqused_k=lengths),
         Append(_inner_contiguous(k).unsqueeze(1), _inner_contiguous(v).unsqueeze(1)),
     )
 
@@ -305,17 +289,8 @@ def packed_append(
     fits = (sequence < table.shape[0]) & (before[in_batch] >= 0) & (position < width * page_size)
     page = table[in_batch, position.div(page_size, rounding_mode="floor").clamp(0, max(width - 1, 0))].long()
     fits &= page >= 0
-    k_descale, v_descale = _of_tokens(k_descale, in_batch), _of_tokens(v_descale, in_batch)
-    write = _write_of_tokens(
-        k_new,
-        v_new,
-        k_cache,
-        v_cache,
-        k_descale,
-        v_descale,
-        torch.where(fits, page, -1),
-        torch.where(fits, position % page_size, -1),
-    )
+    cache = KVCache(k_cache, v_cache, _of_tokens(k_descale, in_batch), _of_tokens(v_descale, in_batch))
+    write = _write_of_tokens(k_new, v_new, cache, torch.where(fits, page, -1), torch.where(fits, position % page_size, -1))
     return write, torch.where(before < 0, before, before + offsets.diff()).to(torch.int32)
 
 
