@@ -53,6 +53,21 @@ def test_decode_of_other_dtypes(dtype: torch.dtype) -> None:
     assert only.counters.load_efficiency >= 0.95
 
 
+@pytest.mark.parametrize("group", (1, 4, 8))
+def test_decode_of_int8(group: int) -> None:
+    """Its scales are 4 bytes beside 128."""
+    problem = paged_decode(1, group, 1, 128, 1024, torch.float16)
+    k, v = (torch.randint(-127, 128, cache.shape, dtype=torch.int8) for cache in problem[1:3])
+    k_scales, v_scales = (torch.rand(cache.shape[:-1]) for cache in (k, v))
+    options = dict(cache_seqlens=problem.cache_seqlens, block_table=problem.block_table, causal=True)
+    with pagedflash.use_backend("metal"):
+        dispatches = counted(
+            lambda: flash_attn_with_kvcache(problem.q, k, v, k_descale=k_scales, v_descale=v_scales, **options)
+        )
+    keys_and_scales = 1024 * 2 * (128 + 4)
+    assert sum(d.counters.device_bytes_loaded for d in dispatches) <= 1.06 * keys_and_scales
+
+
 def test_decode_against_the_baseline() -> None:
     """The baseline reads the keys once for each of the four query heads that share them."""
     problem = paged_decode(1, 8, 2, 128, 512, torch.float16)
@@ -75,15 +90,15 @@ def test_a_single_sequence_fills_the_gpu(cores: int, group: int) -> None:
 
 @pytest.mark.parametrize("cores", (8, 40, 80, 132))
 def test_a_large_batch_is_not_split(cores: int) -> None:
-    tiling = decode_tiling(4, 128, 128, 2, 16, Tuning())
-    assert choose_num_splits(64 * 8, tiling, 4, 4096, 12 * cores) == 1
+    tiling = decode_tiling(4, 4, 128, 128, 2, 16, Tuning())
+    assert choose_num_splits(64 * 8, tiling, 128, 4096, 12 * cores) == 1
 
 
 @pytest.mark.parametrize("cores", (80, 132))
 def test_splits_fill_the_gpu_once(cores: int) -> None:
     """A core runs three threadgroups of four simdgroups: a few more than that, and they wait for a second turn."""
-    tiling = decode_tiling(4, 128, 128, 2, 16, Tuning())
-    splits = choose_num_splits(8 * 8, tiling, 4, 4096, 12 * cores)
+    tiling = decode_tiling(4, 4, 128, 128, 2, 16, Tuning())
+    splits = choose_num_splits(8 * 8, tiling, 128, 4096, 12 * cores)
     assert tiling.simdgroups == 4
     assert 0.7 <= splits * 8 * 8 / (3 * cores) <= 1
 
@@ -161,6 +176,6 @@ def test_a_mixed_batch_costs_its_parts() -> None:
 
 
 def test_more_cores_get_more_splits() -> None:
-    tiling = decode_tiling(4, 128, 128, 2, 16, Tuning())
-    per_core = [choose_num_splits(16, tiling, 4, 65536, 12 * cores) for cores in (10, 40, 80)]
+    tiling = decode_tiling(4, 4, 128, 128, 2, 16, Tuning())
+    per_core = [choose_num_splits(16, tiling, 128, 65536, 12 * cores) for cores in (10, 40, 80)]
     assert per_core == sorted(per_core) and per_core[0] < per_core[-1]

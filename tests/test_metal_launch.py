@@ -189,20 +189,36 @@ def test_core_count_comes_from_torch_unless_it_is_given(monkeypatch: pytest.Monk
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", (1, 8, 9, 128))
-def test_decode_fits_the_registers_of_an_apple_gpu(rows: int) -> None:
+@pytest.mark.parametrize("rows", (8, 9, 128))
+def test_decode_on_matrices_fits_the_registers_of_an_apple_gpu(rows: int) -> None:
     """The values of a lane that the plan has live together, in 32-bit registers. What a compiler adds to them for addresses
     and temporaries is estimated in test_metal_sources.py.
     """
     for element_bytes in (2, 4):
         for head_dim in range(1, 257):
-            t = tiling.decode_tiling(rows, head_dim, head_dim, element_bytes, 16, metal.Tuning())
+            t = tiling.decode_tiling(rows, 8, head_dim, head_dim, element_bytes, 16, metal.Tuning())
+            assert isinstance(t, tiling.MatrixTiling)
             chunks = head_dim // (8 * t.chunk)
             output = t.row_blocks * 2 * (chunks * t.chunk + t.v_tail)
             loads = 2 * t.key_blocks * 4 * max(min(chunks, t.load_chunks), 1)
             scores = t.row_blocks * t.key_blocks * (2 + element_bytes // 2)
             state = 6 * t.row_blocks + 24  # ranges, positions, slopes, maxima, sums; addresses and counters
             assert output + loads + scores + state <= 128, (element_bytes, head_dim, t)
+
+
+@pytest.mark.parametrize("rows", (1, 2, 3, 4))
+def test_decode_over_lanes_fits_the_registers_of_an_apple_gpu(rows: int) -> None:
+    """As above; loads are twice there, those that are multiplied and the next."""
+    for element_bytes in (1, 2, 4):
+        for head_dim in range(1, 257):
+            t = tiling.decode_tiling(rows, rows, head_dim, head_dim, element_bytes, 16, metal.Tuning())
+            assert isinstance(t, tiling.LaneTiling)
+            assert t.k_lanes * t.k_chunks * t.chunk >= head_dim and head_dim % t.chunk == 0
+            load = t.k_chunks * max(1, t.chunk * element_bytes // 4)
+            output = rows * t.v_chunks * t.chunk
+            keys = t.key_block * t.k_chunks * t.chunk
+            assert output + 2 * t.k_steps * load + keys + 3 * rows + 16 <= 144, (element_bytes, head_dim, t)
+            assert t.k_steps * load <= 32 and keys <= 32
 
 
 def test_prefill_fits_the_registers_of_an_apple_gpu() -> None:

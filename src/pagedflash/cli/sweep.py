@@ -25,9 +25,10 @@ Run = Callable[[], object]
 CANDIDATES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "decode": {
         "load_registers": (8, 16, 32, 64),
+        "lane_rows": (1, 4),
         "decode_rows": (8, 16),
         "decode_simdgroups": (2, 4, 8),
-        "simdgroups_per_core": (8, 13, 26),
+        "simdgroups_per_core": (13, 26, 46, 104),
     },
     "prefill": {"prefill_keys": (16, 32), "prefill_simdgroups": (2, 4, 8), "prefill_registers": (40, 64, 96)},
 }

@@ -31,6 +31,7 @@ from .tiling import (
     PrefillTiling,
     choose_num_splits,
     decode_tiling,
+    least_split_keys,
     prefill_tiling,
 )
 
@@ -191,9 +192,14 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int, decod
     max_keys = max_visible_keys(problem)
     tuning = planner.target.tuning
     element_bytes = max(cache.k.element_size(), cache.v.element_size())
-    tiling = decode_tiling(rows, head_dim, v_head_dim, element_bytes, _page_size(cache), tuning)
+    tiling = decode_tiling(rows, problem.group, head_dim, v_head_dim, element_bytes, _page_size(cache), tuning)
     row_tiles = -(-rows // tiling.rows)
-    planned = choose_num_splits(sequences * row_tiles, tiling, min(rows, tiling.rows), max_keys, planner.target.simdgroups)
+    split_keys = least_split_keys(
+        min(rows, tiling.rows),
+        row_bytes=head_dim * q.element_size() + v_head_dim * torch.float32.itemsize,
+        key_bytes=head_dim * cache.k.element_size() + v_head_dim * cache.v.element_size(),
+    )
+    planned = choose_num_splits(sequences * row_tiles, tiling, split_keys, max_keys, planner.target.simdgroups)
     num_splits = min(problem.num_splits or planned, MAX_SPLITS)
     appends = append is not None and row_tiles == 1 and not decode_limit
     planner.constants["params"] = packed(
@@ -253,7 +259,6 @@ def _params(problem: AttentionProblem) -> Params:
         batch_size=problem.batch_size,
         num_tokens_q=q.shape[-3],
         num_heads=q.shape[-2],
-        capacity=problem.capacity,
         num_splits=1,
         alibi_batch_stride=0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
         rotary_by_position=int(queries_rotate_by_position(problem)),
@@ -273,7 +278,13 @@ def _write_params(problem: AttentionProblem | CacheWrite) -> Params:
 
 def _cache_params(cache: KVCache) -> dict[str, int]:
     """Unpaged keys are pages of ``PSEUDO_PAGE`` tokens that follow each other."""
-    params = {"max_pages": 0 if cache.block_table is None else cache.block_table.shape[1]}
+    max_pages = 0 if cache.block_table is None else cache.block_table.shape[1]
+    page_size = cache.k.shape[-3] if cache.k.shape[0] else 0
+    params = {
+        "max_pages": max_pages,
+        "num_pages": cache.k.shape[0],
+        "capacity": page_size if cache.block_table is None else page_size * max_pages,
+    }
     for name, tensor in (("k", cache.k), ("v", cache.v)):
         outer, token, head = strides(tensor)
         if cache.block_table is not None:

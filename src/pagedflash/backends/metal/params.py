@@ -16,7 +16,7 @@ class Params(NamedTuple):
     batch_size: int
     num_tokens_q: int  # queries of each sequence; of all together where they are packed
     num_heads: int
-    capacity: int  # keys of a sequence whose length is not given
+    capacity: int  # keys that a sequence can have; all, where they are packed
     num_new_tokens: int  # of each sequence, behind those its length counts
     appends: int  # whether decode writes them to the cache
     decode_limit: (
@@ -24,6 +24,7 @@ class Params(NamedTuple):
     )
     num_splits: int
     max_pages: int  # of a sequence: the width of block_table
+    num_pages: int  # of the cache; rows, of a dense one
     has_cu_seqlens_q: int
     has_cu_seqlens_k: int
     has_seqused_q: int

@@ -17,31 +17,58 @@ PSEUDO_PAGE = 32  # tokens of a page where keys are not paged: they are then pag
 
 DECODE_MAX_QUERIES = 8  # longer sequences of queries fill the tiles of prefill
 MIXED_DECODE_ROWS = MATRIX  # of a sequence and KV head in a mixed batch: decode costs as much with one row as with these
+LANE_DIMS = 8  # of a key in one lane: 32 lanes hold the largest head dim
+FEW_ROWS = 2  # whose output leaves registers for twice the loads
+KEY_REGISTERS = 32  # of a lane, for keys that are unpacked and multiplied together
 OUTPUT_REGISTERS = 64  # of a lane, at most, for the output accumulator of decode
 MAX_KEY_BLOCKS = 4  # matrices of keys in a tile of decode
 REDUCE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups reduce some rows at a time
 
 MIN_SIMDGROUPS = 512  # to have in flight even on small GPUs
-SPLIT_OVERHEAD_KEYS = 48  # what comes before and after the tiles of a split takes as long as so many keys
-MIN_TILES = 3  # of each simdgroup of a split
-KEYS_PER_ROW = 48  # of a split, at least: the queries it loads and the partial output it stores stay near 3 % of its keys
+SPLIT_OVERHEAD_KEYS = 128  # what comes before and after the tiles of a split takes as long as so many keys
+MIN_KEYS = 32  # of each simdgroup of a split
+SPLIT_BYTES = 0.047  # of a split's keys and values, at most, for the queries it loads and the output that combine loads
 MAX_SPLITS = 128
 
 THREADGROUP_BYTES = 32 * 1024
 
 
-class DecodeTiling(NamedTuple):
-    """Of decode. Names in capitals in decode.metal."""
+class LaneTiling(NamedTuple):
+    """Of decode with few rows. Names in capitals in decode.metal and decode_lanes.metal."""
 
-    row_blocks: int  # matrices of 8 rows (queries x query heads of a KV head) of a threadgroup
+    rows: int  # queries x query heads of a KV head of a threadgroup
+    reduce_rows: int  # that the simdgroups reduce together
+    simdgroups: int  # of a threadgroup
+    chunk: int  # elements of one load
+    k_lanes: int  # lanes side by side that hold one key
+    k_chunks: int  # loads of one key by each of them
+    k_steps: int  # steps whose loads are issued together
+    key_block: int  # of them, those multiplied together
+    k_run: int  # steps for which the page stays the same
+    v_lanes: int
+    v_chunks: int
+    v_steps: int
+    v_run: int
+    matrices: int = 0
+
+    @property
+    def tile_keys(self) -> int:
+        return LANES
+
+
+class MatrixTiling(NamedTuple):
+    """Of decode with many rows. Names in capitals in decode.metal and decode_matrix.metal."""
+
+    row_blocks: int  # matrices of 8 rows of a threadgroup
     key_blocks: int  # matrices of 8 keys of a tile
     chunk: int  # elements of one load
     load_chunks: int  # loads of a key in flight together
     k_tail: int  # of the loads behind the last whole 8 * chunk dims, 0 = none
     v_tail: int
-    reduce_rows: int  # rows that the simdgroups reduce together
-    simdgroups: int  # of a threadgroup
+    reduce_rows: int
+    simdgroups: int
     page_run: int  # keys of a tile for which the page stays the same
+    matrices: int = 1
 
     @property
     def rows(self) -> int:
@@ -52,10 +79,53 @@ class DecodeTiling(NamedTuple):
         return MATRIX * self.key_blocks
 
 
+DecodeTiling = LaneTiling | MatrixTiling
+
+
 def decode_tiling(
-    total_rows: int, head_dim: int, v_head_dim: int, element_bytes: int, page_size: int, tuning: Tuning
+    total_rows: int, group: int, head_dim: int, v_head_dim: int, element_bytes: int, page_size: int, tuning: Tuning
 ) -> DecodeTiling:
-    """For ``total_rows`` packed-GQA rows of each sequence and KV head."""
+    """For ``total_rows`` packed-GQA rows of each sequence and KV head, ``group`` of them for each query.
+
+    Single queries of few heads a KV head multiply over lanes, which costs nothing for rows that are not there. All others
+    meet the keys as matrices, 8 rows for the price of one, with one kernel for any number of queries.
+    """
+    if total_rows <= group <= tuning.lane_rows:
+        return _lane_tiling(group, head_dim, v_head_dim, element_bytes, page_size, tuning)
+    return _matrix_tiling(total_rows, head_dim, v_head_dim, element_bytes, page_size, tuning)
+
+
+def _lane_tiling(
+    rows: int, head_dim: int, v_head_dim: int, element_bytes: int, page_size: int, tuning: Tuning
+) -> LaneTiling:
+    chunk = math.gcd(head_dim, v_head_dim, min(LANE_DIMS, LOAD_BYTES // element_bytes))
+    k_lanes, v_lanes = _lanes(head_dim), _lanes(v_head_dim)
+    k_chunks, v_chunks = -(-head_dim // (k_lanes * chunk)), -(-v_head_dim // (v_lanes * chunk))
+    registers = tuning.load_registers * (2 if rows <= FEW_ROWS or head_dim > 128 else 1)
+    k_steps, v_steps = (
+        min(lanes, _power_of_two(max(1, registers // (chunks * max(1, chunk * element_bytes // 4)))))
+        for lanes, chunks in ((k_lanes, k_chunks), (v_lanes, v_chunks))
+    )
+    return LaneTiling(
+        rows=rows,
+        reduce_rows=_reduce_rows(rows, v_head_dim, tuning),
+        simdgroups=tuning.decode_simdgroups,
+        chunk=chunk,
+        k_lanes=k_lanes,
+        k_chunks=k_chunks,
+        k_steps=k_steps,
+        key_block=min(k_steps, _power_of_two(max(1, KEY_REGISTERS // (k_chunks * chunk)))),
+        k_run=math.gcd(page_size, k_lanes),
+        v_lanes=v_lanes,
+        v_chunks=v_chunks,
+        v_steps=v_steps,
+        v_run=math.gcd(page_size, v_lanes),
+    )
+
+
+def _matrix_tiling(
+    total_rows: int, head_dim: int, v_head_dim: int, element_bytes: int, page_size: int, tuning: Tuning
+) -> MatrixTiling:
     chunk = LOAD_BYTES // element_bytes
     if element_bytes == 1 and head_dim < MATRIX * chunk:
         chunk //= 2
@@ -67,24 +137,29 @@ def decode_tiling(
     chunks = -(-head_dim // (MATRIX * chunk))
     load_chunks = min(chunks, registers * 4 // LOAD_BYTES)
     key_blocks = min(MAX_KEY_BLOCKS, _power_of_two(max(1, registers * 4 // (chunks * LOAD_BYTES))))
-    return DecodeTiling(
+    return MatrixTiling(
         row_blocks=row_blocks,
         key_blocks=key_blocks,
         chunk=chunk,
         load_chunks=load_chunks,
         k_tail=k_tail,
         v_tail=v_tail,
-        reduce_rows=min(MATRIX * row_blocks, max(1, REDUCE_BYTES // (4 * v_head_dim * tuning.decode_simdgroups))),
+        reduce_rows=_reduce_rows(MATRIX * row_blocks, v_head_dim, tuning),
         simdgroups=tuning.decode_simdgroups,
         page_run=math.gcd(page_size, MATRIX * key_blocks),
     )
 
 
-def choose_num_splits(threadgroups: int, tiling: DecodeTiling, rows: int, max_keys: int, slots: int) -> int:
+def least_split_keys(rows: int, row_bytes: int, key_bytes: int) -> int:
+    """Keys of a split that are worth its ``rows``: each row costs ``row_bytes``, each key with its value ``key_bytes``."""
+    return math.ceil(rows * row_bytes / (SPLIT_BYTES * key_bytes))
+
+
+def choose_num_splits(threadgroups: int, tiling: DecodeTiling, split_keys: int, max_keys: int, slots: int) -> int:
     """The number of splits of the keys that takes the least time.
 
-    Without splits there are ``threadgroups``, each with ``rows`` rows. ``slots`` simdgroups run at once: the GPU runs
-    threadgroups in waves, and each wave takes as long as the tiles of one simdgroup.
+    Without splits there are ``threadgroups``; a split has at least ``split_keys``. ``slots`` simdgroups are planned for at
+    once: the GPU runs threadgroups in waves, and each wave takes as long as the tiles of one simdgroup.
     """
     wave = max(MIN_SIMDGROUPS, slots) // tiling.simdgroups
     if threadgroups >= wave:
@@ -95,8 +170,7 @@ def choose_num_splits(threadgroups: int, tiling: DecodeTiling, rows: int, max_ke
         keys = -(-max_keys // (round_of_tiles * splits)) * tiling.tile_keys
         return -(-threadgroups * splits // wave) * (keys + SPLIT_OVERHEAD_KEYS)
 
-    # A split loads the queries and stores a float32 output for every row: that wants enough keys to pay for it.
-    least_keys = round_of_tiles * max(MIN_TILES, -(-KEYS_PER_ROW * rows // round_of_tiles))
+    least_keys = round_of_tiles * -(-max(split_keys, MIN_KEYS * tiling.simdgroups) // round_of_tiles)
     most = max(1, min(max_keys // least_keys, MAX_SPLITS))
     return min(range(1, 1 + most), key=time)
 
@@ -133,6 +207,15 @@ def prefill_tiling(head_dim: int, v_head_dim: int, element_bytes: int, tuning: T
     while key_tile > MATRIX and key_tile * (row_bytes + (dim_split - 1) * simdgroups * LANES) > THREADGROUP_BYTES:
         key_tile //= 2
     return PrefillTiling(chunk, k_chunks, k_tail, v_matrices, dim_split, key_tile, simdgroups)
+
+
+def _reduce_rows(rows: int, v_head_dim: int, tuning: Tuning) -> int:
+    return min(rows, max(1, REDUCE_BYTES // (4 * v_head_dim * tuning.decode_simdgroups)))
+
+
+def _lanes(head_dim: int) -> int:
+    """Lanes that hold one key: a power of two."""
+    return 1 << (-(-head_dim // LANE_DIMS) - 1).bit_length()
 
 
 def _tail(head_dim: int, chunk: int) -> int:

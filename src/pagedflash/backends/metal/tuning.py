@@ -25,11 +25,12 @@ class Tuning(NamedTuple):
     """Numbers of the tiling. ``str`` names those that are not the default, as :meth:`parse` reads them."""
 
     load_registers: int = 16  # of a lane, for the loads of decode that are in flight together
+    lane_rows: int = 4  # query heads a KV head, at most, whose single queries decode multiplies over lanes, not as matrices
     decode_rows: int = (
         16  # of a threadgroup of decode, at most: 8 or 16, which reads the keys less often and takes more registers
     )
     decode_simdgroups: int = 4  # of a threadgroup of decode
-    simdgroups_per_core: int = 13  # that a core has registers for
+    simdgroups_per_core: int = 46  # to plan decode for; a core has registers for 13, and more that are shorter end together
     prefill_simdgroups: int = 4  # of a threadgroup of prefill
     prefill_registers: int = 64  # of a lane, at most, for Q and the output accumulator of prefill
     prefill_keys: int = 32  # of a tile of prefill, where threadgroup memory has room; half of it from head dim 128 on

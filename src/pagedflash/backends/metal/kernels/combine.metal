@@ -31,9 +31,9 @@ kernel void combine(
     device const float* partials = out_partial + partial * V_HEAD_DIM;
     if (params.decode_limit) {  // partial_row of a query that may be there
         const int b = row / int(params.decode_limit), query = row % int(params.decode_limit);
-        const int rows = cu_seqlens_q[b + 1] - cu_seqlens_q[b];
-        if (query >= rows || !is_decoded(rows, params)) return;
-        row = cu_seqlens_q[b] + query;
+        const Rows rows = rows_of(b, params, cu_seqlens_q);
+        if (query >= rows.count || !is_decoded(rows.count, params)) return;
+        row = rows.first + query;
     }
     const long out_row = long(row) * params.num_heads + head;
 

@@ -60,6 +60,17 @@ inline E element_of(PackedRow row, int i) {
     return of_bits<E>(word_of(row, i / of_word) >> (i % of_word * 8 * sizeof(E)));
 }
 
+template <typename E> inline float widened(uint bits) { return float(of_bits<E>(bits)); }
+template <> inline float widened<bfloat>(uint bits) { return as_type<float>(bits << 16); }
+
+// All WIDTH elements of what was loaded, as floats.
+template <typename E, int WIDTH>
+inline void unpack(PackedOf<E, WIDTH> row, thread float* x) {
+    const int of_word = 4 / sizeof(E);
+    UNROLL
+    for (int i = 0; i < WIDTH; i++) x[i] = widened<E>(word_of(row, i / of_word) >> (i % of_word * 8 * sizeof(E)));
+}
+
 // Elements of E as T.
 template <typename E>
 struct Elements {

@@ -20,11 +20,12 @@ kernel void kv_write(
     const int token = int(position.y);
     const int b = int(position.z);
 
-    const int first = seqused_k[b];
-    if (first < 0) return;
+    const int first = min(seqused_k[b], int(params.capacity));  // then adding to it does not overflow
     const int slot = first + token;
-    const int page = page_of(block_table + long(b) * params.max_pages, slot);
+    if (first < 0 || slot >= int(params.capacity)) return;
+    const int page = table_entry(block_table + long(b) * params.max_pages, slot);
     const long row = PAGED ? 0 : params.has_cache_batch_idx ? cache_batch_idx[b] : b;
+    if (row < 0 || row >= params.num_pages || !is_page(page, int(params.num_pages))) return;
 
     device K_T* k_slot = slot_at(k + row * params.k_batch_stride, page, slot, params.k_page_stride, params.k_token_stride);
     device V_T* v_slot = slot_at(v + row * params.v_batch_stride, page, slot, params.v_page_stride, params.v_token_stride);

@@ -71,7 +71,7 @@ inline void multiply_keys(thread float2* scores, thread const Pair* queries, thr
 inline int sequence_of(thread int& tile, device const int* cu_seqlens_q, constant Params& params, int lane) {
     for (int first = 0; first < int(params.batch_size); first += 32) {
         const int b = first + lane;
-        const int rows = b < int(params.batch_size) ? cu_seqlens_q[b + 1] - cu_seqlens_q[b] : 0;
+        const int rows = b < int(params.batch_size) ? rows_of(b, params, cu_seqlens_q).count : 0;
         const int tiles = is_decoded(rows, params) ? 0 : (rows * GROUP + QUERY_TILE - 1) / QUERY_TILE;
         const int end = simd_prefix_inclusive_sum(tiles);
         const int passed = simd_sum(end <= tile ? 1 : 0);
@@ -131,7 +131,7 @@ kernel void prefill(
     // ---- Padding rows of packed q, behind all sequences: the last threadgroups clear them
     if (b == int(params.batch_size)) {
         if (first_row > 0) return;
-        for (int row = cu_seqlens_q[b]; row < int(params.num_tokens_q); row++) {
+        for (int row = max(cu_seqlens_q[b], 0); row < int(params.num_tokens_q); row++) {
             for (int g = 0; g < GROUP; g++) write_empty_row(out, lse, params, row, first_head + g, thread_index);
         }
         return;
@@ -197,7 +197,9 @@ kernel void prefill(
 
     // ---- The tiles of keys
     for (int first_key = range.begin / KEY_TILE * KEY_TILE; first_key < tiles_end; first_key += KEY_TILE) {
-        const int page = page_of(pages_of_sequence, clamp(first_key + min(lane, KEY_TILE - 1), range.begin, range.end - 1));
+        const int page = page_of(
+            pages_of_sequence, clamp(first_key + min(lane, KEY_TILE - 1), range.begin, range.end - 1), int(params.num_pages)
+        );
         threadgroup_barrier(mem_flags::mem_threadgroup);
         load_tile<K_ROW, HEAD_DIM>(
             k_tile, k_pages, k_scales, false, page, first_key, range, k_page_stride, k_token_stride, thread_index

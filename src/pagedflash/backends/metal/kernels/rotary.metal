@@ -12,7 +12,7 @@ inline T rotated(
     const int pair = params.rotary_interleaved ? d / 2 : first_of_pair ? d : d - half_dim;
     const int distance = params.rotary_interleaved ? 1 : half_dim;
     const float other = float(row[first_of_pair ? d + distance : d - distance]);
-    const int angle = position * half_dim + pair;
+    const int angle = clamp(position, 0, int(params.rotary_positions) - 1) * half_dim + pair;
     const float rotated_in = other * float(rotary_sin[angle]);
     return T(float(row[d]) * float(rotary_cos[angle]) + (first_of_pair ? -rotated_in : rotated_in));
 }
@@ -20,7 +20,7 @@ inline T rotated(
 // Position that query i is rotated to: behind the keys that were there, unless all queries take the same.
 inline int rotary_position(Sequence s, constant Params& params, int query) {
     if (!params.rotary_by_position) return s.append_begin;
-    return min(s.append_begin + query, int(params.rotary_positions) - 1);
+    return s.append_begin + query;
 }
 
 // The scale of a new token and head: written for its largest magnitude, or the static one.

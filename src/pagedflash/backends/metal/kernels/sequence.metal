@@ -1,7 +1,7 @@
 // One sequence: where its queries and keys lie, and which keys a query may see.
 //
 // Lengths live on the device. The grid covers the longest sequence there may be; each threadgroup reads here what its own
-// sequence has.
+// sequence has. What nobody has checked is clamped, so that no value of a length touches memory outside of the tensors.
 
 #define UNBOUNDED ((1 << 30) - 1)  // a window this wide hides nothing; positions stay inside 32 bits
 
@@ -21,6 +21,19 @@ inline int window_width(long width) {
     return width < 0 || width > UNBOUNDED ? UNBOUNDED : int(width);
 }
 
+// The rows of a sequence in q and out: the first, and how many.
+struct Rows {
+    int first;
+    int count;
+};
+
+inline Rows rows_of(int b, constant Params& params, device const int* cu_seqlens_q) {
+    const int num_tokens = int(params.num_tokens_q);
+    if (!params.has_cu_seqlens_q) return {b * num_tokens, num_tokens};
+    const int first = clamp(cu_seqlens_q[b], 0, num_tokens);
+    return {first, clamp(cu_seqlens_q[b + 1], first, num_tokens) - first};
+}
+
 inline Sequence sequence_at(
     int b,
     constant Params& params,
@@ -33,28 +46,36 @@ inline Sequence sequence_at(
     device const int* cache_leftpad
 ) {
     Sequence s;
-    s.first_row = params.has_cu_seqlens_q ? cu_seqlens_q[b] : b * int(params.num_tokens_q);
-    s.rows = params.has_cu_seqlens_q ? cu_seqlens_q[b + 1] - s.first_row : int(params.num_tokens_q);
-    s.seqlen_q = params.has_seqused_q ? seqused_q[b] : s.rows;
-    s.leftpad = params.has_cache_leftpad ? cache_leftpad[b] : 0;
+    const Rows rows = rows_of(b, params, cu_seqlens_q);
+    s.first_row = rows.first;
+    s.rows = rows.count;
+    s.seqlen_q = params.has_seqused_q ? clamp(seqused_q[b], 0, s.rows) : s.rows;
+    s.leftpad = params.has_cache_leftpad ? max(cache_leftpad[b], 0) : 0;
     s.window_left = window_width(score_params.window_left);
     s.window_right = window_width(score_params.window_right);
 
-    int seqlen_k = int(params.capacity);
-    if (params.has_seqused_k) {
-        seqlen_k = seqused_k[b];
-    } else if (params.has_cu_seqlens_k) {
-        seqlen_k = cu_seqlens_k[b + 1] - cu_seqlens_k[b];
-    }
-    const bool skipped = seqlen_k < 0;
-    s.append_begin = skipped ? 0 : seqlen_k;
-    s.seqlen_k = skipped ? 0 : seqlen_k + int(params.num_new_tokens);
-
+    int capacity = int(params.capacity), cached = capacity;
+    s.cache_row = b;
 #if PAGED
     s.cache_row = 0;
 #else
-    s.cache_row = params.has_cu_seqlens_k ? cu_seqlens_k[b] : params.has_cache_batch_idx ? cache_batch_idx[b] : b;
+    if (params.has_cu_seqlens_k) {
+        const int first = clamp(cu_seqlens_k[b], 0, capacity);
+        s.cache_row = first;
+        capacity -= first;
+    } else if (params.has_cache_batch_idx) {
+        s.cache_row = clamp(cache_batch_idx[b], 0, int(params.num_pages) - 1);
+    }
 #endif
+    if (params.has_seqused_k) {
+        cached = seqused_k[b];
+    } else if (params.has_cu_seqlens_k) {
+        cached = max(cu_seqlens_k[b + 1], 0) - max(cu_seqlens_k[b], 0);
+    }
+    const bool skipped = cached < 0;
+    s.append_begin = skipped ? 0 : min(cached, capacity);
+    s.seqlen_k = skipped ? 0 : min(s.append_begin + int(params.num_new_tokens), capacity);
+
     return s;
 }
 
