@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 
 import metalsim
@@ -17,7 +18,16 @@ from pagedflash.backends.metal.tiling import DECODE_MAX_QUERIES
 from pagedflash.backends.protocol import Support
 from pagedflash.geometry import may_be_mixed
 from pagedflash.problem import AttentionProblem
-from pagedflash.testing import DTYPES, HEAD_DIMS, LAYOUTS, PAGE_SIZES, assert_matches_reference, random_problem
+from pagedflash.testing import (
+    DTYPES,
+    HEAD_DIMS,
+    LAYOUTS,
+    PAGE_SIZES,
+    assert_matches_reference,
+    describe,
+    random_problem,
+)
+from pagedflash.testing.conformance import BackendConformance
 
 OTHER_HEAD_DIMS = (1, 2, 5, 8, 13, 24, 40, 48, 56, 88, 104, 120, 136, 160, 176, 200, 248, 255)
 
@@ -61,6 +71,29 @@ def test_head_dims(rng: random.Random, launches, device, head_dim, queries) -> N
         rng, layout=layout, head_dims=(head_dim,), max_queries=queries, device=device, capabilities=metal.CAPABILITIES
     )
     assert_matches_reference(problem, metal.attention)
+
+
+WRONG_LENGTHS = (-(2**31), -7, 5, 2**20, 2**31 - 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wrong_values_touch_no_memory_outside(rng: random.Random, rounds, launches, device, layout: str) -> None:
+    """Lengths and table entries that nobody has checked: one wrong value at a time, and all of a tensor."""
+    if device != "cpu":
+        pytest.skip("the checks are the simulator's")
+    problem = random_problem(rng, layout=layout, dtype=torch.float32, max_queries=40)
+    wrong = list(BackendConformance().with_one_value_changed(problem))
+    for name, tensor in problem.named_fields().items():
+        if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32:
+            wrong += [problem.replace(**{name: torch.full_like(tensor, value)}) for value in WRONG_LENGTHS]
+    for some in rng.sample(wrong, min(len(wrong), rounds(12))):
+        with metalsim.simulate(check=True):
+            try:
+                metal.attention(some)
+                if some.append is not None:
+                    metal.kv_write(some.write)
+            except metalsim.KernelError as error:  # sequences at one place may race
+                assert not re.search("out-of-bounds|wild address", str(error)), f"{error}: {describe(some)}"
 
 
 def test_unused_queries_look_up_no_page(launches, device) -> None:

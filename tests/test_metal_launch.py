@@ -208,7 +208,7 @@ def test_decode_on_matrices_fits_the_registers_of_an_apple_gpu(rows: int) -> Non
 
 @pytest.mark.parametrize("rows", (1, 2, 3, 4))
 def test_decode_over_lanes_fits_the_registers_of_an_apple_gpu(rows: int) -> None:
-    """As above; loads are twice there, those that are multiplied and the next."""
+    """As above; loads are twice there, those that are multiplied and the next. Keys are unpacked where they were loaded."""
     for element_bytes in (1, 2, 4):
         for head_dim in range(1, 257):
             t = tiling.decode_tiling(rows, rows, head_dim, head_dim, element_bytes, 16, metal.Tuning())
@@ -217,8 +217,9 @@ def test_decode_over_lanes_fits_the_registers_of_an_apple_gpu(rows: int) -> None
             load = t.k_chunks * max(1, t.chunk * element_bytes // 4)
             output = rows * t.v_chunks * t.chunk
             keys = t.key_block * t.k_chunks * t.chunk
-            assert output + 2 * t.k_steps * load + keys + 3 * rows + 16 <= 144, (element_bytes, head_dim, t)
-            assert t.k_steps * load <= 32 and keys <= 32
+            assert t.k_steps * load <= 32 and keys <= 32 and output <= 32, (element_bytes, head_dim, t)
+            wide = rows > tiling.FEW_ROWS and head_dim > 128  # these keep some in memory, for loads
+            assert output + 2 * t.k_steps * load + keys + 3 * rows + 16 <= (160 if wide else 144), (element_bytes, head_dim, t)
 
 
 def test_prefill_fits_the_registers_of_an_apple_gpu() -> None:

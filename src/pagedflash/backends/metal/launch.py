@@ -25,7 +25,7 @@ from .tiling import (
     LANES,
     LOAD_BYTES,
     MAX_SPLITS,
-    MIXED_DECODE_ROWS,
+    MIXED_DECODE_QUERIES,
     PSEUDO_PAGE,
     DecodeTiling,
     PrefillTiling,
@@ -157,9 +157,8 @@ def _plan_attention(problem: AttentionProblem, target: Target, offset: int) -> P
     if has_rows and problem.queries.max_seqlen_q <= DECODE_MAX_QUERIES:
         _add_decode(planner, problem, offset)
     elif has_rows and may_be_mixed(problem):
-        decode_limit = max(1, MIXED_DECODE_ROWS // problem.group)
-        _add_decode(planner, problem, offset, decode_limit)
-        _add_prefill(planner, problem, offset, decode_limit)
+        _add_decode(planner, problem, offset, MIXED_DECODE_QUERIES)
+        _add_prefill(planner, problem, offset, MIXED_DECODE_QUERIES)
     else:
         planner.constants["params"] = packed(_params(problem))
         if append is not None:
@@ -196,7 +195,7 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int, decod
     row_tiles = -(-rows // tiling.rows)
     split_keys = least_split_keys(
         min(rows, tiling.rows),
-        row_bytes=head_dim * q.element_size() + v_head_dim * torch.float32.itemsize,
+        row_bytes=head_dim * q.element_size() + v_head_dim * torch.float32.itemsize + COMBINE_SIMDGROUPS * 8,
         key_bytes=head_dim * cache.k.element_size() + v_head_dim * cache.v.element_size(),
     )
     planned = choose_num_splits(sequences * row_tiles, tiling, split_keys, max_keys, planner.target.simdgroups)

@@ -16,7 +16,7 @@ LOAD_BYTES = 16  # the widest load of a lane
 PSEUDO_PAGE = 32  # tokens of a page where keys are not paged: they are then pages that follow each other
 
 DECODE_MAX_QUERIES = 8  # longer sequences of queries fill the tiles of prefill
-MIXED_DECODE_ROWS = MATRIX  # of a sequence and KV head in a mixed batch: decode costs as much with one row as with these
+MIXED_DECODE_QUERIES = 1  # of a sequence in a mixed batch that are decode's; more are prefill's
 LANE_DIMS = 8  # of a key in one lane: 32 lanes hold the largest head dim
 FEW_ROWS = 2  # whose output leaves registers for twice the loads
 KEY_REGISTERS = 32  # of a lane, for keys that are unpacked and multiplied together
@@ -27,7 +27,7 @@ REDUCE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups r
 MIN_SIMDGROUPS = 512  # to have in flight even on small GPUs
 SPLIT_OVERHEAD_KEYS = 128  # what comes before and after the tiles of a split takes as long as so many keys
 MIN_KEYS = 32  # of each simdgroup of a split
-SPLIT_BYTES = 0.047  # of a split's keys and values, at most, for the queries it loads and the output that combine loads
+SPLIT_BYTES = 0.049  # of a split's keys and values, at most, for the queries it loads and the output that combine loads
 MAX_SPLITS = 128
 
 THREADGROUP_BYTES = 32 * 1024

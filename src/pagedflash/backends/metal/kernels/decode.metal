@@ -75,7 +75,7 @@ kernel void decode(
         return;
     }
     const Sequence s = sequence_at(
-        b, params, score_params, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_batch_idx, cache_leftpad
+        b, params, score_params, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_batch_idx, cache_leftpad, lane
     );
     const int rows = min(ROWS, s.rows * GROUP - first_row);
     if (rows <= 0 || !is_decoded(s.rows, params)) return;

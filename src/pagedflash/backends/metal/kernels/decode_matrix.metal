@@ -119,12 +119,14 @@ inline void load_rows(
     }
 }
 
-// The scales of this lane's keys of a tile, 0 for those outside the range.
+// The scales of this lane's keys of a tile, 0 for those outside the range: loaded by the lanes of slot 0.
 inline void load_scales(thread float2* scales, thread const Scales& of_head, thread const Tile& tile, int lane) {
     UNROLL
     for (int i = 0; i < LANE_KEYS; i++) {
         const int key = tile.first_key + key_offset(i, lane);
-        scales[i / 2][i % 2] = tile.inside || contains(tile.range, key) ? *of_head.at(tile.page[i], key) : 0.0f;
+        const bool loads = matrix_row(lane) == 0 && (tile.inside || contains(tile.range, key));
+        const float scale = loads ? *of_head.at(tile.page[i], key) : 0.0f;
+        scales[i / 2][i % 2] = simd_shuffle(scale, lane_at(0, matrix_column(lane)));
     }
 }
 

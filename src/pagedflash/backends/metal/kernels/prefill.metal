@@ -137,7 +137,7 @@ kernel void prefill(
         return;
     }
     const Sequence s = sequence_at(
-        b, params, score_params, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_batch_idx, cache_leftpad
+        b, params, score_params, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_batch_idx, cache_leftpad, lane
     );
     if (first_row >= s.rows * GROUP) return;
 

@@ -43,7 +43,8 @@ inline Sequence sequence_at(
     device const int* seqused_q,
     device const int* seqused_k,
     device const int* cache_batch_idx,
-    device const int* cache_leftpad
+    device const int* cache_leftpad,
+    int lane
 ) {
     Sequence s;
     const Rows rows = rows_of(b, params, cu_seqlens_q);
@@ -68,7 +69,7 @@ inline Sequence sequence_at(
     }
 #endif
     if (params.has_seqused_k) {
-        cached = seqused_k[b];
+        cached = simd_shuffle(lane == 0 ? seqused_k[b] : 0, ushort(0));  // loaded once, not by every lane
     } else if (params.has_cu_seqlens_k) {
         cached = max(cu_seqlens_k[b + 1], 0) - max(cu_seqlens_k[b], 0);
     }
