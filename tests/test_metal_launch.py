@@ -219,7 +219,11 @@ def test_decode_over_lanes_fits_the_registers_of_an_apple_gpu(rows: int) -> None
             keys = t.key_block * t.k_chunks * t.chunk
             assert t.k_steps * load <= 32 and keys <= 32 and output <= 32, (element_bytes, head_dim, t)
             wide = rows > tiling.FEW_ROWS and head_dim > 128  # these keep some in memory, for loads
-            assert output + 2 * t.k_steps * load + keys + 3 * rows + 16 <= (160 if wide else 144), (element_bytes, head_dim, t)
+            assert output + 2 * t.k_steps * load + keys + 3 * rows + 16 <= (160 if wide else 144), (
+                element_bytes,
+                head_dim,
+                t,
+            )
 
 
 def test_prefill_fits_the_registers_of_an_apple_gpu() -> None:

@@ -139,24 +139,6 @@ def test_spills_with_the_registers_of_an_apple_gpu(simulated: None, dtype: torch
     assert all(mine <= most for mine, most in zip(found, SPILLED[dtype][head_dim])), found
 
 
-SPILLED_OVER_LANES = {
-    torch.float16: {64: (0, 0), 80: (0, 0), 128: (0, 0), 192: (0, 0), 256: (0, 0)},
-    torch.float32: {64: (0, 0), 80: (0, 0), 128: (0, 0), 192: (0, 0), 256: (0, 0)},
-}
-"""The same of decode over lanes, with 1 row and with 4."""
-
-
-@pytest.mark.parametrize("head_dim", (64, 80, 128, 192, 256))
-@pytest.mark.parametrize("dtype", SPILLED_OVER_LANES, ids=str)
-def test_spills_of_single_queries(simulated: None, dtype: torch.dtype, head_dim: int) -> None:
-    def spilled(group: int) -> int:
-        (source,) = sources_of(pagedflash_decode(paged_decode(1, 2 * group, 2, head_dim, 64, dtype)).run)["decode"]
-        return metalsim.count_registers(source)["decode"].spilled_bytes
-
-    found = spilled(1), spilled(4)
-    assert all(mine <= most for mine, most in zip(found, SPILLED_OVER_LANES[dtype][head_dim])), found
-
-
 def test_sources_are_what_every_compile_takes() -> None:
     """PyTorch passes sources on as ASCII; with PYTORCH_MPS_FAST_MATH=1 infinities and NaN of the language are undefined."""
     for path in (Path(compiler.__file__).parent / "kernels").glob("*.metal"):

@@ -32,7 +32,18 @@ NOTICE_SECONDS = 1.0
 
 SOURCES = {
     "kv_write": ("kv_format", "paging", "sequence", "rotary", "kv_write"),
-    "decode": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "decode_lanes", "decode_matrix", "decode"),
+    "decode": (
+        "kv_format",
+        "sequence",
+        "paging",
+        "rotary",
+        "softmax",
+        "score",
+        "matrix",
+        "decode_lanes",
+        "decode_matrix",
+        "decode",
+    ),
     "combine": ("sequence", "softmax", "combine"),
     "prefill": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "prefill"),
 }
