@@ -311,7 +311,7 @@ class Decode {
     const int64_t v_head = problem_.write.v_stride.head, v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
     const char* const* v = scratch_.tokens.v;
     const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
-    const int64_t lines = prefetches_ ? BLOCK_TOKENS * CHUNKS * CHUNK * sizeof(Element) / CACHE_LINE : 0;
+    const int64_t lines = prefetches_ ? BLOCK_TOKENS * CHUNK * sizeof(Element) / CACHE_LINE : 0;  // for each chunk
     for (int64_t t = 0; t < tokens; t += BLOCK_TOKENS) {
       const int64_t count = min(BLOCK_TOKENS, tokens - t);
       Prefetcher prefetcher(v + t + BLOCK_TOKENS, all_heads, v_head * sizeof(Element), v_head_dim * sizeof(Element));
@@ -322,13 +322,18 @@ class Decode {
         const Element* value[BLOCK_TOKENS];
         for (int j = 0; j < BLOCK_TOKENS; j++) value[j] = reinterpret_cast<const Element*>(v[t + j]) + offset;
         int64_t d = 0;
-        if (count == BLOCK_TOKENS) {
-          for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK) {
-            prefetcher.next(lines);
-            accumulate_chunks<ROWS, CHUNKS, BLOCK_TOKENS>(value, count, d, weights, rows, accumulators + d * rows);
+        // As many chunks at once as a row still has.
+        const auto pass = [&](auto chunks) {
+          constexpr int64_t N = decltype(chunks)::value;
+          for (; d + N * CHUNK <= whole; d += N * CHUNK) {
+            prefetcher.next(N * lines);
+            accumulate_chunks<ROWS, N, BLOCK_TOKENS>(value, count, d, weights, rows, accumulators + d * rows);
           }
-          for (; d < whole; d += CHUNK)
-            accumulate_chunks<ROWS, 1, BLOCK_TOKENS>(value, count, d, weights, rows, accumulators + d * rows);
+        };
+        if (count == BLOCK_TOKENS) {
+          pass(Int<CHUNKS>());
+          if constexpr (CHUNKS > 2) pass(Int<2>());
+          if constexpr (CHUNKS > 1) pass(Int<1>());
         }
         for (; d < v_head_dim; d += CHUNK)
           accumulate_chunks<ROWS, 1, 0>(value, count, d, weights, rows, accumulators + d * rows);
