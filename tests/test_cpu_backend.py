@@ -19,6 +19,7 @@ from pagedflash.backends import reference
 from pagedflash.backends.cpu import launch
 from pagedflash.problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
 from pagedflash.testing import DTYPES, LAYOUTS, assert_matches_reference, copy_of, random_problem
+from pagedflash.testing.compare import assert_gradients_match_reference, describe
 from pagedflash.validate_values import check_values, check_write_values
 
 # Where nobody has built the library these tests have nothing to run on; CI sets this variable, and then they must run.
@@ -206,6 +207,60 @@ def test_offsets_of_more_than_32_bits(isa: str) -> None:
     torch.testing.assert_close(out, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ("dense", "cache", "varlen"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_over_all_options(isa: str, rng: random.Random, rounds, layout: str, dtype: torch.dtype) -> None:
+    for problem in _differentiable(rng, rounds(6), dtype=dtype, layout=layout):
+        assert_gradients_match_reference(problem, backend.attention, backend.backward)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_long_sequences(isa: str, rng: random.Random, rounds, dtype: torch.dtype) -> None:
+    """Several tasks a head, blocks of rows, passes and tiles."""
+    for layout in ("dense", "varlen"):
+        sizes = dict(max_queries=500, max_keys=1000, head_dims=(64, 72), groups=(1, 3, 4))
+        for problem in _differentiable(rng, rounds(1), dtype=dtype, layout=layout, **sizes):
+            assert_gradients_match_reference(problem, backend.attention, backend.backward)
+
+
+def _differentiable(rng: random.Random, count: int, **options) -> Iterator[AttentionProblem]:
+    """Random problems, without those that there is no backward for."""
+    while count:
+        problem = random_problem(rng, **options)
+        if problem.append is None and problem.cache.k_descale is None and problem.cache.v_descale is None:
+            count -= 1
+            yield problem
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", (1, 15, 17, 31, 33, 191, 192, 193, 250))
+@pytest.mark.parametrize("head_dims", ((8, 8), (40, 24), (64, 64), (72, 40)), ids=str)
+def test_gradients_of_blocks_that_are_not_full(isa: str, head_dims: tuple[int, int], keys: int, dtype: torch.dtype) -> None:
+    """What fills up blocks and pairs counts for nothing, of queries and of keys. Behind the last key lies NaN."""
+    torch.manual_seed(0)
+    head_dim, v_head_dim = head_dims
+    k, v = (torch.full((1, keys + 3, 2, n), float("nan"), dtype=dtype) for n in head_dims)
+    k[:, :keys], v[:, :keys] = torch.randn(1, keys, 2, head_dim), torch.randn(1, keys, 2, v_head_dim)
+    used = torch.tensor([keys], dtype=torch.int32)
+    for queries, window in ((1, -1), (9, -1), (65, -1), (65, 20)):
+        problem = AttentionProblem.of(
+            Queries(torch.randn(1, queries, 6, head_dim).to(dtype), max_seqlen_q=queries),
+            KVCache(k, v, seqused_k=used, max_seqlen_k=keys),
+            None,
+            Scores(scale=head_dim**-0.5, window_left=window, window_right=0),
+        )
+        assert_gradients_match_reference(problem, backend.attention, backend.backward)
+
+
+def test_gradients_of_a_saturated_softcap(isa: str) -> None:
+    """Where tanh is flat, on either side, nothing overflows."""
+    q, k, v = torch.randn(1, 30, 2, 16) * 1e3, torch.randn(1, 40, 2, 16) * 1e3, torch.randn(1, 40, 2, 16)
+    problem = AttentionProblem.of(
+        Queries(q, max_seqlen_q=30), KVCache(k, v, max_seqlen_k=40), None, Scores(scale=1.0, softcap=2.0)
+    )
+    assert_gradients_match_reference(problem, backend.attention, backend.backward)
+
+
 def test_kv_write(isa: str, rng: random.Random, rounds) -> None:
     for _ in range(rounds(40)):
         problem = random_problem(rng, layout=rng.choice(("paged", "cache")))
@@ -330,6 +385,26 @@ assert not cache[0].any()  # the memory of all pages; all of them take memory to
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process")
+def test_the_memory_of_a_backward_pass_grows_with_the_length() -> None:
+    """Scores of 2 GiB, in a process that has 200 MiB to spare."""
+    script = """
+import resource, torch, pagedflash
+torch.set_num_threads(1)
+
+def train(length):
+    q, k, v = (torch.randn(1, length, 2, 8, requires_grad=True) for _ in range(3))
+    pagedflash.flash_attn_func(q, k, v, causal=True).sum().backward()
+    assert k.grad.any()
+
+train(16)  # everything is loaded
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20),) * 2)
+train(16384)
+"""
+    subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", script], check=True)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Threads
 # --------------------------------------------------------------------------------------------------------------------
@@ -344,6 +419,18 @@ def test_the_same_bits_whatever_the_number_of_threads(rng: random.Random, thread
             results.append(backend.attention(copy_of(problem)))
         for out, lse in results[1:]:
             assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+def test_the_same_gradients_whatever_the_number_of_threads(rng: random.Random, threads: None) -> None:
+    for layout in ("dense", "varlen"):
+        (problem,) = _differentiable(rng, 1, layout=layout, max_queries=500, max_keys=1500)
+        out, lse = backend.attention(problem)
+        results = []
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(backend.backward(problem, out, lse, torch.ones_like(out), torch.ones_like(lse)))
+        for gradients in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(gradients, results[0])), describe(problem)
 
 
 def test_python_threads_may_call_at_once(rng: random.Random) -> None:

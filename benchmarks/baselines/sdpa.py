@@ -5,6 +5,8 @@ Decode and plain causal prompts are in :mod:`pagedflash.cli.bench`, which measur
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,6 +16,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.problems import PackedProblem
 from pagedflash.cli.measure import Contender
 from pagedflash.testing import PagedProblem
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, repeat: bool = False, **options: Any) -> Tensor:
+    """SDPA of ``(B, S, H, D)``; where KV heads are shared, they are repeated, or it is told so."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if repeat:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return scaled_dot_product_attention(q, k, v, enable_gqa=not repeat, **options).transpose(1, 2)
 
 
 def gather_prefill(problem: PagedProblem, repeat: bool) -> Contender:

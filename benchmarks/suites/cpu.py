@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -116,6 +117,57 @@ def prefill(options: Options) -> Iterator[Row]:
         shape = Shape(dtype=dtype)
         measured = measure(all_prefill_contenders(*dense_prompt(tokens, shape)), options.rounds_or(9), WallClock())
         yield compared(f"{shape}, {tokens} tokens", measured, "ms")
+
+
+@suite("cpu-training")
+def training(options: Options) -> Iterator[Row]:
+    """Forward and backward pass: a causal prompt, beside SDPA; packed sequences, beside SDPA with a mask"""
+    tokens = options.size(2048, 128)
+    lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]
+    for dtype in DTYPES[:2]:
+        shape = Shape(dtype=dtype)
+        prompt = dense_prompt(tokens, shape)
+        for name, contenders in (
+            (f"{tokens} tokens", prompt_training_contenders(*prompt)),
+            (f"packed {lengths}", packed_training_contenders(*prompt, lengths)),
+        ):
+            yield compared(f"{shape}, {name}", measure(contenders, options.rounds_or(7), WallClock()), "ms")
+
+
+def prompt_training_contenders(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
+    return {
+        OURS: with_gradients(partial(flash_attn_func, causal=True), q, k, v),
+        "SDPA, enable_gqa": with_gradients(partial(sdpa.attention, is_causal=True), q, k, v),
+        "SDPA, repeated": with_gradients(partial(sdpa.attention, is_causal=True, repeat=True), q, k, v),
+    }
+
+
+def packed_training_contenders(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> dict[str, Contender]:
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    mask = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()
+    mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        longest = max(lengths)
+        return flash_attn_varlen_func(q[0], k[0], v[0], offsets, offsets, longest, longest, causal=True).unsqueeze(0)
+
+    return {
+        OURS: with_gradients(ours, q, k, v),
+        "SDPA, enable_gqa": with_gradients(partial(sdpa.attention, attn_mask=mask), q, k, v),
+        "SDPA, repeated": with_gradients(partial(sdpa.attention, attn_mask=mask, repeat=True), q, k, v),
+    }
+
+
+def with_gradients(attention: Callable[..., Tensor], *tensors: Tensor) -> Contender:
+    """A forward pass, and the gradients of a loss that weighs all elements differently."""
+    tensors = tuple(tensor.detach().requires_grad_() for tensor in tensors)
+    weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0)).to(tensors[0].dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.inference_mode(False):
+            return torch.autograd.grad(attention(*tensors), tensors, weights)
+
+    return Contender(run, lambda gradients: torch.cat([gradient.flatten() for gradient in gradients]))
 
 
 @suite("cpu-options")

@@ -44,4 +44,9 @@ struct AttentionProblem : QueryAddresses, ScoreAddresses, OutputAddresses, Query
   PAGEDFLASH_INLINE int64_t group() const { return q_heads / write.kv_heads; }  // query heads of a KV head
 };
 
+struct BackwardProblem : AttentionProblem, GradientAddresses {
+  BackwardProblem(const BackwardAddresses& at, const AttentionShape& shape)
+      : AttentionProblem(at.attention, shape), GradientAddresses(at.gradients) {}
+};
+
 }  // namespace pagedflash

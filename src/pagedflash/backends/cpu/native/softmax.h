@@ -12,11 +12,11 @@ struct SoftmaxState {
 };
 
 // One row against keys `first` to `first + count`, in place: products q.k in, 2^(score - max) out, zeros where the row does
-// not see the key, up to the next multiple of LANES behind `count`. store_probabilities(scores, i, p) stores LANES of them,
+// not see the key, up to the next multiple of LANES behind `count`. store_elements(scores, i, p) stores LANES of them,
 // from i on, over scores of this index or less. Returns alpha, which rescales earlier sums to the new maximum.
 template <class Store>
 PAGEDFLASH_INLINE float softmax_tile(float* scores, const Score& score, const ScoreRow& row, int64_t first, int64_t count,
-                                     SoftmaxState& state, const Store& store_probabilities) {
+                                     SoftmaxState& state, const Store& store_elements) {
   // Where scores are only scaled, the scaling waits for the exponent.
   const bool is_scale = count % LANES == 0 && score.is_scale(row, first, count);
   const float scale = is_scale ? score.scale() : 1.0f;
@@ -31,7 +31,7 @@ PAGEDFLASH_INLINE float softmax_tile(float* scores, const Score& score, const Sc
   Vec sum = zero();
   for (int64_t i = 0; i < count; i += LANES) {
     const Vec p = exp2(fma(load(scores + i), splat(scale), splat(-base)));
-    store_probabilities(scores, i, p);
+    store_elements(scores, i, p);
     sum = add(sum, p);
   }
   const float alpha = before == state.max ? 1.0f : exp2f(before - base);
