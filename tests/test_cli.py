@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -239,6 +240,26 @@ def test_doctor() -> None:
     assert not pagedflash.transformers.is_enabled()
 
 
+def test_doctor_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("doctor", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["healthy"] and report["versions"]["torch"] == torch.__version__
+    assert {state["name"] for state in report["backends"]} == {"cpu", "metal", "triton", "reference"}
+    monkeypatch.setattr("pagedflash.cli.doctor.availability", lambda: {"cpu": Support(False, "it was not built")})
+    broken = run("doctor", "--json")
+    assert broken.exit_code == 1 and not json.loads(broken.stdout)["healthy"]
+
+
+def test_doctor_says_which_instruction_set_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagedflash.backends.cpu import launch
+
+    if not launch.library().isas.keys() - {"generic"}:
+        pytest.skip("there is only one")
+    monkeypatch.setattr(launch.library(), "isa", launch.library().isas["generic"])
+    (state,) = (state for state in json.loads(run("doctor", "--json").stdout)["backends"] if state["name"] == "cpu")
+    assert state["remark"].startswith("runs generic; PAGEDFLASH_CPU_ISA takes ")
+
+
 def test_doctor_leaves_it_enabled() -> None:
     pagedflash.transformers.enable()
     assert run("doctor").exit_code == 0
@@ -252,8 +273,8 @@ def test_doctor_gives_reasons_and_remedies(monkeypatch: pytest.MonkeyPatch) -> N
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
         monkeypatch.setitem(sys.modules, name, None)
     result = run("doctor")
-    assert result.exit_code == 0, result.output
-    assert "it was not built, so build it" in result.stdout
+    assert result.exit_code == 1, result.output
+    assert "it was not built, so build it" in result.stdout and "the slow reference runs there" in result.stdout
     assert "no" in result.stdout and "pip install 'pagedflash[transformers]'" in result.stdout
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import openvino, sdpa, vllm_cpu, zentorch
 from benchmarks.suite import Options, Row, compared, measure, suite, that_run
 from pagedflash import flash_attn_func, flash_attn_varlen_func
+from pagedflash.cli import baselines
+from pagedflash.cli.baselines import sdpa
 from pagedflash.cli.bench import (
     CACHE_BYTES,
     CONTEXTS,
@@ -23,7 +24,6 @@ from pagedflash.cli.bench import (
     Shape,
     decode_contenders,
     dense_prompt,
-    gather_sdpa,
     pagedflash_decode,
     prefill_contenders,
     streaming,
@@ -46,17 +46,11 @@ def long_caches(shape: Shape, cache_bytes: int, context: int) -> list[int]:
 
 def all_decode_contenders(problem: PagedProblem) -> dict[str, Contender]:
     ours, *others = decode_contenders(problem).items()
-    packages = {"OpenVINO": partial(openvino.decode, problem)}
-    for size in vllm_cpu.PAGE_SIZES:
-        packages[f"vLLM, pages of {size}"] = partial(vllm_cpu.decode, problem, size)
-    return dict([ours]) | that_run(packages) | dict(others)
+    return dict([ours]) | that_run(baselines.cpu_decode(problem)) | dict(others)
 
 
 def all_prefill_contenders(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
-    packages = {"zentorch": partial(zentorch.prefill, q, k, v)}
-    for size in vllm_cpu.PAGE_SIZES:
-        packages[f"vLLM, pages of {size}"] = partial(vllm_cpu.prefill, q, k, v, size)
-    return prefill_contenders(q, k, v) | that_run(packages)
+    return prefill_contenders(q, k, v) | that_run(baselines.cpu_prefill(q, k, v))
 
 
 @suite("cpu-context")
@@ -254,7 +248,7 @@ def isas(options: Options) -> Iterator[Row]:
         shape = Shape(dtype=dtype)
         problem = paged(shape, long_caches(shape, cache_bytes, context))
         contenders = {name: with_isa(name, pagedflash_decode(problem)) for name in fast}
-        contenders |= {"gather + SDPA": gather_sdpa(problem, fold=True), STREAMING: stream}
+        contenders |= {"gather + SDPA": sdpa.gather_decode(problem, fold=True), STREAMING: stream}
         measured = measure(contenders, rounds, clock)
         speeds = {f"{name} GB/s": problem.cache_bytes / measured.median(name) / 1e9 for name in contenders}
         speeds[f"{STREAMING} GB/s"] = stream_bytes / measured.median(STREAMING) / 1e9

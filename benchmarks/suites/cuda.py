@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks.baselines import flash_attention, flashinfer, sdpa, vllm
 from benchmarks.clocks import GraphClock, HostClock
-from benchmarks.problems import PackedProblem, on_pages, prompts
 from benchmarks.suite import Figures, Options, Row, compared, measure, suite, that_run
 from pagedflash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from pagedflash.cli import baselines
+from pagedflash.cli.baselines import flashinfer, sdpa
+from pagedflash.cli.baselines.packed import PackedProblem, on_pages, prompts
 from pagedflash.cli.bench import OURS, Shape, pagedflash_decode
 from pagedflash.cli.measure import Contender
 from pagedflash.testing import PagedProblem, paged_problem
@@ -92,30 +93,13 @@ def paged(case: Shape, lengths: list[int], num_queries: int = 1) -> PagedProblem
 
 
 def decode_peers(problem: PagedProblem) -> dict[str, Contender]:
-    peers: dict[str, Callable[[], Contender]] = {
-        f"FlashInfer, {variant}": partial(flashinfer.decode, problem, variant) for variant in flashinfer.DECODE_VARIANTS
-    }
-    peers["FA2"] = partial(flash_attention.fa2_decode, problem)
-    peers["FA3 on contiguous keys"] = partial(flash_attention.fa3_decode, problem)
-    peers["FA4"] = partial(flash_attention.fa4_decode, problem)
-    peers |= vllm_kernels(PackedProblem.of(problem))
-    return that_run(peers)
-
-
-def vllm_kernels(problem: PackedProblem) -> dict[str, Callable[[], Contender]]:
-    return {f"vLLM, {variant}": partial(vllm.attention, problem, variant) for variant in vllm.VARIANTS}
+    return that_run(baselines.cuda_decode(problem))
 
 
 def prefill_peers(problem: PackedProblem) -> dict[str, Contender]:
-    peers: dict[str, Callable[[], Contender]] = {
-        f"FlashInfer, {variant}": partial(flashinfer.prefill, problem, variant) for variant in flashinfer.PREFILL_VARIANTS
-    }
-    peers["FA2"] = partial(flash_attention.fa2_prefill, problem)
-    peers["FA4"] = partial(flash_attention.fa4_prefill, problem)
-    peers |= vllm_kernels(problem) if problem.block_table is not None else {}
-    where = "" if problem.block_table is None else " on contiguous keys"
-    peers[f"FA3{where}"] = partial(flash_attention.fa3_prefill, problem)
-    if len(problem.lengths_q) < 10:  # it takes them one by one
+    peers = baselines.cuda_prefill(problem)
+    if len(problem.lengths_q) < 10:  # SDPA takes them one by one
+        where = "" if problem.block_table is None else " on contiguous keys"
         peers[f"SDPA flash{where}"] = partial(sdpa.one_kernel, problem, SDPBackend.FLASH_ATTENTION)
         if problem.lengths_q == problem.lengths_k:
             peers[f"cuDNN{where}"] = partial(sdpa.one_kernel, problem, SDPBackend.CUDNN_ATTENTION)

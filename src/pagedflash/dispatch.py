@@ -144,6 +144,12 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 
     Raises:
         ValueError: there is no such backend.
+
+    Examples:
+        >>> from pagedflash import flash_attn_func
+        >>> q, k, v = torch.randn(3, 1, 5, 8, 64)
+        >>> with use_backend("reference"):
+        ...     out = flash_attn_func(q, k, v)
     """
     if name not in BACKEND_MODULES:
         raise ValueError(f"pagedflash: backend is {name!r}, expected one of {', '.join(BACKEND_MODULES)}")
@@ -154,9 +160,13 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 def count_calls() -> Iterator[Counter[CallKind]]:
     """Count the attention calls and cache writes made inside, in all threads, by layout, backend and device.
 
-    >>> with count_calls() as calls:
-    ...     model.generate(...)
-    >>> calls[CallKind("paged", "cpu", "cpu")]
+    Examples:
+        >>> from pagedflash import flash_attn_func
+        >>> q, k, v = torch.randn(3, 1, 5, 8, 64)
+        >>> with use_backend("reference"), count_calls() as calls:
+        ...     out = flash_attn_func(q, k, v)
+        >>> calls[CallKind("dense", "reference", "cpu")]
+        1
     """
     counter: Counter[CallKind] = Counter()
     _counters.append(counter)
@@ -167,7 +177,12 @@ def count_calls() -> Iterator[Counter[CallKind]]:
 
 
 def availability() -> dict[str, Support]:
-    """Backend -> (available here, the reason if not)."""
+    """Backend -> (available here, the reason if not).
+
+    Examples:
+        >>> availability()["reference"]
+        Support(ok=True, reason='')
+    """
     return {name: _load(name)[1] for name in BACKEND_MODULES}
 
 

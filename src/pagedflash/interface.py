@@ -85,6 +85,15 @@ def flash_attn_func(
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: of a wrong shape or value. Both name it.
 
+    Examples:
+        >>> q, k, v = torch.randn(2, 5, 8, 64), torch.randn(2, 9, 2, 64), torch.randn(2, 9, 2, 64)
+        >>> out, lse = flash_attn_func(q, k, v, causal=True, return_softmax_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([2, 5, 8, 64]), torch.Size([2, 8, 5]))
+        >>> flash_attn_func(q, k.half(), v)
+        Traceback (most recent call last):
+        pagedflash.errors.InvalidType: pagedflash: k is torch.float16, expected torch.float32, as q
+
     Source: Dao, "FlashAttention-2" (2023); flash-attn's ``flash_attn_func``.
     """
     arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk)
@@ -149,13 +158,32 @@ def flash_attn_varlen_func(
             sequence ``b`` behind its keys, which ``seqused_k`` or ``cu_seqlens_k`` then count before the append.
         v_new: ``(total_q, Hkv, Dv)``.
         q_descale: FlashAttention-3's scale of a quantized q; must be None.
-        k_descale: scales of quantized pages, see :func:`flash_attn_with_kvcache`.
+        k_descale: scales of quantized pages, see ``flash_attn_with_kvcache``.
         v_descale: as k_descale.
 
-    The other arguments, errors and source: see :func:`flash_attn_func`.
+    The other arguments, errors and source: see ``flash_attn_func``.
 
     Returns:
         ``out (total_q, Hq, Dv)`` in q's dtype, or a tuple with ``lse (Hq, total_q)`` float32.
+
+    Examples:
+        Three sequences of 3, 0 and 4 tokens, packed:
+
+        >>> q, k, v = torch.randn(7, 8, 64), torch.randn(7, 2, 64), torch.randn(7, 2, 64)
+        >>> cu_seqlens = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+        >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 4, 4, causal=True).shape
+        torch.Size([7, 8, 64])
+
+        A chunk of two new tokens on five cached ones, over pages, appended by the same call:
+
+        >>> k_pages, v_pages = torch.zeros(2, 10, 4, 2, 64)
+        >>> table, cached = torch.tensor([[7, 2]], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
+        >>> out = flash_attn_varlen_func(
+        ...     q[:2], k_pages, v_pages, torch.tensor([0, 2], dtype=torch.int32), None, 2, 7,
+        ...     causal=True, block_table=table, seqused_k=cached, k_new=k[:2], v_new=v[:2],
+        ... )
+        >>> k_pages[2, 1].equal(k[0])  # token 5 is the second of the second page
+        True
     """
     arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk, q_descale)
     append = None
@@ -237,7 +265,7 @@ def flash_attn_with_kvcache(
             largest magnitude divided by the format's largest value.
         v_descale: the same for ``v_cache``.
 
-    The other arguments: see :func:`flash_attn_func`.
+    The other arguments: see ``flash_attn_func``.
 
     Returns:
         ``out (B, Sq, Hq, Dv)`` in q's dtype, or with ``return_softmax_lse`` also ``lse (B, Hq, Sq)`` float32.
@@ -245,6 +273,15 @@ def flash_attn_with_kvcache(
     Raises:
         TypeError, ValueError: naming the argument; the caches are untouched then. Lengths and table entries are checked
             on a CPU always, on other devices under ``PAGEDFLASH_CHECK=1`` (it makes the host wait).
+
+    Examples:
+        >>> k_pages, v_pages = torch.zeros(2, 64, 16, 8, 128)  # 64 pages of 16 tokens, 8 KV heads of 128
+        >>> table = torch.tensor([[3, 9], [5, 0]], dtype=torch.int32)  # two sequences, two pages each
+        >>> lengths = torch.tensor([17, 4], dtype=torch.int32)
+        >>> q, k, v = torch.randn(2, 1, 32, 128), torch.randn(2, 1, 8, 128), torch.randn(2, 1, 8, 128)
+        >>> out = flash_attn_with_kvcache(q, k_pages, v_pages, k, v, cache_seqlens=lengths, block_table=table, causal=True)
+        >>> out.shape, k_pages[9, 1].equal(k[0, 0])  # token 17 is the second of page 9
+        (torch.Size([2, 1, 32, 128]), True)
 
     Source: flash-attn's ``flash_attn_with_kvcache``; Kwon et al., "PagedAttention" (2023); Su et al., "RoFormer" (2021).
     """
@@ -275,20 +312,30 @@ def kv_paged_write(
         k: ``(B, S_new, Hkv, D)``, or with ``slot_mapping`` packed ``(total, Hkv, D)``.
         v: as k, with ``Dv``.
         k_cache: pages ``(num_pages, page_size, Hkv, D)``, any strides with a contiguous last axis, in one of the formats
-            of :func:`flash_attn_with_kvcache`.
+            of ``flash_attn_with_kvcache``.
         v_cache: pages ``(num_pages, page_size, Hkv, Dv)``.
         block_table: ``(B, max_pages)`` int32 or int64.
         seq_lens: int or ``(B,)`` int32 or int64: tokens each sequence has *before* the write; -1 writes nothing. Token
             ``i`` goes to page ``block_table[b, t // page_size]``, slot ``t % page_size``, with ``t = seq_lens[b] + i``.
         slot_mapping: ``(total,)`` int32 or int64, in place of a table and lengths: where each token goes, as
             ``page * page_size + offset``; -1 writes nothing (vLLM's ``reshape_and_cache_flash``).
-        k_descale: scales of a quantized cache, see :func:`flash_attn_with_kvcache`; ``B`` counts tokens here if there is a
+        k_descale: scales of a quantized cache, see ``flash_attn_with_kvcache``; ``B`` counts tokens here if there is a
             ``slot_mapping``.
         v_descale: as k_descale.
 
     Raises:
         TypeError, ValueError: naming the argument; the caches are untouched then. Lengths and table entries are checked
             on a CPU always, on other devices under ``PAGEDFLASH_CHECK=1``.
+
+    Examples:
+        >>> k_pages, v_pages = torch.zeros(2, 10, 4, 2, 64)
+        >>> k, v = torch.randn(1, 3, 2, 64), torch.randn(1, 3, 2, 64)
+        >>> kv_paged_write(k, v, k_pages, v_pages, torch.tensor([[7, 2]], dtype=torch.int32), seq_lens=3)
+        >>> k_pages[7, 3].equal(k[0, 0]), k_pages[2, :2].equal(k[0, 1:])
+        (True, True)
+        >>> kv_paged_write(k[0], v[0], k_pages, v_pages, slot_mapping=torch.tensor([0, -1, 5]))
+        >>> k_pages[0, 0].equal(k[0, 0]), k_pages[1, 1].equal(k[0, 2])
+        (True, True)
     """
     ops.write_cache(*arguments.write(k, v, k_cache, v_cache, block_table, seq_lens, slot_mapping, k_descale, v_descale))
 
@@ -309,6 +356,14 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Examples:
+        >>> q, k, v = torch.randn(1, 1, 4, 64), torch.randn(1, 100, 2, 64), torch.randn(1, 100, 2, 64)
+        >>> first = flash_attn_func(q, k[:, :60], v[:, :60], return_softmax_lse=True)
+        >>> second = flash_attn_func(q, k[:, 60:], v[:, 60:], return_softmax_lse=True)
+        >>> out, lse = merge_attention_states(*first, *second)
+        >>> torch.allclose(out, flash_attn_func(q, k, v), atol=1e-5)
+        True
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); FlashInfer's ``merge_state``.
     """

@@ -1,8 +1,9 @@
-"""Hugging Face transformers on pagedflash, for ``generate()`` and for continuous batching (``generate_batch()``).
+"""Hugging Face transformers on pagedflash, for ``generate()`` and for continuous batching (``generate_batch()``)::
 
->>> import pagedflash.transformers
->>> pagedflash.transformers.enable()
->>> model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="pagedflash")
+    import pagedflash.transformers
+
+    pagedflash.transformers.enable()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="pagedflash")
 
 On the way to an attention kernel transformers (5.17 to 5.24 read) asks four questions. :func:`enable` answers them for the
 name "pagedflash", leaves every other name to transformers, and needs no ``kernels`` library:
@@ -47,7 +48,7 @@ def enable(decode_fast_path_for: Iterable[str] = (), kv_cache_dtype: str | None 
             any device: Hub names, such as ``"kernels-community/metal-flash-sdpa"`` loaded from what ``pagedflash hub``
             writes. One without ``flash_attn_with_kvcache`` still gets no fast path. Names of several calls add up.
         kv_cache_dtype: the format that ``generate_batch()`` keeps keys and values in: ``"float16"`` or ``"bfloat16"`` (for
-            models in float32) or ``"fp8_e4m3"``. None: the model's dtype. Once enabled it stays, until :func:`disable`.
+            models in float32) or ``"fp8_e4m3"``. None: the model's dtype. Once enabled it stays, until ``disable``.
 
     Warns:
         RuntimeWarning: this transformers decides elsewhere whether to decode through block tables. Generation works, but
@@ -56,6 +57,14 @@ def enable(decode_fast_path_for: Iterable[str] = (), kv_cache_dtype: str | None 
     Raises:
         ImportError: transformers is not installed.
         RuntimeError: this transformers has no place left where an attention implementation can be added.
+
+    Examples:
+        >>> enable()
+        >>> is_enabled()
+        True
+        >>> disable()
+        >>> is_enabled()
+        False
     """
     if isinstance(decode_fast_path_for, str):
         raise TypeError("pagedflash: decode_fast_path_for is of type str, expected several names, as a list or tuple")
@@ -97,12 +106,12 @@ def _keep_in_format(name: str) -> None:
 
 
 def disable() -> None:
-    """Put everything in transformers back as it was before :func:`enable`."""
+    """Put everything in transformers back as it was before ``enable``."""
     hooks.undo_all()
 
 
 def is_enabled() -> bool:
-    """Whether :func:`enable` is in force."""
+    """Whether ``enable`` is in force."""
     return hooks.any_made()
 
 
