@@ -512,7 +512,9 @@ def _launch_twice(run: object, monkeypatch: pytest.MonkeyPatch) -> _Kernel:
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
     monkeypatch.setattr(compiled.triton.runtime, "driver", driver)
     kernel = _Kernel(run)
-    twice = compiled.CompiledLaunch(kernel, (5, 1, 1), _STRIDES, params.WriteTile(16), torch.device("cuda", 0), aligned=True)
+    twice = compiled.CompiledLaunch(
+        kernel, (5, 1, 1), _STRIDES, params.WriteTile(16, 32), torch.device("cuda", 0), aligned=True
+    )
     for _ in range(2):
         twice(_TENSORS, _ADDRESSES)
     return kernel
@@ -539,7 +541,7 @@ class _Launcher37(_Launcher36):
 def test_the_second_launch_reuses_what_the_first_compiled(launcher: type, monkeypatch: pytest.MonkeyPatch) -> None:
     run = launcher()
     kernel = _launch_twice(run, monkeypatch)
-    assert run.seen == [(5, 1, 1, 7, 11, (4, 1, 0), None, None, None, _ADDRESSES, _STRIDES, (16,))]
+    assert run.seen == [(5, 1, 1, 7, 11, (4, 1, 0), None, None, None, _ADDRESSES, _STRIDES, (16, 32))]
     [(tensors, strides, tile)] = kernel.ordinary
     assert tensors == params.WriteTensors(*_TENSORS)
     assert (strides.batch, strides.head, strides.ALIGN.value, tile.BLOCK_NEW.value) == (64, None, 8, 16)

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from pagedflash.backends.triton import backward, compiled, launch
+from pagedflash.backends.triton import backward, compiled, gradients, launch
 from pagedflash.problem import QUANTIZED, AttentionProblem
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -90,7 +90,7 @@ def packed(problem: AttentionProblem) -> AttentionProblem:
 
 if __name__ == "__main__":
     assert not compiled.INTERPRETED
-    launch.num_sms = lambda device: 132
+    launch.num_sms = gradients.num_sms = lambda device: 132
     launch.has_pdl = lambda device: True
     launch.semaphores = lambda device, count: torch.zeros(count, dtype=torch.int32)
     compiled.CompiledLaunch.__call__ = compile_launch

@@ -44,9 +44,6 @@ MIXED_DECODE_ROWS = 16
 """The same of each sequence of a mixed batch, unless one query has more: what the matrix units take at least, so that decode
 is as fast as in a call of its own."""
 
-MANY_ROWS = 32
-"""Rows from which on ``decode`` masks only the KV tiles at the edges: masks cost it more than their own loops do."""
-
 MAX_FUSED_TOKENS = 64
 """New tokens of a sequence up to which ``decode`` appends them itself."""
 
@@ -212,7 +209,6 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
         BLOCK_N=tiling.block_n,
         BLOCK_NEW=max(16, power_of_two(fused_tokens)) if fused_tokens else 0,
         BLOCK_B=lengths_together(batch_size),
-        MASKS_ALL=rows < MANY_ROWS,
         SPLIT_KV=split_kv,
         REDUCE_ROWS=reduce_rows,
         REDUCE_SPLITS=max(1, min(splits, values // (reduce_rows * block_dv))),

@@ -24,18 +24,8 @@ from .params import DecodeTile, ProblemParams, Tensors
 from .queries import load_queries
 from .schedule import count_active_ctas, cta_of, first_tile_of, kv_tiles, locate_sequence, sequence_of, sequence_work
 from .score import RowScores, row_scores
-from .sequence import clamp, load_rows
+from .sequence import load_rows
 from .softmax import SoftmaxState, attend_tile
-
-
-@triton.jit
-def attend_tiles(problem, tile, state, q_tile, kv, rows, first_tile, end_tile, MASKED: tl.constexpr):
-    pages = load_pages(problem, kv, first_tile, tile.BLOCK_N)
-    for kv_tile in range(first_tile, end_tile):
-        loaded = load_kv(problem, kv, pages, kv_tile, tile.BLOCK_N, MASKED)
-        pages = load_pages(problem, kv, kv_tile + 1, tile.BLOCK_N)
-        state = attend_tile(problem, state, q_tile, loaded, rows, MASKED, False)
-    return state
 
 
 @triton.jit
@@ -96,37 +86,16 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
         q_tile = load_queries(tensors, problem, b, first_row, i, head, used)
 
         # The keys.
-        if tile.MASKS_ALL:
-            state = SoftmaxState(
-                tl.zeros([tile.BLOCK_M, problem.cache.BLOCK_DV], tl.float32),
-                tl.full([tile.BLOCK_M], float("-inf"), tl.float32),
-                tl.zeros([tile.BLOCK_M, tile.BLOCK_N], tl.float32),
-            )
-            for kv_tile in range(first_tile, first_tile + count):
-                loaded = load_kv(problem, kv, pages, kv_tile, tile.BLOCK_N, True)
-                pages = load_pages(problem, kv, kv_tile + 1, tile.BLOCK_N)
-                state = attend_tile(problem, state, q_tile, loaded, cached_rows, True, True)
-            total = SoftmaxState(state.acc, state.row_max, tl.sum(state.row_sum, 1))
-        else:
-            total = SoftmaxState(
-                tl.zeros([tile.BLOCK_M, problem.cache.BLOCK_DV], tl.float32),
-                tl.full([tile.BLOCK_M], float("-inf"), tl.float32),
-                tl.zeros([tile.BLOCK_M], tl.float32),
-            )
-            end_tile = first_tile + count
-            # All rows see the slots [all_begin, all_end).
-            all_begin = work.begin
-            all_end = work.end
-            if problem.score.window_left is not None:
-                all_begin = tl.maximum(all_begin, work.seqlen_k - 1 - problem.score.window_left)
-            if problem.score.window_right is not None:
-                all_end = tl.minimum(all_end, work.seqlen_k - work.seqlen_q + problem.score.window_right + 1)
-            left_end = clamp(tl.cdiv(all_begin, tile.BLOCK_N), first_tile, end_tile)
-            middle_end = clamp(tl.maximum(all_end, 0) // tile.BLOCK_N, left_end, end_tile)
-            total = attend_tiles(problem, tile, total, q_tile, kv, cached_rows, first_tile, left_end, True)
-            total = attend_tiles(problem, tile, total, q_tile, kv, cached_rows, left_end, middle_end, False)
-            total = attend_tiles(problem, tile, total, q_tile, kv, cached_rows, middle_end, end_tile, True)
-            total = SoftmaxState(total.acc, total.row_max, tl.where(used, total.row_sum, 0.0))
+        state = SoftmaxState(
+            tl.zeros([tile.BLOCK_M, problem.cache.BLOCK_DV], tl.float32),
+            tl.full([tile.BLOCK_M], float("-inf"), tl.float32),
+            tl.zeros([tile.BLOCK_M, tile.BLOCK_N], tl.float32),
+        )
+        for kv_tile in range(first_tile, first_tile + count):
+            loaded = load_kv(problem, kv, pages, kv_tile, tile.BLOCK_N, True)
+            pages = load_pages(problem, kv, kv_tile + 1, tile.BLOCK_N)
+            state = attend_tile(problem, state, q_tile, loaded, cached_rows, True, True)
+        total = SoftmaxState(state.acc, state.row_max, tl.sum(state.row_sum, 1))
 
         # The new tokens, with the last tile.
         if tile.BLOCK_NEW > 0:

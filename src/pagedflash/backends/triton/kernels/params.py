@@ -183,7 +183,6 @@ class DecodeTile(NamedTuple):
     BLOCK_N: int  # keys of a KV tile
     BLOCK_NEW: int  # new tokens, which ``decode`` appends itself; 0: they are in the cache, or there are none
     BLOCK_B: int  # lengths looked at together
-    MASKS_ALL: bool  # all KV tiles are masked, not only those at the edges of what is seen
     SPLIT_KV: bool  # work tiles may be split over CTAs
     REDUCE_ROWS: int  # rows and splits that are reduced together
     REDUCE_SPLITS: int
