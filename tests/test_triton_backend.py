@@ -32,7 +32,7 @@ from pagedflash.backends import reference
 from pagedflash.backends import triton as backend
 from pagedflash.backends.triton import compiled, kernels, launch, semaphores, tiling
 from pagedflash.backends.triton.kernels import params
-from pagedflash.problem import WRITE, Append, AttentionProblem, CacheWrite
+from pagedflash.problem import WRITE, AttentionProblem, CacheWrite
 from pagedflash.testing import LAYOUTS, assert_matches_reference, describe, random_problem
 from pagedflash.testing.conformance import BackendConformance
 
@@ -417,10 +417,8 @@ def test_results_are_the_same_every_time(device: str) -> None:
 def test_kv_write(device: str, new_tokens: int, rotary: bool) -> None:
     problem = _decode_problem(device, [40, 15, 0, -1], append=True, width=6)
     assert problem.append is not None
-    k_new, v_new, cos, sin, interleaved = problem.append
-    append = Append(
-        k_new.expand(-1, new_tokens, -1, -1), v_new.expand(-1, new_tokens, -1, -1), cos, sin, interleaved
-    )  # fmt: skip
+    k_new, v_new = (new.expand(-1, new_tokens, -1, -1) for new in problem.append[:2])
+    append = problem.append._replace(k_new=k_new, v_new=v_new)
     if not rotary:
         append = append._replace(rotary_cos=None, rotary_sin=None)
     write = CacheWrite.of(problem.cache, append)
@@ -431,9 +429,34 @@ def test_kv_write(device: str, new_tokens: int, rotary: bool) -> None:
         torch.testing.assert_close(got, want, equal_nan=True)
 
 
+@pytest.mark.parametrize("cache", ("k_cache", "v_cache"))
+def test_a_format_that_an_older_gpu_lacks_is_rejected(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "compute_capability", lambda device: (8, 6))
+    monkeypatch.setattr(plan_cache, "_entries", {})
+    pages = dict.fromkeys(("k_cache", "v_cache"), torch.zeros(4, 16, 1, 32))
+    table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    new = torch.ones(1, 1, 1, 32)
+    scale = {f"{cache[0]}_descale": torch.ones(())}
+
+    def in_format(dtype: torch.dtype) -> dict[str, Any]:
+        return pages | {cache: torch.zeros(4, 16, 1, 32).to(dtype)} | scale
+
+    expected = rf"{cache} is of dtype torch.float8_e4m3fn on a GPU of compute capability 8.6, expected torch.int8"
+    with pagedflash.use_backend("triton"):
+        e4m3 = in_format(torch.float8_e4m3fn)
+        with pytest.raises(TypeError, match=expected):
+            pagedflash.flash_attn_with_kvcache(new, **e4m3, k=new, v=new, cache_seqlens=lengths, block_table=table)
+        with pytest.raises(TypeError, match=expected):
+            pagedflash.kv_paged_write(new, new, **e4m3, block_table=table, seq_lens=lengths)
+        assert not any(pages.float().any() for pages in (e4m3["k_cache"], e4m3["v_cache"]))
+        for dtype in (torch.int8, torch.float8_e5m2):
+            pagedflash.kv_paged_write(new, new, **in_format(dtype), block_table=table, seq_lens=lengths)
+
+
 def test_records_have_the_tensors_of_a_problem_in_its_order() -> None:
     """The launcher hands them on by position."""
-    for record, problem in ((params.Tensors, AttentionProblem), (params.WriteTensors, CacheWrite)):
+    of_problems = params.Tensors, params.BackwardTensors
+    for record, problem in (*((record, AttentionProblem) for record in of_problems), (params.WriteTensors, CacheWrite)):
         names = tuple(field.name for field in problem.TENSOR_FIELDS)
         assert record._fields[: len(names)] == names
     assert AttentionProblem.TENSOR_FIELDS[WRITE] == CacheWrite.TENSOR_FIELDS
@@ -456,7 +479,8 @@ def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert set(run.stdout.split()) == {"decode", "combine", "kv_write", "prefill"}
+    kernels = {"decode", "combine", "kv_write", "prefill", "row_gradients", "keys_backward", "queries_backward"}
+    assert set(run.stdout.split()) == kernels
 
 
 class _Kernel:
@@ -488,7 +512,9 @@ def _launch_twice(run: object, monkeypatch: pytest.MonkeyPatch) -> _Kernel:
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
     monkeypatch.setattr(compiled.triton.runtime, "driver", driver)
     kernel = _Kernel(run)
-    twice = compiled.CompiledLaunch(kernel, (5, 1, 1), _STRIDES, params.WriteTile(16), torch.device("cuda", 0), aligned=True)
+    twice = compiled.CompiledLaunch(
+        kernel, (5, 1, 1), _STRIDES, params.WriteTile(16, 32), torch.device("cuda", 0), aligned=True
+    )
     for _ in range(2):
         twice(_TENSORS, _ADDRESSES)
     return kernel
@@ -515,7 +541,7 @@ class _Launcher37(_Launcher36):
 def test_the_second_launch_reuses_what_the_first_compiled(launcher: type, monkeypatch: pytest.MonkeyPatch) -> None:
     run = launcher()
     kernel = _launch_twice(run, monkeypatch)
-    assert run.seen == [(5, 1, 1, 7, 11, (4, 1, 0), None, None, None, _ADDRESSES, _STRIDES, (16,))]
+    assert run.seen == [(5, 1, 1, 7, 11, (4, 1, 0), None, None, None, _ADDRESSES, _STRIDES, (16, 32))]
     [(tensors, strides, tile)] = kernel.ordinary
     assert tensors == params.WriteTensors(*_TENSORS)
     assert (strides.batch, strides.head, strides.ALIGN.value, tile.BLOCK_NEW.value) == (64, None, 8, 16)

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from pagedflash.backends.triton import compiled, launch
+from pagedflash.backends.triton import backward, compiled, gradients, launch
 from pagedflash.problem import QUANTIZED, AttentionProblem
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -74,9 +74,23 @@ def mixed(problem: AttentionProblem, total_q: int) -> AttentionProblem:
     )
 
 
+def trained(problem: AttentionProblem) -> AttentionProblem:
+    """The same over dense keys, without an append: one with gradients."""
+    batch_size, cache = problem.batch_size, problem.cache
+    k, v = (keys.new_zeros(batch_size, 100, *keys.shape[-2:]) for keys in cache[:2])
+    append = dict.fromkeys(("k_new", "v_new", "rotary_cos", "rotary_sin"))
+    return problem.replace(k=k, v=v, block_table=None, cache_leftpad=None, **append)
+
+
+def packed(problem: AttentionProblem) -> AttentionProblem:
+    """The same over packed keys."""
+    k, v = (keys[0] for keys in problem.cache[:2])
+    return problem.replace(k=k, v=v, block_table=None)
+
+
 if __name__ == "__main__":
     assert not compiled.INTERPRETED
-    launch.num_sms = lambda device: 132
+    launch.num_sms = gradients.num_sms = lambda device: 132
     launch.has_pdl = lambda device: True
     launch.semaphores = lambda device, count: torch.zeros(count, dtype=torch.int32)
     compiled.CompiledLaunch.__call__ = compile_launch
@@ -93,3 +107,6 @@ if __name__ == "__main__":
         *with_formats,
     ):
         launch.attention(problem)
+    for problem in (trained(everything(70, torch.bfloat16)), trained(everything(70, torch.float32)), packed(all_ones(70))):
+        results = torch.zeros(problem.out_shape, dtype=problem.queries.q.dtype), torch.zeros(problem.lse_shape)
+        backward(problem, *results, *results)

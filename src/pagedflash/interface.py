@@ -186,20 +186,11 @@ def flash_attn_varlen_func(
         True
     """
     arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk, q_descale)
-    append = None
-    if k_new is not None or v_new is not None:
-        table = block_table if page_table is None else page_table
-        append, seqused_k = arguments.packed_append(
-            k_new, v_new, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, table, k_descale, v_descale
-        )
     problem, names = arguments.packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        block_table, page_table, seqused_q, seqused_k, k_descale, v_descale, num_splits,
+        block_table, page_table, seqused_q, seqused_k, k_new, v_new, k_descale, v_descale, num_splits,
         softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
     )  # fmt: skip
-    if append is not None:
-        ops.check(problem, names, out)  # before anything is written
-        ops.write_cache(append, names)
     return _run(problem, names, out, return_attn_probs, return_softmax_lse)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..geometry import queries_rotate_by_position
 from ..problem import QUANTIZED, AttentionProblem, CacheWrite, is_per_token
-from ..validate_values import key_lengths
+from ..validate_values import key_lengths, new_lengths
 from .protocol import Capabilities, Support
 
 NAME = "reference"
@@ -48,7 +48,7 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
 def attend(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """:func:`attention` for a problem whose new tokens are in the cache already."""
     q, cache = problem.queries.q, problem.cache
-    lengths = [n + problem.num_new_tokens if n >= 0 else n for n in key_lengths(problem)]
+    lengths = [n + new if n >= 0 else n for n, new in zip(key_lengths(problem), new_lengths(problem))]
     out = q.new_zeros(problem.out_shape) if out is None else out.zero_()
     lse = torch.full(problem.lse_shape, float("inf"), dtype=working_dtype(q), device=q.device)
     for b, length in enumerate(lengths):
@@ -70,13 +70,22 @@ def attend(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor
 
 def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
-    cache, (k_new, v_new, cos, sin, interleaved) = write.cache, write.append
+    cache, (k_new, v_new, cos, sin, offsets, slots, interleaved) = write.cache, write.append
+    if slots is not None:
+        for token, at in enumerate(slots.tolist()):
+            if at >= 0:
+                page, offset = (torch.tensor([index], device=slots.device) for index in divmod(at, write.page_size))
+                slot = page, offset
+                _store(cache.k, cache.k_descale, slot, token, k_new[token : token + 1])
+                _store(cache.v, cache.v_descale, slot, token, v_new[token : token + 1])
+        return
     assert cache.seqused_k is not None
-    for b, start in enumerate(cache.seqused_k.tolist()):
-        if start < 0 or write.num_new_tokens == 0:
+    starts = None if offsets is None else offsets.tolist()
+    for b, (start, new_tokens) in enumerate(zip(cache.seqused_k.tolist(), new_lengths(write))):
+        if start < 0 or new_tokens == 0:
             continue
-        positions = torch.arange(start, start + write.num_new_tokens, device=k_new.device)
-        k = k_new[b]
+        positions = torch.arange(start, start + new_tokens, device=k_new.device)
+        k, v = (new[b] if starts is None else new[starts[b] : starts[b] + new_tokens] for new in (k_new, v_new))
         if cos is not None and sin is not None:
             k = rotate(k, cos[positions], sin[positions], interleaved)
         if cache.block_table is not None:
@@ -85,7 +94,7 @@ def kv_write(write: CacheWrite) -> None:
             row = b if cache.cache_batch_idx is None else int(cache.cache_batch_idx[b])
             slot = (torch.full_like(positions, row), positions)
         _store(cache.k, cache.k_descale, slot, b, k)
-        _store(cache.v, cache.v_descale, slot, b, v_new[b])
+        _store(cache.v, cache.v_descale, slot, b, v)
 
 
 def _store(keys: Tensor, descale: Tensor | None, slot: tuple[Tensor, Tensor], b: int, new: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends.protocol import Capabilities
 from ..problem import QUANTIZED, AttentionProblem
 from ..validate import validate
-from ..validate_values import check_values, key_lengths, query_lengths
+from ..validate_values import check_values, key_lengths, new_lengths, query_lengths
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 192, 256)
 GROUPS = (1, 2, 3, 4, 7, 8, 16)
@@ -131,14 +131,22 @@ class _Draw:
         fields = self.scores(batch, heads, head_dim)
 
         queries = self.query_lengths(batch, max_queries)
-        appends = self.layout in ("cache", "paged") and self.maybe(0.6)
-        new_tokens = rng.choice((1, 1, 2, 5, 17)) if appends else 0
+        appends = self.layout in ("cache", "paged", "paged varlen") and self.maybe(0.6)
+        packed = self.layout == "paged varlen"  # then the new tokens are those of the queries
+        new_tokens = rng.choice((1, 1, 2, 5, 17)) if appends and not packed else 0
         # The queries of a cached problem are often the appended tokens themselves; other combinations are legal too.
-        if appends and self.maybe(0.7):
+        if appends and not packed and self.maybe(0.7):
             queries = [new_tokens] * batch
         fields |= self.queries(queries, heads, head_dim)
-        fields |= self.keys(batch, kv_heads, head_dim, v_head_dim, new_tokens, page_sizes, max_keys)
-        if appends:
+        by_offsets = packed and not appends and self.maybe(0.5)
+        new_lengths = queries if packed and appends else [new_tokens] * batch
+        fields |= self.keys(batch, kv_heads, head_dim, v_head_dim, new_lengths, by_offsets, page_sizes, max_keys)
+        if appends and packed:
+            total = cast(Tensor, fields["q"]).shape[0]
+            fields["k_new"] = self.normal(total, kv_heads, head_dim)
+            fields["v_new"] = self.normal(total, kv_heads, v_head_dim)
+            fields["cu_seqlens_new"] = fields["cu_seqlens_q"]
+        elif appends:
             fields["k_new"] = self.normal(batch, new_tokens, kv_heads, head_dim)
             fields["v_new"] = self.normal(batch, new_tokens, kv_heads, v_head_dim)
             if self.maybe(0.5) and head_dim > 1:
@@ -155,8 +163,9 @@ class _Draw:
         window_left = problem.scores.window_left
         if window_left < 0:
             return
-        for b, (keys, queries) in enumerate(zip(key_lengths(problem), query_lengths(problem))):
-            first = keys + problem.num_new_tokens - queries - window_left
+        lengths = zip(key_lengths(problem), new_lengths(problem), query_lengths(problem))
+        for b, (keys, new, queries) in enumerate(lengths):
+            first = keys + new - queries - window_left
             # What is appended is written, seen or not.
             table[b, : max(0, min(first, keys)) // problem.page_size] = self.rng.choice(GARBAGE)
 
@@ -228,12 +237,14 @@ class _Draw:
         kv_heads: int,
         head_dim: int,
         v_head_dim: int,
-        new_tokens: int,
+        new_lengths: list[int],
+        by_offsets: bool,
         page_sizes: tuple[int, ...],
         max_keys: int,
     ) -> dict[str, object]:
         lengths = [self.length(max_keys) for _ in range(batch)]
-        fields: dict[str, object] = dict(max_seqlen_k=max(lengths, default=0) + new_tokens)
+        most_new = max(new_lengths, default=0)
+        fields: dict[str, object] = dict(max_seqlen_k=max(lengths, default=0) + most_new)
         if self.layout == "dense":
             count = lengths[0] if lengths else 8
             k, v = self.normal(batch, count, kv_heads, head_dim), self.normal(batch, count, kv_heads, v_head_dim)
@@ -248,17 +259,16 @@ class _Draw:
                 fields["seqused_k"] = self.int32(used)
             return fields | dict(k=k, v=v, cu_seqlens_k=self.offsets(lengths))
 
-        by_offsets = self.layout == "paged varlen" and self.maybe(0.5)
         if not by_offsets:
             lengths = [-1 if self.maybe(0.15) else n for n in lengths]
         firsts = [self.rng.randint(0, max(0, n)) for n in lengths] if self.maybe(0.2) else [0] * batch
         if any(firsts):
             fields["cache_leftpad"] = self.int32(firsts)
         if self.layout == "cache":
-            fields |= self.dense_cache(lengths, firsts, kv_heads, head_dim, v_head_dim, new_tokens, max_keys)
+            fields |= self.dense_cache(lengths, firsts, kv_heads, head_dim, v_head_dim, most_new, max_keys)
         else:
             page_size = self.rng.choice(page_sizes)
-            fields |= self.pages(lengths, firsts, kv_heads, head_dim, v_head_dim, new_tokens, page_size)
+            fields |= self.pages(lengths, firsts, kv_heads, head_dim, v_head_dim, new_lengths, page_size)
         if by_offsets:
             return fields | dict(cu_seqlens_k=self.offsets(lengths))
         fields |= dict(seqused_k=self.int32(lengths))
@@ -302,10 +312,10 @@ class _Draw:
         kv_heads: int,
         head_dim: int,
         v_head_dim: int,
-        new: int,
+        new_lengths: list[int],
         page_size: int,
     ) -> dict[str, object]:
-        needed = [-(-(max(n, 0) + new) // page_size) if n >= 0 else 0 for n in lengths]
+        needed = [-(-(n + new) // page_size) if n >= 0 else 0 for n, new in zip(lengths, new_lengths)]
         width = max([*needed, 1]) + self.rng.choice((0, 1, 3))
         num_pages = sum(needed) + 3
         stride = 2 if head_dim == v_head_dim and self.maybe(0.5) else 1

@@ -206,7 +206,7 @@ def _write_shape(cache: KVCache, append: Append | None, batch_size: int, dtype: 
     num_new_tokens, rotary_rows, rotary_pairs, rotary_interleaved = 0, 0, 0, False
     if append is not None:
         k_new_stride, v_new_stride = Strides(*strides(append.k_new)), Strides(*strides(append.v_new))
-        num_new_tokens, rotary_interleaved = append.k_new.shape[1], append.rotary_interleaved
+        num_new_tokens, rotary_interleaved = append.k_new.shape[-3], append.rotary_interleaved
         if append.rotary_cos is not None:
             rotary_rows, rotary_pairs = append.rotary_cos.shape
     return WriteShape(

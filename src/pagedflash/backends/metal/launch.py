@@ -169,14 +169,14 @@ def _plan_attention(problem: AttentionProblem, target: Target, offset: int) -> P
 
 
 def _add_write(planner: _Planner, cache: KVCache, append: Append) -> None:
-    batch_size, num_new_tokens, kv_heads, _ = append.k_new.shape
+    *batch, num_new_tokens, kv_heads, _ = append.k_new.shape
     if not append.k_new.numel():
         return
     heads_together = next(n for n in (8, 4, 2, 1) if kv_heads % n == 0)
     planner.dispatch(
         "kv_write",
-        _cache_definitions(cache) | {"ALIGNED": 1},
-        (LANES * kv_heads, num_new_tokens, batch_size),
+        _cache_definitions(cache, append.slot_mapping is not None) | {"ALIGNED": 1},
+        (LANES * kv_heads, num_new_tokens, batch[0] if batch else 1),
         (LANES * heads_together, 1, 1),
     )
 
@@ -195,7 +195,7 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int, decod
     row_tiles = -(-rows // tiling.rows)
     planned = choose_num_splits(sequences * row_tiles, tiling, min(rows, tiling.rows), max_keys, planner.target.simdgroups)
     num_splits = min(problem.num_splits or planned, MAX_SPLITS)
-    appends = append is not None and row_tiles == 1 and not decode_limit
+    appends = append is not None and append.cu_seqlens_new is None and row_tiles == 1 and not decode_limit
     planner.constants["params"] = packed(
         _params(problem)._replace(num_splits=num_splits, appends=int(appends), decode_limit=decode_limit)
     )
@@ -250,7 +250,6 @@ def _params(problem: AttentionProblem) -> Params:
     """The integers of a problem, for all its kernels."""
     q, slopes = problem.queries.q, problem.scores.alibi_slopes
     return _write_params(problem)._replace(
-        batch_size=problem.batch_size,
         num_tokens_q=q.shape[-3],
         num_heads=q.shape[-2],
         capacity=problem.capacity,
@@ -265,18 +264,20 @@ def _write_params(problem: AttentionProblem | CacheWrite) -> Params:
     """Those of its cache and its append."""
     fields, append = problem.named_fields(), problem.append
     return _NO_PARAMS._replace(
+        batch_size=problem.batch_size,
         **{flag: int(fields.get(flag.removeprefix("has_")) is not None) for flag in _FLAGS},
-        **_cache_params(problem.cache),
+        **_cache_params(problem.cache, append is not None and append.slot_mapping is not None),
         **({} if append is None else _append_params(append)),
     )
 
 
-def _cache_params(cache: KVCache) -> dict[str, int]:
+def _cache_params(cache: KVCache, by_slot: bool) -> dict[str, int]:
     """Unpaged keys are pages of ``PSEUDO_PAGE`` tokens that follow each other."""
+    is_paged = by_slot or cache.block_table is not None
     params = {"max_pages": 0 if cache.block_table is None else cache.block_table.shape[1]}
     for name, tensor in (("k", cache.k), ("v", cache.v)):
         outer, token, head = strides(tensor)
-        if cache.block_table is not None:
+        if is_paged:
             batch, page = 0, outer
         else:
             batch, page = token if tensor.dim() == 3 else outer, PSEUDO_PAGE * token  # packed sequences begin at any token
@@ -286,7 +287,7 @@ def _cache_params(cache: KVCache) -> dict[str, int]:
         )
     for name, descale in (("k", cache.k_descale), ("v", cache.v_descale)):
         sequence, outer, token, head = scale_strides(descale)
-        batch, page = (0, outer) if cache.block_table is not None else (outer, PSEUDO_PAGE * token)
+        batch, page = (0, outer) if is_paged else (outer, PSEUDO_PAGE * token)
         axes = ("sequence", "batch", "page", "token", "head")
         params |= zip((f"{name}_descale_{axis}_stride" for axis in axes), (sequence, batch, page, token, head))
         params[f"writes_{name}_descale"] = int(is_per_token(descale))
@@ -296,7 +297,7 @@ def _cache_params(cache: KVCache) -> dict[str, int]:
 def _append_params(append: Append) -> dict[str, int]:
     cos = append.rotary_cos
     return {
-        "num_new_tokens": append.k_new.shape[1],
+        "num_new_tokens": append.k_new.shape[-3],
         "rotary_half": 0 if cos is None else cos.shape[1],
         "rotary_positions": 0 if cos is None else cos.shape[0],
         "rotary_interleaved": int(append.rotary_interleaved),
@@ -321,7 +322,7 @@ def _definitions(problem: AttentionProblem, tiling: DecodeTiling | PrefillTiling
     }
 
 
-def _cache_definitions(cache: KVCache) -> dict[str, int | str]:
+def _cache_definitions(cache: KVCache, by_slot: bool = False) -> dict[str, int | str]:
     return {
         "K_T": ELEMENT_TYPES[cache.k.dtype],
         "V_T": ELEMENT_TYPES[cache.v.dtype],
@@ -329,8 +330,8 @@ def _cache_definitions(cache: KVCache) -> dict[str, int | str]:
         "V_QUANTIZED": int(cache.v.dtype in QUANTIZED),
         "HEAD_DIM": cache.k.shape[-1],
         "V_HEAD_DIM": cache.v.shape[-1],
-        "PAGED": int(cache.block_table is not None),
-        "PAGE_SIZE": _page_size(cache),
+        "PAGED": int(by_slot or cache.block_table is not None),
+        "PAGE_SIZE": cache.k.shape[1] if by_slot else _page_size(cache),
     }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...problem import QUANTIZED, AttentionProblem, CacheWrite
+from ..backward import Gradients
 from ..protocol import Capabilities, Support
 
 NAME = "triton"
@@ -42,6 +43,13 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     """Append (if asked), then attend: ``(out, lse)`` of the problem's ``out_shape`` and ``lse_shape``."""
     results: tuple[Tensor, Tensor] = _launch().attention(problem, out)
     return results
+
+
+def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> Gradients:
+    """The gradients of a problem, as :func:`pagedflash.backends.backward.backward` gives them."""
+    from . import gradients
+
+    return gradients.backward(problem, out, lse, d_out, d_lse)
 
 
 def kv_write(write: CacheWrite) -> None:

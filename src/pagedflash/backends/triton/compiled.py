@@ -142,6 +142,11 @@ def num_sms(device: torch.device) -> int:
 
 
 @cache
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a CUDA device. None for any other, and in the interpreter."""
+    return None if INTERPRETED or device.type != "cuda" else torch.cuda.get_device_capability(device)
+
+
 def has_pdl(device: torch.device) -> bool:
     """Programmatic dependent launch: a kernel is set up while the one before it still runs (Hopper and later)."""
-    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return (compute_capability(device) or (0, 0)) >= (9, 0)

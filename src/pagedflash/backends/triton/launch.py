@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ...errors import reject_type
 from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides
 from ...problem import WRITE, Append, AttentionProblem, CacheWrite, fold_scores, is_per_token
-from .compiled import CompiledLaunch, addresses_of, has_pdl, num_sms
+from .compiled import CompiledLaunch, addresses_of, compute_capability, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
@@ -45,6 +46,11 @@ is as fast as in a call of its own."""
 
 MAX_FUSED_TOKENS = 64
 """New tokens of a sequence up to which ``decode`` appends them itself."""
+
+E4M3_CAPABILITY = (8, 9)
+
+MAX_WRITTEN_TOKENS = 16
+"""New tokens that a CTA of ``kv_write`` takes together: fewer where packed ones would not give all SMs a CTA."""
 
 MAX_UNSPLIT_TILES = 4
 """KV tiles of a sequence up to which ``decode`` splits no work tile: too few to be worth it."""
@@ -89,11 +95,11 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     tensors = problem.tensors
     q = cast(Tensor, tensors[0])
     dtype, device = q.dtype, q.device
-    if _is_elsewhere(device):
+    if is_elsewhere(device):
         with torch.cuda.device(device):
             return attention(problem, out)
     addresses, aligned = addresses_of(tensors)
-    precision = _precision(dtype)
+    precision = precision_of(dtype)
     plan = problem.plan(("triton", aligned, precision), lambda signature: _plan_attention(signature, aligned, precision))
 
     if out is None:
@@ -121,7 +127,7 @@ def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
     tensors = write.tensors
     device = cast(Tensor, tensors[0]).device
-    if _is_elsewhere(device):
+    if is_elsewhere(device):
         with torch.cuda.device(device):
             return kv_write(write)
     addresses, aligned = addresses_of(tensors)
@@ -142,14 +148,15 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str) ->
     plan = _Plan(
         problem.out_shape, _contiguous_strides(problem.out_shape), problem.lse_shape, _contiguous_strides(problem.lse_shape)
     )
-    fused_tokens = problem.num_new_tokens
-    if problem.append is not None and (is_empty or not is_decode or fused_tokens > MAX_FUSED_TOKENS):
+    append, fused_tokens = problem.append, problem.num_new_tokens
+    is_packed = append is not None and append.cu_seqlens_new is not None
+    if append is not None and (is_empty or is_packed or not is_decode or fused_tokens > MAX_FUSED_TOKENS):
         fused_tokens = 0
         plan = plan._replace(write=_plan_write(problem.write, aligned))
     if is_empty:
         return plan
     decode_limit = max(1, MIXED_DECODE_ROWS // problem.group) if is_mixed else None
-    params = _params(problem, aligned, precision, decode_limit)
+    params = problem_params(problem, aligned, precision, decode_limit)
     if is_decode or is_mixed:
         plan = _with_decode(plan, problem, params, aligned, fused_tokens)
     if not is_decode:
@@ -161,7 +168,7 @@ def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: boo
     q, _, _, max_seqlen_q = problem.queries
     batch_size, heads, decode_limit = problem.batch_size, q.shape[-2], params.queries.DECODE_LIMIT
     tiling = prefill_tiling(max_seqlen_q, block_width(q.shape[-1]), q.element_size())
-    tile = PrefillTile(tiling.block_m, tiling.block_n, _lengths_together(batch_size))
+    tile = PrefillTile(tiling.block_m, tiling.block_n, lengths_together(batch_size))
     grid = (heads, batch_size, max(1, -(-max_seqlen_q // tiling.block_m)))
     if decode_limit is not None:
         # CTAs for full blocks, or for all SMs; no more than there may be blocks, each sequence's last one not full.
@@ -201,7 +208,7 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         BLOCK_NEW=max(16, power_of_two(fused_tokens)) if fused_tokens else 0,
-        BLOCK_B=_lengths_together(batch_size),
+        BLOCK_B=lengths_together(batch_size),
         SPLIT_KV=split_kv,
         REDUCE_ROWS=reduce_rows,
         REDUCE_SPLITS=max(1, min(splits, values // (reduce_rows * block_dv))),
@@ -220,21 +227,25 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     return plan._replace(attend=(launch, CompiledLaunch(combine, grid, params, tile, device, aligned, **options)))
 
 
-def _lengths_together(batch_size: int) -> int:
+def lengths_together(batch_size: int) -> int:
     """BLOCK_B for a batch."""
     return FEW_SEQUENCES if batch_size <= FEW_SEQUENCES else MANY_SEQUENCES
 
 
 def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
     """None where there is nothing to write."""
-    k_new, v_new = write.append[:2]
+    cache, append = write.cache, write.append
+    k_new, v_new = append[:2]
     if 0 in k_new.shape:
         return None
-    align = stride_factor((k_new, v_new, write.cache.k, write.cache.v), aligned)
-    params = WriteParams(_cache_params(write, align), _append_params(write.append, align))
-    batch_size, seqlen_new, kv_heads, _ = k_new.shape
-    tile = WriteTile(BLOCK_NEW=min(16, power_of_two(seqlen_new)))
-    grid = (kv_heads, batch_size, -(-seqlen_new // tile.BLOCK_NEW))
+    align = stride_factor((k_new, v_new, cache.k, cache.v), aligned)
+    params = WriteParams(_cache_params(write, align), _append_params(append, align), write.batch_size)
+    if append.slot_mapping is not None:
+        params = params._replace(cache=params.cache._replace(PAGE_SIZE=write.page_size))
+    *batch, seqlen_new, kv_heads, _ = k_new.shape
+    tokens_of_cta = seqlen_new if batch else seqlen_new * kv_heads // num_sms(k_new.device)
+    tile = WriteTile(min(MAX_WRITTEN_TOKENS, power_of_two(tokens_of_cta)), lengths_together(write.batch_size))
+    grid = (kv_heads, batch[0] if batch else 1, -(-seqlen_new // tile.BLOCK_NEW))
     num_warps = 1 if tile.BLOCK_NEW == 1 else 4
     return CompiledLaunch(kv_write_kernel, grid, params, tile, k_new.device, aligned, num_warps=num_warps, num_stages=1)
 
@@ -244,7 +255,7 @@ def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _params(problem: AttentionProblem, aligned: bool, precision: str, decode_limit: int | None) -> ProblemParams:
+def problem_params(problem: AttentionProblem, aligned: bool, precision: str, decode_limit: int | None) -> ProblemParams:
     q, _, _, max_seqlen_q = problem.queries
     new_tokens = [] if problem.append is None else list(problem.append[:2])
     align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
@@ -275,6 +286,7 @@ def _params(problem: AttentionProblem, aligned: bool, precision: str, decode_lim
 
 def _cache_params(problem: AttentionProblem | CacheWrite, align: int) -> CacheParams:
     k, v, k_descale, v_descale, block_table = problem.cache[:5]
+    _reject_missing_formats(k, v)
     return CacheParams(
         k_strides=_divided(k, align),
         v_strides=None if strides(v) == strides(k) else _divided(v, align),
@@ -292,6 +304,16 @@ def _cache_params(problem: AttentionProblem | CacheWrite, align: int) -> CachePa
     )
 
 
+def _reject_missing_formats(k: Tensor, v: Tensor) -> None:
+    """Triton has float8_e4m3fn from compute capability 8.9 on (Ada, Hopper)."""
+    capability = compute_capability(k.device)
+    for field, keys in (("k", k), ("v", v)):
+        if keys.dtype == torch.float8_e4m3fn and capability is not None and capability < E4M3_CAPABILITY:
+            came = "of dtype torch.float8_e4m3fn on a GPU of compute capability {major}.{minor}"
+            expected = "torch.int8 or torch.float8_e5m2 there: it has that format from 8.9 on"
+            reject_type(field, came, expected, major=capability[0], minor=capability[1])
+
+
 def _append_params(append: Append | None, align: int, queries_by_position: bool = True) -> AppendParams:
     if append is None:
         return AppendParams(None, None, 0, None, None, None, None)
@@ -299,7 +321,7 @@ def _append_params(append: Append | None, align: int, queries_by_position: bool 
     return AppendParams(
         k_strides=_divided(append.k_new, align),
         v_strides=_divided(append.v_new, align),
-        seqlen_new=append.k_new.shape[1],
+        seqlen_new=append.k_new.shape[-3],
         rotary_len=None if cos is None else cos.shape[0],
         ROTARY_DIM=None if cos is None else 2 * cos.shape[1],
         INTERLEAVED=append.rotary_interleaved,
@@ -320,7 +342,7 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _is_elsewhere(device: torch.device) -> bool:
+def is_elsewhere(device: torch.device) -> bool:
     """Whether Triton would launch on another device than the tensors'."""
     return _cuda_devices() > 1 and device.type == "cuda" and device.index != torch.cuda.current_device()
 
@@ -330,6 +352,6 @@ def _cuda_devices() -> int:
     return torch.cuda.device_count()
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     """float32 products are exact unless torch's own may use tf32."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -45,6 +45,17 @@ def prefill_tiling(max_seqlen_q: int, block_d: int, element_size: int) -> Tiling
     return Tiling(128, 64, 8, 4 if block_d <= 128 else 2)
 
 
+def backward_tilings(block_d: int, element_size: int) -> tuple[Tiling, Tiling]:
+    """Of ``keys_backward`` and ``queries_backward``: two accumulators in registers, and one."""
+    if element_size == 4:
+        return Tiling(16, 32 if block_d <= 128 else 16, 4, 2), Tiling(32 if block_d <= 128 else 16, 16, 4, 2)
+    if block_d <= 64:
+        return Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3)
+    if block_d <= 128:
+        return Tiling(64, 128, 8, 3), Tiling(128, 64, 8, 3)
+    return Tiling(32, 64, 8, 2), Tiling(64, 32, 8, 2)
+
+
 def power_of_two(number: int) -> int:
     """The least power of two that is not less."""
     return 1 << max(number - 1, 0).bit_length()

@@ -24,6 +24,13 @@ enum Status : int64_t { OK = 0, INVALID_VALUES = 1, OUT_OF_MEMORY = 2 };
 struct CacheWrite : WriteAddresses, WriteShape {
   PAGEDFLASH_INLINE bool paged() const { return table_width >= 0; }
   PAGEDFLASH_INLINE bool packed() const { return cu_seqlens_k && !paged(); }
+  // Whether new tokens are packed: those of one sequence behind those of another, or each a sequence of its own.
+  PAGEDFLASH_INLINE bool appends_packed() const { return cu_seqlens_new || slot_mapping; }
+  PAGEDFLASH_INLINE int64_t total_new_tokens() const { return appends_packed() ? num_new_tokens : batch_size * num_new_tokens; }
+  // New tokens of a sequence.
+  PAGEDFLASH_INLINE int64_t new_tokens_of(int64_t b) const {
+    return cu_seqlens_new ? cu_seqlens_new[b + 1] - cu_seqlens_new[b] : num_new_tokens;
+  }
   // Tokens that the cache holds for one sequence.
   PAGEDFLASH_INLINE int64_t capacity() const { return paged() ? table_width * page_size : page_size; }
   // Bytes of a token in the cache.

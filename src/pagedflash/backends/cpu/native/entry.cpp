@@ -52,7 +52,7 @@ void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t b
 }
 
 void kv_write(const Kernels& kernels, const CacheWrite& write) {
-  parallel(write.batch_size * write.num_new_tokens, GRAIN_BYTES / max<int64_t>(1, write.token_bytes()) + 1,
+  parallel(write.total_new_tokens(), GRAIN_BYTES / max<int64_t>(1, write.token_bytes()) + 1,
            [&](Range tokens) { kernels.kv_write(write, tokens); });
 }
 

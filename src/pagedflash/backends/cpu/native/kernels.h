@@ -6,7 +6,7 @@
 namespace pagedflash {
 
 struct Kernels {
-  // Writes new tokens `tokens` of batch_size * num_new_tokens into the cache.
+  // Writes new tokens `tokens` of total_new_tokens() into the cache.
   void (*kv_write)(const CacheWrite& write, Range tokens);
   // Attends one task. `scratch` holds what scratch_bytes(problem) says, aligned to 64 bytes.
   void (*decode)(const Plan& plan, const Task& task, void* scratch);

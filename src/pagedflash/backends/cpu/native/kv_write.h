@@ -36,21 +36,52 @@ void store_row(const CacheWrite& write, const T* row, int64_t size, int64_t posi
   }
 }
 
+// A new token: its sequence, where it lies among the new tokens, and where it goes. Page -1: nowhere.
+struct NewToken {
+  int64_t sequence, batch, row;
+  int64_t position, page, slot;
+};
+
+// The new tokens from one on, one after another.
+class NewTokens {
+ public:
+  NewTokens(const CacheWrite& write, int64_t token) : write_(write), token_(token) {}
+
+  NewToken next() {
+    const int64_t t = token_++, n = write_.num_new_tokens;
+    if (write_.slot_mapping) {
+      const int64_t where = write_.slot_mapping[t];
+      return {t, 0, t, where, where < 0 ? -1 : where / write_.page_size, where % write_.page_size};
+    }
+    if (!write_.cu_seqlens_new) return behind(t / n, t / n, t % n, t % n);
+    while (b_ < write_.batch_size && write_.cu_seqlens_new[b_ + 1] <= t) b_++;
+    if (b_ == write_.batch_size) return {0, 0, 0, 0, -1, 0};
+    return behind(b_, 0, t, t - write_.cu_seqlens_new[b_]);
+  }
+
+ private:
+  // The i-th new token of sequence b.
+  NewToken behind(int64_t b, int64_t batch, int64_t row, int64_t i) const {
+    if (write_.seqused_k[b] < 0) return {b, batch, row, 0, -1, 0};
+    const int64_t position = write_.seqused_k[b] + i;
+    if (!write_.paged()) return {b, batch, row, position, write_.cache_batch_idx ? write_.cache_batch_idx[b] : b, position};
+    const int32_t* table = write_.block_table + b * write_.table_width;
+    return {b, batch, row, position, table[position / write_.page_size], position % write_.page_size};
+  }
+
+  const CacheWrite& write_;
+  int64_t token_, b_ = 0;
+};
+
 template <class T>
 void kv_write_tokens(const CacheWrite& write, Range tokens) {
+  NewTokens new_tokens(write, tokens.begin);
   for (int64_t t = tokens.begin; t < tokens.end; t++) {
-    const int64_t b = t / write.num_new_tokens, i = t % write.num_new_tokens;
-    if (write.seqused_k[b] < 0) continue;
-
-    const int64_t position = write.seqused_k[b] + i;
-    int64_t page = write.cache_batch_idx ? write.cache_batch_idx[b] : b, slot = position;
-    if (write.paged()) {
-      page = write.block_table[b * write.table_width + position / write.page_size];
-      slot = position % write.page_size;
-    }
+    const auto [b, batch, row, position, page, slot] = new_tokens.next();
+    if (page < 0) continue;
     for (int64_t head = 0; head < write.kv_heads; head++) {
-      const T* k_new = static_cast<const T*>(write.k_new) + offset(write.k_new_stride, b, i, head);
-      const T* v_new = static_cast<const T*>(write.v_new) + offset(write.v_new_stride, b, i, head);
+      const T* k_new = static_cast<const T*>(write.k_new) + offset(write.k_new_stride, batch, row, head);
+      const T* v_new = static_cast<const T*>(write.v_new) + offset(write.v_new_stride, batch, row, head);
       const int64_t k_scale = offset(write.k_descale_stride, b, page, slot, head);
       const int64_t v_scale = offset(write.v_descale_stride, b, page, slot, head);
       with_format(write.k_dtype, [&](auto element) {

@@ -1,4 +1,6 @@
 // kv_write: new keys (rotated) and values into their slots. One simdgroup writes one token of one head.
+//
+// Packed tokens lie one sequence behind the other, or each has a slot of its own.
 
 kernel void kv_write(
     device const T* k_new [[buffer(0)]],
@@ -13,17 +15,32 @@ kernel void kv_write(
     constant Params& params [[buffer(9)]],
     device float* k_descale [[buffer(10)]],
     device float* v_descale [[buffer(11)]],
+    device const int* cu_seqlens_new [[buffer(12)]],
+    device const long* slot_mapping [[buffer(13)]],
     uint3 position [[thread_position_in_grid]],
     uint lane [[thread_index_in_simdgroup]]
 ) {
     const int head = int(position.x) / 32;
     const int token = int(position.y);
-    const int b = int(position.z);
-
-    const int first = seqused_k[b];
-    if (first < 0) return;
-    const int slot = first + token;
-    const int page = page_of(block_table + long(b) * params.max_pages, slot);
+    int b = int(position.z);
+    int page, slot;
+    if (params.has_slot_mapping) {
+        const long where = slot_mapping[token];
+        if (where < 0) return;
+        b = token;
+        page = int(where / PAGE_SIZE);
+        slot = int(where % PAGE_SIZE);
+    } else {
+        int first_token = 0;
+        if (params.has_cu_seqlens_new) {
+            while (b < params.batch_size && cu_seqlens_new[b + 1] <= token) b++;
+            if (b == params.batch_size) return;
+            first_token = cu_seqlens_new[b];
+        }
+        if (seqused_k[b] < 0) return;
+        slot = seqused_k[b] + token - first_token;
+        page = page_of(block_table + long(b) * params.max_pages, slot);
+    }
     const long row = PAGED ? 0 : params.has_cache_batch_idx ? cache_batch_idx[b] : b;
 
     device K_T* k_slot = slot_at(k + row * params.k_batch_stride, page, slot, params.k_page_stride, params.k_token_stride);

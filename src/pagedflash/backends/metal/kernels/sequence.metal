@@ -48,7 +48,7 @@ inline Sequence sequence_at(
     }
     const bool skipped = seqlen_k < 0;
     s.append_begin = skipped ? 0 : seqlen_k;
-    s.seqlen_k = skipped ? 0 : seqlen_k + int(params.num_new_tokens);
+    s.seqlen_k = skipped ? 0 : seqlen_k + (params.has_cu_seqlens_new ? s.rows : int(params.num_new_tokens));
 
 #if PAGED
     s.cache_row = 0;
