@@ -522,7 +522,7 @@ def test_a_format_needs_block_tables() -> None:
 
 def test_a_format_needs_the_places_of_block_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ContinuousBatchingIOs, "_get_num_sequences")
-    with pytest.raises(RuntimeError, match="kv_cache_dtype is 'int8', but transformers .* prepares its batches elsewhere"):
+    with pytest.raises(RuntimeError, match=r"kv_cache_dtype is 'int8', but transformers .* prepares its batches elsewhere"):
         integration.enable(kv_cache_dtype="int8")
     assert not integration.is_enabled() and formats.kv_cache_dtype is None
 

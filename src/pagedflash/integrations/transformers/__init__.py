@@ -47,8 +47,8 @@ def enable(decode_fast_path_for: Iterable[str] = (), kv_cache_dtype: str | None 
             any device: Hub names, such as ``"kernels-community/metal-flash-sdpa"`` loaded from what ``pagedflash hub``
             writes. One without ``flash_attn_with_kvcache`` still gets no fast path. Names of several calls add up.
         kv_cache_dtype: the format that ``generate_batch()`` and ``generate()`` keep keys and values in: ``"float16"`` or
-            ``"bfloat16"`` (for models in float32), ``"int8"`` or ``"fp8_e4m3"`` (with a scale for each token and head). None:
-            the model's dtype. Once enabled it stays, until :func:`disable`.
+            ``"bfloat16"`` (for models in float32), ``"int8"`` or ``"fp8_e4m3"`` (a scale for each token and head). None: the
+            model's dtype. Once enabled it stays, until :func:`disable`.
 
     Warns:
         RuntimeWarning: this transformers decides elsewhere whether to decode through block tables. Generation works, but

@@ -55,7 +55,7 @@ class InFormat(NamedTuple):
     descale: Tensor | None  # float32, elements.shape[:-1]; None for float16 and bfloat16
 
 
-def descales(k: InFormat, v: InFormat) -> dict[str, Tensor]:
+def descales(k: InFormat, v: InFormat) -> dict[str, Any]:
     """The scales, as arguments of the functions."""
     return {} if k.descale is None or v.descale is None else {"k_descale": k.descale, "v_descale": v.descale}
 
@@ -67,7 +67,7 @@ def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k: ``(B, Hkv, tokens, D)``. v: the same with ``Dv``.
 
     Returns:
-        ``(B, Hkv, tokens, D)``; where the format has scales, bytes ``(B, Hkv, tokens, D + 4)``, the scale behind the elements.
+        ``(B, Hkv, tokens, D)``; where the format has scales, bytes ``(B, Hkv, tokens, D + 4)``, the scale last.
 
     Raises:
         ValueError: gradients are tracked, and there are none through a format.
@@ -75,8 +75,8 @@ def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     assert kv_cache_dtype is not None
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         raise ValueError(
-            f"pagedflash: kv_cache_dtype is {kv_cache_dtype_name()!r}, but gradients are tracked, and there are none through "
-            "it; use torch.no_grad(), or use_cache=False to train"
+            f"pagedflash: kv_cache_dtype is {kv_cache_dtype_name()!r}, but gradients are tracked, and there are none "
+            "through it; use torch.no_grad(), or use_cache=False to train"
         )
     check_device(k.device)
     if kv_cache_dtype not in QUANTIZED:

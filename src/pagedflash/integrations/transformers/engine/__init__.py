@@ -69,8 +69,8 @@ def install() -> Mapping[str, Any]:
     except (AttributeError, ImportError, KeyError, TypeError) as error:
         if formats.kv_cache_dtype is not None:
             raise RuntimeError(
-                f"pagedflash: kv_cache_dtype is {formats.kv_cache_dtype_name()!r}, but transformers {hooks.version()} prepares "
-                f"its batches elsewhere ({error}); enable() without it works"
+                f"pagedflash: kv_cache_dtype is {formats.kv_cache_dtype_name()!r}, but transformers {hooks.version()} "
+                f"prepares its batches elsewhere ({error}); call enable() without it"
             ) from error
         warnings.warn(
             f"pagedflash: transformers {hooks.version()} prepares its batches elsewhere ({error}), so continuous batching "

@@ -1,7 +1,7 @@
 """Pages of continuous batching in a format that is not the model's dtype.
 
-Pages of float16 and bfloat16 are laid out as transformers does it. Where elements have scales, these lie in the pages too, so
-that they are shared, copied, offloaded and evicted with the elements:
+Pages of float16 and bfloat16 are laid out as transformers does it. Where elements have scales, these lie in the pages too,
+and are shared, copied, offloaded and evicted with the elements:
 
     [ keys | their scales | values | their scales ]     a page of one layer
 
@@ -33,8 +33,8 @@ def install() -> None:
             formats.check_device(torch.device(device))
             if continuous_batching_config.max_blocks_per_request == 0:
                 raise ValueError(
-                    f"pagedflash: kv_cache_dtype is {formats.kv_cache_dtype_name()!r}, but max_blocks_per_request=0 turns block "
-                    "tables off, and without them keys and values are kept in the model's dtype"
+                    f"pagedflash: kv_cache_dtype is {formats.kv_cache_dtype_name()!r}, but max_blocks_per_request=0 turns "
+                    "block tables off, and without them keys and values are kept in the model's dtype"
                 )
             kwargs["dtype"] = formats.kv_cache_dtype
         make_elsewhere(self, config, continuous_batching_config, device, *args, **kwargs)
@@ -74,16 +74,15 @@ def _install_scales() -> None:
 
 
 def _views(allocator: Any, cache_tensor: Tensor) -> dict[int, tuple[InFormat, InFormat]]:
-    """Layer -> its keys and values. Block tables count halves of pages from the layer's first on, as transformers' views do."""
+    """Layer -> its keys and values. Block tables count halves of pages from the layer's first on, as in transformers."""
     page_size, heads = allocator.tokens_per_page, allocator.num_key_value_heads
     halves = cache_tensor.view(-1, allocator.bytes_per_page // 2)
     elements, scales = halves.split([halves.shape[1] - page_size * heads * SCALE_BYTES, page_size * heads * SCALE_BYTES], 1)
-    whole = InFormat(
-        elements.view(allocator.cache_dtype).unflatten(1, (page_size, heads, allocator.head_dim)),
-        scales.view(torch.float32).unflatten(1, (page_size, heads)),
-    )
+    elements = elements.view(allocator.cache_dtype).unflatten(1, (page_size, heads, allocator.head_dim))
+    scales = scales.view(torch.float32).unflatten(1, (page_size, heads))
 
-    def half(first: int, last: int) -> InFormat:
-        return InFormat(*(tensor[first : len(halves) - last] for tensor in whole))
+    def views(first: int, end: int) -> InFormat:
+        return InFormat(elements[first:end], scales[first:end])
 
-    return {layer: (half(2 * i, 1), half(2 * i + 1, 0)) for i, layer in enumerate(allocator.layer_indices)}
+    end = len(halves)
+    return {layer: (views(2 * i, end - 1), views(2 * i + 1, end)) for i, layer in enumerate(allocator.layer_indices)}
