@@ -25,7 +25,7 @@ import torch
 from .. import transformers as integration
 from ..dispatch import DEVICE_BACKENDS, availability
 from ..integrations import hub as kernel
-from ..integrations.transformers.engine import KV_CACHE_DTYPES
+from ..integrations.transformers.formats import KV_CACHE_DTYPES
 from . import doctor as facts
 from . import generate as generation
 from . import parallel

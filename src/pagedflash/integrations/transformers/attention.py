@@ -10,7 +10,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ...errors import InvalidArgument
 from ...interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from . import engine, masks
+from . import engine, formats, masks
 from .refusals import refuse
 
 _CHANGES_SCORES = ("position_bias", "attention_bias", "head_mask", "indices", "block_indices")
@@ -65,13 +65,15 @@ def forward(
     if isinstance(cache, PagedAttentionCache) and isinstance(kwargs.get("cu_seq_lens_k"), dict):
         key, value = cache.update(key, value, module.layer_idx, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    query, key, value = _of_one_dtype(query, key, value)
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0, "s_aux": s_aux, "causal": causal}
     if sliding_window:
         options["window_size"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
 
     try:
+        if isinstance(key, formats.Stored) and isinstance(value, formats.Stored):
+            return _attend_to_stored(query, key, value, attention_mask, sliding_window or None, options), None
+        query, key, value = _of_one_dtype(query, key, value)
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return _attend(q, k, v, attention_mask, sliding_window or None, options, kwargs), None
     except InvalidArgument as error:  # a head dim or dtype that no kernel takes
         refuse(type(module).__name__, str(error).removeprefix("pagedflash: "))
@@ -101,6 +103,31 @@ def _attend(
         return _packed(q, k, v, where, options)
     out = flash_attn_with_kvcache(q, k, v, cache_seqlens=where.ends, cache_leftpad=where.starts, **options)
     return cast(Tensor, out)
+
+
+def _attend_to_stored(
+    query: Tensor,
+    key: formats.Stored,
+    value: formats.Stored,
+    mask: Tensor | None,
+    window: int | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Dense queries over a cache in the format in force, read where it lies."""
+    if query.dtype is torch.float32 and torch.is_autocast_enabled(query.device.type):
+        query = query.to(torch.get_autocast_dtype(query.device.type))
+    q, k, v = query.transpose(1, 2), key.in_format, value.in_format
+    keys: dict[str, Any] = {"cache_seqlens": k.elements.shape[1]}
+    if mask is not None:
+        key_mask = masks.key_mask_of(mask, options["causal"], window, q.shape[1], k.elements.shape[1])
+        options = {**options, "causal": key_mask.causal, "window_size": key_mask.window_size}
+        where = key_mask.where(q.shape[0], q.device)
+        if isinstance(where, masks.Packing):
+            refuse("padding between tokens", "keys of a format of their own cannot be packed")
+        if where is not None:
+            keys = {"cache_seqlens": where.ends, "cache_leftpad": where.starts}
+    scales = formats.descales(k, v)
+    return cast(Tensor, flash_attn_with_kvcache(q, k.elements, v.elements, **keys, **scales, **options))
 
 
 def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -95,14 +95,15 @@ PAGEDFLASH_INLINE Vec load(const i8* p) {
 PAGEDFLASH_INLINE Vec load(const e5m2* p) {
   return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 8));
 }
-// As float16 first, whose exponent has another bias: 2^8 times too small. NaN, the one magnitude of all ones, is carried over.
+// e4m3 as float16, whose exponent has another bias: E4M3_SCALE times too small. The sign comes twice, as the two highest bits.
+// Of these the lower one is cleared, but where the element is NaN, all ones: there the addition carries into it.
+PAGEDFLASH_INLINE __m256i e4m3_to_f16(__m128i bytes) {
+  const __m256i x = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), carried = _mm256_add_epi16(x, _mm256_set1_epi16(0x80));
+  return _mm256_xor_si256(x, _mm256_and_si256(carried, _mm256_set1_epi16(0x4000)));
+}
 PAGEDFLASH_INLINE Vec load(const e4m3* p) {
-  const __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
-  __m128i magnitude = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(0x3F80));
-  const __m128i carry = _mm_add_epi16(magnitude, _mm_set1_epi16(0x80));
-  magnitude = _mm_add_epi16(magnitude, _mm_and_si128(carry, _mm_set1_epi16(0x4000)));
-  const __m128i sign = _mm_and_si128(x, _mm_set1_epi16((short)0x8000));
-  return mul(_mm256_cvtph_ps(_mm_or_si128(magnitude, sign)), splat(256.0f));
+  const __m256i halves = e4m3_to_f16(_mm_loadl_epi64((const __m128i*)p));
+  return mul(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), splat(E4M3_SCALE));
 }
 // Parts are multiples of 8 = LANES: there are no others.
 template <class T>
@@ -119,6 +120,17 @@ template <class T>
 PAGEDFLASH_INLINE Chunk load_chunk_part(const T* p, int64_t n) { return {load(p), n > LANES ? load(p + LANES) : zero()}; }
 template <class T>
 PAGEDFLASH_INLINE void restore_order(Chunk&) {}
+
+PAGEDFLASH_INLINE Chunk load_halves(__m128i bytes) {
+  const __m256i halves = e4m3_to_f16(bytes);
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+}
+template <>
+PAGEDFLASH_INLINE Chunk load_chunk(const e4m3* p) { return load_halves(_mm_loadu_si128((const __m128i*)p)); }
+template <>
+PAGEDFLASH_INLINE Chunk load_chunk_part(const e4m3* p, int64_t n) {
+  return n > LANES ? load_chunk(p) : load_halves(_mm_loadl_epi64((const __m128i*)p));
+}
 
 // bfloat16: the even and the odd elements, two instructions for 16.
 PAGEDFLASH_INLINE Chunk even_and_odd(__m256i pairs) {

@@ -25,14 +25,10 @@ import torch
 from torch import Tensor
 
 from .... import interface
-from .. import hooks
+from .. import formats, hooks
 
 FIRST_VERSION = (5, 19)
 """Before it transformers keeps its batches elsewhere, and continuous batching stays as transformers does it."""
-
-
-KV_CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
-"""What ``enable(kv_cache_dtype=...)`` takes. Float8 has a scale of 1: no other one is kept with the pages."""
 
 
 class Slots(NamedTuple):
@@ -59,15 +55,23 @@ def install() -> Mapping[str, Any]:
 
     Warns:
         RuntimeWarning: a newer transformers has moved the places this needs; its own continuous batching goes on.
+
+    Raises:
+        RuntimeError: it has, and pages were to have a format.
     """
     if hooks.version_numbers() < FIRST_VERSION:
         return {}
     try:
-        from . import inputs, windows
+        from . import inputs, pages, windows
 
         for check in (_check_update, inputs.check_places, windows.check_places):
             check()
     except (AttributeError, ImportError, KeyError, TypeError) as error:
+        if formats.kv_cache_dtype is not None:
+            raise RuntimeError(
+                f"pagedflash: kv_cache_dtype is {formats.kv_cache_dtype_name()!r}, but transformers {hooks.version()} "
+                f"prepares its batches elsewhere ({error}); call enable() without it"
+            ) from error
         warnings.warn(
             f"pagedflash: transformers {hooks.version()} prepares its batches elsewhere ({error}), so continuous batching "
             "gathers keys and values in every step that does not only decode, which is slower.",
@@ -76,6 +80,8 @@ def install() -> Mapping[str, Any]:
         )
         return {}
     inputs.install()
+    if formats.kv_cache_dtype is not None:
+        pages.install()
     return windows.install()
 
 
@@ -100,13 +106,13 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], 
         ``(1, total, Hq, D)``.
     """
     tables: StepTables = kwargs["block_table"]
-    scales: dict[str, Any] = {}
     k_cache, v_cache = kwargs["k_cache"], kwargs["v_cache"]
-    if q.dtype is not k_cache.dtype:
-        from . import formats
-
-        q, k, v = formats.in_format((q, k, v), k_cache)
+    scales: dict[str, Any] = {}
+    if isinstance(k_cache, formats.InFormat):
         scales = formats.descales(k_cache, v_cache)
+        k_cache, v_cache = k_cache.elements, v_cache.elements
+    elif q.dtype is not k_cache.dtype and formats.kv_cache_dtype is None:
+        q, k, v = (tensor.to(k_cache.dtype) for tensor in (q, k, v))
     new_k, new_v = k.transpose(0, 1), v.transpose(0, 1)  # sequences of one token
     if tables.slots is None:
         out = interface.flash_attn_with_kvcache(
