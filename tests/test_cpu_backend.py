@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import pagedflash
 from pagedflash.backends import cpu as backend
 from pagedflash.backends import reference
 from pagedflash.backends.cpu import launch
-from pagedflash.problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
+from pagedflash.problem import QUANTIZED, Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
 from pagedflash.testing import DTYPES, LAYOUTS, assert_matches_reference, copy_of, random_problem
 from pagedflash.testing.compare import assert_gradients_match_reference, describe
 from pagedflash.validate_values import check_values, check_write_values
@@ -182,6 +183,32 @@ def test_every_16_bit_number_survives_conversion(isa: str, dtype: torch.dtype) -
         q[:, :, :1], caches[0], caches[1], rotated, special, cos[:, :8], sin[:, :8], cache_seqlens=0
     )
     torch.testing.assert_close(caches[0, :, :1], rotated, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
+@pytest.mark.parametrize("queries", [1, 40], ids=["decode", "prefill"])
+@pytest.mark.parametrize("head_dim", [64, 40])
+def test_every_code_of_8_bits_is_read_exactly(isa: str, dtype: torch.dtype, queries: int, head_dim: int) -> None:
+    """One key for each of the 256 codes: a value is the output of its only key, a score the LSE."""
+    codes, one = torch.arange(256, dtype=torch.uint8).view(dtype), torch.ones(())
+    places, numbers = torch.arange(256) % head_dim, codes.float()
+    q, bits = torch.zeros(256, queries, 1, head_dim), torch.zeros(256, 1, 1, head_dim, dtype=torch.uint8)
+    q[torch.arange(256), :, 0, places] = 1
+    bits[torch.arange(256), 0, 0, places] = codes.view(torch.uint8)
+    elements = bits.view(dtype)
+
+    def attend(k: torch.Tensor, v: torch.Tensor) -> Any:
+        return pagedflash.flash_attn_with_kvcache(
+            q, k, v, cache_seqlens=1, softmax_scale=1.0, k_descale=one, v_descale=one, return_softmax_lse=True
+        )
+
+    zeros = torch.zeros_like(bits).view(dtype)
+    out, _ = attend(zeros, elements)
+    torch.testing.assert_close(out, elements.float().expand_as(out), rtol=0, atol=0, equal_nan=True)
+    out, lse = attend(elements, zeros)
+    finite = numbers.isfinite()
+    torch.testing.assert_close(lse[finite], numbers[finite, None, None].expand_as(lse[finite]), rtol=3e-7, atol=1e-9)
+    assert out[numbers.isnan()].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -355,7 +382,7 @@ def test_running_out_of_memory_is_said_before_anything_is_written(step: str) -> 
     script = f"""
 import resource, torch
 from pagedflash.backends.cpu import launch
-from pagedflash.problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
+from pagedflash.problem import QUANTIZED, Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
 
 n = 1 << 20
 cache = torch.zeros(1, 1, 1, 8).expand(n, 1, 1, 8)

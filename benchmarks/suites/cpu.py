@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.suite import Options, Row, compared, measure, suite, that_run
-from pagedflash import flash_attn_func, flash_attn_varlen_func
+from pagedflash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from pagedflash.cli import baselines
 from pagedflash.cli.baselines import sdpa
 from pagedflash.cli.bench import (
@@ -24,11 +24,13 @@ from pagedflash.cli.bench import (
     Shape,
     decode_contenders,
     dense_prompt,
+    dtype_name,
     pagedflash_decode,
     prefill_contenders,
     streaming,
 )
 from pagedflash.cli.measure import Contender, WallClock
+from pagedflash.problem import QUANTIZED
 from pagedflash.testing import PagedProblem, assert_matches_reference, paged_problem, random_problem
 
 MIB = 1 << 20
@@ -91,6 +93,37 @@ def decode(options: Options) -> Iterator[Row]:
         measured = measure({**all_decode_contenders(problem), STREAMING: stream}, options.rounds_or(9), WallClock())
         share = problem.cache_bytes / stream_bytes * measured.ratio(STREAMING, OURS)
         yield compared(f"{shape}, {name}", measured, "ms", {"of streaming": share})
+
+
+@suite("cpu-formats")
+def formats(options: Options) -> Iterator[Row]:
+    """Paged decode over caches of other formats than the queries, 8 x 4096 tokens, beside a cache of the queries' dtype"""
+    for dtype, others in ((torch.bfloat16, QUANTIZED), (torch.float32, (torch.float16, torch.bfloat16, *QUANTIZED))):
+        shape = Shape(dtype=dtype)
+        problem = paged(shape, [options.size(4096, 64)] * options.size(8, 2))
+        own = dtype_name(dtype)
+        contenders = {own: pagedflash_decode(problem)}
+        contenders |= {dtype_name(other): decode_in_format(problem, other) for other in others}
+        measured = measure(contenders, options.rounds_or(15), WallClock())
+        for name in contenders:
+            figures = {"ms": 1e3 * measured.median(name), f"x {own}": measured.ratio(own, name)}
+            yield Row(f"{shape}, cache of {name}", figures, (), {name: measured.seconds[name]})
+
+
+def decode_in_format(problem: PagedProblem, dtype: torch.dtype) -> Contender:
+    """The problem over its cache in another format, where it is quantized with a scale for each token and head."""
+    q, *caches, lengths, table = problem
+    scales: dict[str, Tensor] = {}
+    if dtype in QUANTIZED:
+        amax = [cache.float().abs().amax(-1, keepdim=True) / QUANTIZED[dtype] for cache in caches]
+        caches = [cache / scale for cache, scale in zip(caches, amax)]
+        scales = dict(zip(("k_descale", "v_descale"), (scale[..., 0].float() for scale in amax)))
+    k_cache, v_cache = ((cache.round() if dtype is torch.int8 else cache).to(dtype) for cache in caches)
+
+    def run() -> Any:
+        return flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, block_table=table, causal=True, **scales)
+
+    return Contender(run, None)
 
 
 @suite("cpu-hot")

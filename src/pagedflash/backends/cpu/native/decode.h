@@ -116,9 +116,9 @@ class Decode {
         with_dot_product(write.dtype, write.k_dtype, [&](auto dot_product) {
           with_row_count(rows_, [&](auto rows) { score_tile<decltype(dot_product), decltype(rows)::value>(heads, tokens); });
         });
-        if (write.k_descale) scale(heads, tokens, scratch_.tokens.k_descale, write.k_descale_stride.head);
+        if (write.k_descale) scale(heads, tokens, write.k_dtype, scratch_.tokens.k_descale, write.k_descale_stride.head);
         softmax(heads, first, tokens);
-        if (write.v_descale) scale(heads, tokens, scratch_.tokens.v_descale, write.v_descale_stride.head);
+        if (write.v_descale) scale(heads, tokens, write.v_dtype, scratch_.tokens.v_descale, write.v_descale_stride.head);
         with_format(write.v_dtype, [&](auto element) {
           with_row_count(rows_, [&](auto rows) { accumulate_tile<decltype(element), decltype(rows)::value>(heads, tokens); });
         });
@@ -185,11 +185,14 @@ class Decode {
     repeat_last(tokens.k), repeat_last(tokens.v);
   }
 
-  // Scores, or probabilities, of all rows of some heads times the scale of each token.
-  void scale(Range heads, int64_t tokens, const float* const* descales, int64_t head_stride) {
+  // Scores, or probabilities, of all rows of some heads times the scale of each token, and that of chunks of the format.
+  void scale(Range heads, int64_t tokens, int64_t dtype, const float* const* descales, int64_t head_stride) {
+    float chunk_scale = 1.0f;
+    with_format(dtype, [&](auto element) { chunk_scale = CHUNK_SCALE<decltype(element)>; });
     for (int64_t head = heads.begin; head < heads.end; head++) {
       float scales[DECODE_TILE];
-      for (int64_t t = 0; t < tokens; t++) scales[t] = descales[t][(task_.kv_heads.begin + head) * head_stride];
+      for (int64_t t = 0; t < tokens; t++)
+        scales[t] = chunk_scale * descales[t][(task_.kv_heads.begin + head) * head_stride];
       for (int64_t row = 0; row < rows_; row++) {
         float* scores = scratch_.scores + (head * rows_ + row) * DECODE_TILE;
         for (int64_t t = 0; t < tokens; t++) scores[t] *= scales[t];

@@ -17,6 +17,7 @@
 //   load_part store_part(T*, n)        the first n elements, n a multiple of 8; zeros beyond them
 //   load_chunk(T*)                     2 * LANES elements as two registers; of bf16 first the even ones, then the odd ones
 //   load_chunk_part(T*, n)             the first n elements of a chunk
+//   CHUNK_SCALE<T>                     how many times too small the elements of a chunk are
 //   restore_order<T>(chunk)            that order back to the order in memory
 //
 // and, where PAGEDFLASH_BF16_PAIRS is defined, on LANES pairs of bfloat16:
@@ -55,6 +56,10 @@ struct e4m3 {  // no infinity; NaN is all ones
 struct e5m2 {  // the upper half of an f16
   uint8_t bits;
 };
+
+template <class T>
+constexpr float CHUNK_SCALE = 1;
+constexpr float E4M3_SCALE = 256;  // of the bits of an e4m3, read as those of a float16
 
 PAGEDFLASH_INLINE float float_of_bits(uint32_t bits) {
   float x;

@@ -124,6 +124,8 @@ PAGEDFLASH_INLINE void store_part(T* p, Vec a, int64_t n) { _mm256_mask_storeu_e
 struct Chunk {
   Vec a, b;
 };
+template <>
+constexpr float CHUNK_SCALE<e4m3> = E4M3_SCALE;
 template <class T>
 PAGEDFLASH_INLINE Chunk load_chunk(const T* p) { return {load(p), load(p + LANES)}; }
 template <class T>
