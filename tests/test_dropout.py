@@ -169,5 +169,5 @@ def test_a_backend_without_dropout_refuses_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_was_dropped_is_not_returned() -> None:
-    with pytest.raises(ValueError, match="return_attn_probs is True with a dropout_p of 0.5, expected False"):
+    with pytest.raises(ValueError, match=r"return_attn_probs is True with a dropout_p of 0\.5, expected False"):
         which_are_kept(dropout_p=0.5, return_attn_probs=True)
