@@ -56,6 +56,8 @@ struct e5m2 {  // the upper half of an f16
   uint8_t bits;
 };
 
+constexpr float E4M3_SCALE = 256;  // of the bits of an e4m3, read as those of a float16
+
 PAGEDFLASH_INLINE float float_of_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, 4);
