@@ -253,7 +253,7 @@ def test_gradients_of_long_sequences(isa: str, rng: random.Random, rounds, dtype
 def _differentiable(rng: random.Random, count: int, **options) -> Iterator[AttentionProblem]:
     """Random problems, without those that there is no backward for."""
     while count:
-        problem = random_problem(rng, **options)
+        problem = random_problem(rng, capabilities=backend.CAPABILITIES, **options)
         if problem.append is None and problem.cache.k_descale is None and problem.cache.v_descale is None:
             count -= 1
             yield problem

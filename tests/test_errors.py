@@ -293,7 +293,7 @@ WRONG = [
         Wrong(f"= {value}", "window_size", ATTENTION, constant(value))
         for value in (5, (1,), (1, 2, 3), (-2, 0), (0, -7), (1.5, 0), None)
     ),
-    *(Wrong(f"= {value}", "dropout_p", ("dense", "varlen"), constant(value)) for value in (0.1, 1.0, math.nan, None)),
+    *(Wrong(f"= {value}", "dropout_p", ATTENTION, constant(value)) for value in (-0.1, 1.0, math.nan, None)),
     *(Wrong(f"= {value}", "num_splits", WITH_CACHE, constant(value)) for value in (-1, 1.5)),
     Wrong("of another length", "alibi_slopes", ATTENTION, constant(torch.ones(31))),
     Wrong("of dtype float16", "alibi_slopes", ATTENTION, constant(torch.ones(2).half())),

@@ -176,7 +176,8 @@ def packed_training_contenders(q: Tensor, k: Tensor, v: Tensor, lengths: list[in
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
         longest = max(lengths)
-        return flash_attn_varlen_func(q[0], k[0], v[0], offsets, offsets, longest, longest, causal=True).unsqueeze(0)
+        out: Any = flash_attn_varlen_func(q[0], k[0], v[0], offsets, offsets, longest, longest, causal=True)
+        return out.unsqueeze(0)
 
     return {
         OURS: with_gradients(ours, q, k, v),
@@ -185,7 +186,7 @@ def packed_training_contenders(q: Tensor, k: Tensor, v: Tensor, lengths: list[in
     }
 
 
-def with_gradients(attention: Callable[..., Tensor], *tensors: Tensor) -> Contender:
+def with_gradients(attention: Callable[..., Any], *tensors: Tensor) -> Contender:
     """A forward pass, and the gradients of a loss that weighs all elements differently."""
     tensors = tuple(tensor.detach().requires_grad_() for tensor in tensors)
     weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0)).to(tensors[0].dtype)

@@ -292,6 +292,7 @@ def flash_attn_with_kvcache(
     q_descale: None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    dropout_p: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor: ...
 @overload
@@ -325,6 +326,7 @@ def flash_attn_with_kvcache(
     q_descale: None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    dropout_p: float = 0.0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -358,6 +360,7 @@ def flash_attn_with_kvcache(
     q_descale: None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    dropout_p: float = 0.0,
     out: Tensor | None = None,
 ) -> _Output: ...
 def kv_paged_write(

@@ -29,7 +29,6 @@ def dense(
     q: Given,
     k: Given,
     v: Given,
-    dropout_p: Given,
     num_splits: Given,
     *scores: Given,
 ) -> tuple[AttentionProblem, Names]:
@@ -37,8 +36,8 @@ def dense(
     options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
     names = _names(ATTENTION_NAMES, learnable_sink)
     num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
-    _reject_dropout(dropout_p)
-    tensors = (q, None, None, k, v, *_NONE[:13], alibi_slopes, s_aux)
+    seed = _dropout_seed(q, options)
+    tensors = (q, None, None, k, v, *_NONE[:13], alibi_slopes, s_aux, seed)
     entry = plan_cache.entry_of_arguments(tensors, ("dense", num_splits, *options))
     if (problem := _known(AttentionProblem, entry, tensors)) is not None:
         return problem, names
@@ -49,7 +48,7 @@ def dense(
         Queries(_inner_contiguous(q), max_seqlen_q=q.shape[1]),
         KVCache(_inner_contiguous(k), _inner_contiguous(v), max_seqlen_k=k.shape[1]),
         None,
-        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink)),
+        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink), seed),
         num_splits,
     )
     return _keep(entry, tensors, problem), names
@@ -63,7 +62,6 @@ def packed(
     cu_seqlens_k: Given,
     max_seqlen_q: Given,
     max_seqlen_k: Given,
-    dropout_p: Given,
     block_table: Given,
     page_table: Given,
     seqused_q: Given,
@@ -79,14 +77,14 @@ def packed(
     options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
     names = _names(ATTENTION_NAMES, learnable_sink, page_table)
     num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
-    _reject_dropout(dropout_p)
     table = _one_of("block_table", block_table, "page_table", page_table)
     max_seqlen_q, max_seqlen_k = _integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)
     appends = k_new is not None or v_new is not None
     cu_seqlens_new = cu_seqlens_q if appends else None
+    seed = _dropout_seed(q, options)
     tensors = (
         q, cu_seqlens_q, seqused_q, k, v, k_descale, v_descale, table, None, None, seqused_k, cu_seqlens_k,
-        k_new, v_new, None, None, cu_seqlens_new, None, alibi_slopes, s_aux,
+        k_new, v_new, None, None, cu_seqlens_new, None, alibi_slopes, s_aux, seed,
     )  # fmt: skip
     entry = None
     if not torch.compiler.is_compiling() and isinstance(max_seqlen_k, int):
@@ -131,7 +129,7 @@ def packed(
             max_seqlen_k=max_seqlen_k,
         ),
         append,
-        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink)),
+        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink), seed),
         num_splits,
     )
     return _keep(entry, tensors, problem), names
@@ -163,9 +161,10 @@ def cached(
     table = block_table if page_table is None else _one_of("block_table", block_table, "page_table", page_table)
     num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
     rotary_interleaved = bool(rotary_interleaved)
+    seed = _dropout_seed(q, options)
     tensors = (
         q, None, None, k_cache, v_cache, k_descale, v_descale, table, cache_batch_idx, cache_leftpad, cache_seqlens, None,
-        k, v, rotary_cos, rotary_sin, None, None, alibi_slopes, s_aux,
+        k, v, rotary_cos, rotary_sin, None, None, alibi_slopes, s_aux, seed,
     )  # fmt: skip
     entry = plan_cache.entry_of_arguments(tensors, ("cached", rotary_interleaved, num_splits, *options))
     if (problem := _known(AttentionProblem, entry, tensors)) is not None:
@@ -196,7 +195,7 @@ def cached(
             max_seqlen_k=k_cache.shape[1] * (1 if table is None else _tensor("block_table", table).shape[-1]),
         ),
         append,
-        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink)),
+        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink), seed),
         num_splits,
     )
     return _keep(entry, tensors, problem), names
@@ -293,6 +292,7 @@ def _score_arguments(
     alibi_slopes: Given,
     s_aux: Given,
     learnable_sink: Given,
+    dropout_p: Given,
 ) -> tuple[tuple[Any, ...], Given, Given, Given]:
     """What all attention functions take about scores: ``(options, alibi_slopes, s_aux, learnable_sink)``.
 
@@ -303,16 +303,24 @@ def _score_arguments(
         softmax_scale if softmax_scale is None else _number("softmax_scale", softmax_scale),
         softcap if softcap.__class__ is float else _number("softcap", softcap),
         *_window(window_size, causal),
+        dropout_p if dropout_p.__class__ is float else _number("dropout_p", dropout_p),
         learnable_sink is None,
     )
     return options, alibi_slopes, s_aux, learnable_sink
 
 
-def _scores(q: Tensor, options: tuple[Any, ...], alibi_slopes: Given, sinks: Given) -> Scores:
+def _dropout_seed(q: Given, options: tuple[Any, ...]) -> Tensor | None:
+    """Drawn from torch's generator, where there is dropout: the forward and the backward pass of a call share it."""
+    if options[-2] == 0.0:
+        return None
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=_tensor("q", q).device)
+
+
+def _scores(q: Tensor, options: tuple[Any, ...], alibi_slopes: Given, sinks: Given, seed: Tensor | None) -> Scores:
     scale, *numbers, _ = options
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1] or 1)
-    return Scores(_contiguous(alibi_slopes), sinks, scale, *numbers)
+    return Scores(_contiguous(alibi_slopes), sinks, seed, scale, *numbers)
 
 
 def _window(window_size: Given, causal: Given) -> tuple[int, int]:
@@ -412,9 +420,9 @@ def reject_unsupported(scheduler_metadata: Given, qv: Given, attention_chunk: Gi
         reject("attention_chunk", "{chunk}", "0: chunked masks are not supported", chunk=attention_chunk)
 
 
-def _reject_dropout(dropout_p: Given) -> None:
-    if not isinstance(dropout_p, (int, float)) or dropout_p != 0.0:
-        reject("dropout_p", "{p}", "0: there is no dropout", p=dropout_p)
+def reject_dropped_probabilities(return_attn_probs: Given, dropout_p: Given) -> None:
+    if return_attn_probs and dropout_p:
+        reject("return_attn_probs", "True with a dropout_p of {p}", "False: probabilities are never held", p=dropout_p)
 
 
 def _number(name: str, value: Given) -> float:

@@ -101,9 +101,11 @@ def _attention_into(problem: AttentionProblem, backend: Backend, out: Tensor) ->
 def attention_backward(
     problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor
 ) -> backward.Gradients:
-    """The gradients of a problem that :func:`attention` has run, from its device's backend if that has a backward of its
-    own."""
-    run = getattr(backend_for(out), "backward", backward.backward)
+    """The gradients of a problem that :func:`attention` has run, from its device's backend if that ran it and has a backward
+    of its own."""
+    backend = backend_for(out)
+    supported = problem.plan((backend.NAME, "support"), backend.supports).ok
+    run = getattr(backend, "backward", backward.backward) if supported else backward.backward
     return cast(backward.Gradients, run(problem, out, lse, d_out, d_lse))
 
 

@@ -59,7 +59,8 @@ def flash_attn_func(
         q: ``(B, Sq, Hq, D)``.
         k: ``(B, Sk, Hkv, D)``.
         v: ``(B, Sk, Hkv, Dv)``.
-        dropout_p: must be 0.
+        dropout_p: share of the probabilities that is dropped; the others are scaled by ``1 / (1 - dropout_p)``. Which ones,
+            torch's generator says: one number drawn from it is the seed of the call. On CPUs; elsewhere it must be 0.
         softmax_scale: factor on ``q @ k^T``; ``1 / sqrt(D)`` if None.
         causal: query ``i`` sees keys ``j <= i + Sk - Sq``.
         window_size: ``(left, right)``, inclusive, -1 = unbounded: query ``i`` sees keys from ``i + Sk - Sq - left`` to
@@ -67,7 +68,7 @@ def flash_attn_func(
         softcap: if > 0, scores become ``softcap * tanh(scores / softcap)``, after scaling, before masking (Gemma 2).
         alibi_slopes: float32 ``(Hq,)`` or ``(B, Hq)``; adds ``-slope * |i + Sk - Sq - j|`` (Press et al., 2022).
         deterministic: accepted for compatibility; forward and backward always are.
-        return_attn_probs: return ``(out, lse, S_dmask)`` as flash-attn does; S_dmask is empty without dropout.
+        return_attn_probs: return ``(out, lse, S_dmask)`` as flash-attn does, where S_dmask is empty: only without dropout.
         s_aux: ``(Hq,)`` attention sinks: one extra logit per head in the softmax denominator (gpt-oss). Counted in the LSE.
         learnable_sink: another name of ``s_aux``.
         return_softmax_lse: return ``(out, lse)``.
@@ -97,8 +98,9 @@ def flash_attn_func(
     Source: Dao, "FlashAttention-2" (2023); flash-attn's ``flash_attn_func``.
     """
     arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk)
+    arguments.reject_dropped_probabilities(return_attn_probs, dropout_p)
     problem, names = arguments.dense(
-        q, k, v, dropout_p, num_splits, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink
+        q, k, v, num_splits, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink, dropout_p
     )
     return _run(problem, names, out, return_attn_probs, return_softmax_lse)
 
@@ -186,10 +188,11 @@ def flash_attn_varlen_func(
         True
     """
     arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk, q_descale)
+    arguments.reject_dropped_probabilities(return_attn_probs, dropout_p)
     problem, names = arguments.packed(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         block_table, page_table, seqused_q, seqused_k, k_new, v_new, k_descale, v_descale, num_splits,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink, dropout_p,
     )  # fmt: skip
     return _run(problem, names, out, return_attn_probs, return_softmax_lse)
 
@@ -224,6 +227,7 @@ def flash_attn_with_kvcache(
     q_descale: None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    dropout_p: float = 0.0,
     out: Tensor | None = None,
 ) -> Output:
     """Append new keys and values to a cache in place, then attend to the cache including them.
@@ -280,7 +284,7 @@ def flash_attn_with_kvcache(
     problem, names = arguments.cached(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
         block_table, page_table, k_descale, v_descale, rotary_interleaved, num_splits,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink, dropout_p,
     )  # fmt: skip
     return _run(problem, names, out, False, return_softmax_lse)
 

@@ -77,10 +77,12 @@ class Scores(NamedTuple):
 
     alibi_slopes: Tensor | None = None  # (Hq,) or (B, Hq) float32
     sinks: Tensor | None = None  # (Hq,) float32, one extra logit per head in the softmax denominator
+    dropout_seed: Tensor | None = None  # () int64, with dropout
     scale: float = 1.0
     softcap: float = 0.0  # 0 = none
     window_left: int = -1  # -1 = unbounded
     window_right: int = -1
+    dropout_p: float = 0.0  # share of the probabilities that is dropped, see backends/dropout.py; 0 = none
 
 
 class ScoreParams(NamedTuple):
@@ -90,6 +92,8 @@ class ScoreParams(NamedTuple):
     softcap: float  # in base 2; 0 = none
     window_left: int  # -1 = unbounded
     window_right: int
+    dropout_threshold: int  # of 2^31: what is dropped; 0 = no dropout
+    dropout_scale: float  # of what is kept
 
 
 def fold_scores(scores: Scores) -> ScoreParams:
@@ -98,7 +102,9 @@ def fold_scores(scores: Scores) -> ScoreParams:
         scale, softcap = scores.scale / scores.softcap, scores.softcap * LOG2_E
     else:
         scale, softcap = scores.scale * LOG2_E, 0.0
-    return ScoreParams(scale, softcap, scores.window_left, scores.window_right)
+    p = scores.dropout_p
+    threshold = min(round(p * 2**31), 2**31 - 1)
+    return ScoreParams(scale, softcap, scores.window_left, scores.window_right, threshold, 1 / (1 - p))
 
 
 def is_per_token(descale: Tensor | None) -> bool:

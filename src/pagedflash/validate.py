@@ -52,7 +52,7 @@ def validate(problem: AttentionProblem, capabilities: Capabilities) -> None:
             if cache.seqused_k is None:
                 reject("seqused_k", "None", "tokens in the cache before the append, with {k_new}")
         _validate_rotary(append, q, problem.capacity)
-    _validate_scores(problem)
+    _validate_scores(problem, capabilities)
 
 
 def validate_write(write: CacheWrite, capabilities: Capabilities) -> None:
@@ -253,8 +253,8 @@ def _validate_rotary(append: Append, q: Tensor, capacity: int) -> None:
         reject("rotary_cos", "for rotary_dim {d}", "at most head_dim = {most}", d=2 * cos.shape[1], most=q.shape[-1])
 
 
-def _validate_scores(problem: AttentionProblem) -> None:
-    """Scale, window, softcap, ALiBi, sinks, splits."""
+def _validate_scores(problem: AttentionProblem, capabilities: Capabilities) -> None:
+    """Scale, window, softcap, ALiBi, sinks, dropout, splits."""
     scores, slopes, sinks = problem.scores, problem.scores.alibi_slopes, problem.scores.sinks
     for field, number in scores._asdict().items():
         if isinstance(number, float) and not math.isfinite(number):
@@ -267,6 +267,10 @@ def _validate_scores(problem: AttentionProblem) -> None:
         reject("softcap", "{cap}", "at least 0 (0 = none)", cap=scores.softcap)
     if problem.num_splits < 0:
         reject("num_splits", "{splits}", "at least 0 (0 = chosen for you)", splits=problem.num_splits)
+    if not 0 <= scores.dropout_p < 1:
+        reject("dropout_p", "{p}", "at least 0 and below 1", p=scores.dropout_p)
+    if scores.dropout_p and not capabilities.dropout:
+        reject("dropout_p", "{p}", "0: on {device} there is no dropout yet", p=scores.dropout_p, device=q.device.type)
     if slopes is not None:
         per_sequence = isinstance(slopes, Tensor) and slopes.dim() == 2
         dims = "B, Hq" if per_sequence else "Hq"

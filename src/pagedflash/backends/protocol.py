@@ -25,6 +25,7 @@ class Capabilities(NamedTuple):
     """Formats of a cache besides q's own: float16 and bfloat16, under float32, and those of ``problem.QUANTIZED``."""
     max_head_dim: int = 256
     head_dim_multiple: int = 8
+    dropout: bool = False
     checks_values: bool = False
     """Whether ``attention`` and ``kv_write`` validate lengths and tables themselves before they write."""
 

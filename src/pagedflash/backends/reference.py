@@ -15,6 +15,7 @@ from torch import Tensor
 from ..geometry import queries_rotate_by_position
 from ..problem import QUANTIZED, AttentionProblem, CacheWrite, is_per_token
 from ..validate_values import key_lengths, new_lengths
+from .dropout import kept
 from .protocol import Capabilities, Support
 
 NAME = "reference"
@@ -27,6 +28,7 @@ CAPABILITIES = Capabilities(
     cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED),
     max_head_dim=2**31,
     head_dim_multiple=1,
+    dropout=True,
 )
 
 
@@ -253,7 +255,18 @@ def _attend(problem: AttentionProblem, q: Tensor, k: Tensor, v: Tensor, b: int) 
     lse = logits.logsumexp(-1).masked_fill(~sees_a_key, float("inf"))
     # exp(-inf) = 0 for masked keys and for rows without any
     probabilities = torch.exp(logits[..., :num_keys] - lse.unsqueeze(-1))
+    if problem.scores.dropout_p:
+        probabilities = probabilities * _kept(problem, probabilities, b)
     return torch.einsum("hqk,khd->qhd", probabilities, v), lse
+
+
+def _kept(problem: AttentionProblem, probabilities: Tensor, b: int) -> Tensor:
+    """Factors ``(Hq, Sq, n)`` of the probabilities of sequence b."""
+    leftpad = problem.cache.cache_leftpad
+    first = 0 if leftpad is None else int(leftpad[b])
+    heads, queries, keys = (torch.arange(size, device=probabilities.device) for size in probabilities.shape)
+    sequence = torch.tensor(b, device=probabilities.device)
+    return kept(problem.scores, sequence, heads[:, None, None], queries[:, None], keys + first, probabilities.dtype)
 
 
 def _scores(problem: AttentionProblem, products: Tensor, b: int) -> tuple[Tensor, Tensor]:

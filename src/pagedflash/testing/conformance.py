@@ -96,7 +96,7 @@ class BackendConformance:
 
     def test_head_dims_at_its_limits(self) -> None:
         """The least and the largest that its capabilities name, if it supports them."""
-        _, _, largest, multiple, _ = self.backend.CAPABILITIES
+        largest, multiple = self.backend.CAPABILITIES.max_head_dim, self.backend.CAPABILITIES.head_dim_multiple
         for head_dim in {multiple, 5 * multiple, min(largest, LARGEST_HEAD_DIM)}:
             for layout in ("dense", "varlen", "paged varlen"):
                 for problem in self.draw("limits", layout=layout, head_dims=(head_dim,)):
@@ -127,7 +127,7 @@ class BackendConformance:
         """Views of it, as ``flash_attn_qkvpacked_func`` makes them."""
         for tokens, _ in self.draw_tokens("qkvpacked", 30):
             qkv = torch.stack((tokens.k_new,) * 3, 1).view(2, 15, 3, *tokens.k_new.shape[1:])
-            problem, _ = arguments.dense(*qkv.unbind(2), 0.0, 0, None, True, (-1, -1), 0.0, None, None, None)
+            problem, _ = arguments.dense(*qkv.unbind(2), 0, None, True, (-1, -1), 0.0, None, None, None, 0.0)
             if self.supports(problem):
                 assert_matches_reference(problem, self.backend.attention)
 
@@ -250,8 +250,8 @@ class BackendConformance:
             yield Append(*new), KVCache(*pages)
 
     def takes_head_dim(self, head_dim: int) -> bool:
-        _, _, largest, multiple, _ = self.backend.CAPABILITIES
-        return head_dim <= largest and head_dim % multiple == 0
+        capabilities = self.backend.CAPABILITIES
+        return head_dim <= capabilities.max_head_dim and head_dim % capabilities.head_dim_multiple == 0
 
     def supports(self, problem: AttentionProblem) -> bool:
         return self.backend.supports(signature_of(problem)).ok

@@ -44,7 +44,7 @@ def random_problem(
     capabilities: Capabilities = Capabilities(),  # noqa: B008 (immutable)
 ) -> AttentionProblem:
     """Draw a valid problem. Every option is drawn independently of every other."""
-    draw = _Draw(rng, dtype or rng.choice(DTYPES), layout or rng.choice(LAYOUTS), device, capabilities.cache_dtypes)
+    draw = _Draw(rng, dtype or rng.choice(DTYPES), layout or rng.choice(LAYOUTS), device, capabilities)
     problem = draw.problem(rng.choice(head_dims), rng.choice(groups), page_sizes, max_queries, max_keys)
     validate(problem, capabilities)
     if device == "cpu":
@@ -98,11 +98,10 @@ def paged_problem(
 class _Draw:
     """Draws one problem, part by part."""
 
-    def __init__(
-        self, rng: random.Random, dtype: torch.dtype, layout: str, device: str, cache_dtypes: tuple[torch.dtype, ...]
-    ) -> None:
+    def __init__(self, rng: random.Random, dtype: torch.dtype, layout: str, device: str, capabilities: Capabilities) -> None:
         self.rng, self.dtype, self.layout, self.device = rng, dtype, layout, device
-        self.formats = [other for other in cache_dtypes if other in QUANTIZED or dtype == torch.float32]
+        self.formats = [other for other in capabilities.cache_dtypes if other in QUANTIZED or dtype == torch.float32]
+        self.has_dropout = capabilities.dropout
         self.generator = torch.Generator().manual_seed(rng.getrandbits(40))
 
     def maybe(self, probability: float) -> bool:
@@ -181,6 +180,10 @@ class _Draw:
             slopes = torch.rand(shape, generator=self.generator).to(self.device) * 0.3
         if self.maybe(0.25):
             sinks = torch.randn(heads, generator=self.generator).to(self.device)
+        seed, dropout_p = None, 0.0
+        if self.has_dropout and self.maybe(0.25):
+            dropout_p = self.rng.choice((0.1, 0.3, 0.5))
+            seed = torch.tensor(self.rng.getrandbits(63), device=self.device)
         return dict(
             scale=1 / math.sqrt(head_dim) if self.maybe(0.8) else 0.2,
             window_left=window_left,
@@ -188,6 +191,8 @@ class _Draw:
             softcap=self.rng.choice((0.0, 0.0, 0.0, 2.0, 30.0)),
             alibi_slopes=slopes,
             sinks=sinks,
+            dropout_seed=seed,
+            dropout_p=dropout_p,
             rotary_interleaved=self.maybe(0.5),
             num_splits=self.rng.choice((0, 0, 0, 1, 2, 5)),
         )

@@ -264,6 +264,8 @@ def problem_params(problem: AttentionProblem, aligned: bool, precision: str, dec
         softcap=folded.softcap if folded.softcap > 0 else None,
         window_left=folded.window_left if folded.window_left >= 0 else None,
         window_right=folded.window_right if folded.window_right >= 0 else None,
+        dropout_threshold=folded.dropout_threshold or None,
+        dropout_scale=folded.dropout_scale if folded.dropout_threshold else None,
     )
     return ProblemParams(
         QueryParams(

@@ -57,15 +57,12 @@ def forward(
             refuse(f"{name} of {type(module).__name__}", "flash attention has no place for it")
     if kwargs.get("output_attentions"):
         refuse("output_attentions", "flash attention never has the weights", instead='"eager"')
-    if dropout:
-        refuse(
-            f"dropout of {dropout}",
-            "there is none; set attention_dropout (BERT: attention_probs_dropout_prob) to 0, or call model.eval()",
-        )
     if isinstance(cache, PagedAttentionCache) and isinstance(kwargs.get("cu_seq_lens_k"), dict):
         key, value = cache.update(key, value, module.layer_idx, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0, "s_aux": s_aux, "causal": causal}
+    if dropout:
+        options["dropout_p"] = dropout
     if sliding_window:
         options["window_size"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
 

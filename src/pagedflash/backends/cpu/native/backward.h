@@ -7,7 +7,7 @@
 //       for each pass of rows
 //         scores          = queries x K                   rows x keys
 //         d_probabilities = d_out x V                     rows x keys
-//         probabilities   = 2^(score - LSE)
+//         probabilities   = 2^(score - LSE)               with dropout, dropped behind the next line, like d_probabilities before
 //         d_scores        = probabilities * (d_probabilities - delta)
 //         d_q            += d_scores x K                  rows x head_dim
 //         d_v            += probabilities^T x d_out       keys x v_head_dim
@@ -58,6 +58,7 @@ struct BackwardScratch {
     scores_t = arena.allocate<float>(tile * (tile / GROUP + PADDING));
     d_scores_t = arena.allocate<float>(tile * (tile / GROUP + PADDING));
     flatness = arena.allocate<float>(tile);
+    dropout = arena.allocate<float>(Dropout::factors_size(tile));
     tokens.k = arena.allocate<const char*>(tile);
     tokens.v = arena.allocate<const char*>(tile);
     tokens.k_descale = tokens.v_descale = nullptr;
@@ -84,6 +85,7 @@ struct BackwardScratch {
   float* scores_t;        // (tile of keys, tile of rows), probabilities
   float* d_scores_t;
   float* flatness;        // (tile of keys), of one row
+  float* dropout;         // factors of it
   TokenAddresses tokens;  // of the tile
   T* row;                 // one row as it is loaded
   int64_t bytes;
@@ -264,11 +266,13 @@ class Backward {
     const bool is_scale = count % LANES == 0 && score_.is_scale(row, first, count);
     const Vec scale = splat(is_scale ? score_.scale() : 1.0f), lse = splat(-scratch_.lse[r]), delta = splat(scratch_.delta[r]);
     if (!is_scale) score_.apply(scores, row, first, count, scratch_.flatness);
+    const bool drops = score_.dropout.drops(), capped = score_.capped();
+    const float* factors = drops ? score_.dropout.factors(scratch_.dropout, row.dropout, first, count) : nullptr;
     for (int64_t i = 0; i < count; i += LANES) {
-      const Vec p = exp2(fma(load(scores + i), scale, lse));
-      Vec d = mul(p, sub(load(d_scores + i), delta));
-      if (score_.capped()) d = mul(d, load(scratch_.flatness + i));
-      store(scores + i, p);
+      const Vec p = exp2(fma(load(scores + i), scale, lse)), d_p = load(d_scores + i);
+      Vec d = mul(p, sub(drops ? mul(d_p, load(factors + i)) : d_p, delta));
+      if (capped) d = mul(d, load(scratch_.flatness + i));
+      store(scores + i, drops ? mul(p, load(factors + i)) : p);
       store(d_scores + i, d);
     }
   }

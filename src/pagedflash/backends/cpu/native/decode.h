@@ -28,6 +28,7 @@ namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
 constexpr int64_t DECODE_TILE = 64;        // tokens
+static_assert(DECODE_TILE <= MAX_TILE);
 constexpr int64_t BLOCK_TOKENS = 8;        // tokens that pass together, all heads of them before the next
 constexpr int64_t QUERY_BYTES = 64 << 10;  // queries (or accumulators) of the heads that pass together: should stay cached
 constexpr int ROW_BLOCK = 4;               // rows that share each loaded key

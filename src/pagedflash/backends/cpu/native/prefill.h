@@ -110,6 +110,7 @@ class Prefill {
   static constexpr int64_t TILE_KEYS = Product::TILE_KEYS, PASS_ROWS = Product::PASS_ROWS;
   static constexpr bool ONE_PASS = PrefillScratch<T>::ONE_PASS;
   static constexpr int64_t SCORE_STRIDE = TILE_KEYS + Product::PADDING;
+  static_assert(TILE_KEYS <= MAX_TILE);
 
   // Prefetches one head of keys or values, in so many `steps`.
   class Prefetcher {

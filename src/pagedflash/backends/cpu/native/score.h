@@ -1,8 +1,7 @@
 // From q.k to a masked score in base 2: scale, softcap, ALiBi, window. And its derivative, for backward.
 #pragma once
 
-#include "sequence.h"
-#include "vec.h"
+#include "dropout.h"
 
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
@@ -12,18 +11,22 @@ struct ScoreRow {
   Range kv_range;    // keys it sees
   int64_t position;  // of its query, among the keys
   float slope;       // ALiBi, in base 2; 0 = none
+  DropoutRow dropout;
 };
 
 PAGEDFLASH_INLINE ScoreRow score_row(const AttentionProblem& problem, const Sequence& sequence, int64_t query, int64_t head) {
   const float* slopes = problem.alibi_slopes;
   const float slope = slopes ? slopes[sequence.batch * problem.alibi_batch_stride + head] : 0.0f;
-  return {sequence.kv_range(problem, query), sequence.position(query), slope * LOG2_E};
+  const DropoutRow dropout = {(uint32_t)query, (uint32_t)head, (uint32_t)sequence.batch};
+  return {sequence.kv_range(problem, query), sequence.position(query), slope * LOG2_E, dropout};
 }
 
 class Score {
  public:
-  explicit Score(const ScoreParams& params)
-      : capped_(params.softcap > 0), scale_(params.scale), softcap_(params.softcap),
+  const Dropout dropout;  // of the probabilities that scores become
+
+  explicit Score(const AttentionProblem& params)
+      : dropout(params), capped_(params.softcap > 0), scale_(params.scale), softcap_(params.softcap),
         tanh_exponent_(2 * params.scale * LOG2_E),
         slope_(params.scale * LN_2 * (params.softcap > 0 ? params.softcap : 1)) {}
 

@@ -36,6 +36,7 @@ class Tensors(NamedTuple):
     slot_mapping: Any
     alibi_slopes: Any
     sinks: Any
+    dropout_seed: Any
     out: Any  # (B, Sq, Hq, Dv) | (total_q, Hq, Dv), contiguous
     lse: Any  # (B, Hq, Sq) | (Hq, total_q) float32, contiguous
     partials: Any  # accumulators, maxima and sums of all splits, float32; None: no work tile is split

@@ -16,6 +16,8 @@ class ScoreParams(NamedTuple):
     softcap: float | None  # in base 2
     window_left: int | None
     window_right: int | None
+    dropout_threshold: int | None
+    dropout_scale: float | None
     SLOPES_STRIDE: int | None  # from one sequence's ALiBi slopes to the next; 0: all have the same; None: there are none
     PRECISION: str  # of products of float32
 
