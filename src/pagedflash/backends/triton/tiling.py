@@ -50,7 +50,7 @@ def backward_tilings(block_d: int, element_size: int) -> tuple[Tiling, Tiling]:
     if element_size == 4:
         return Tiling(16, 32 if block_d <= 128 else 16, 4, 2), Tiling(32 if block_d <= 128 else 16, 16, 4, 2)
     if block_d <= 64:
-        return Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3)
+        return Tiling(32, 128, 4, 3), Tiling(64, 64, 4, 3)
     if block_d <= 128:
         return Tiling(64, 128, 8, 3), Tiling(128, 64, 8, 3)
     return Tiling(32, 64, 8, 2), Tiling(64, 32, 8, 2)
