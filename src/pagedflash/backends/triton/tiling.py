@@ -25,8 +25,11 @@ class Tiling(NamedTuple):
         return dict(num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-def decode_tiling(rows: int, block_d: int, element_size: int) -> Tiling:
-    """Decode needs bytes in flight: about 64 KiB an SM, in two CTAs or more."""
+def decode_tiling(rows: int, block_d: int, element_size: int, cache_element_size: int) -> Tiling:
+    """Decode needs bytes in flight: about 64 KiB an SM, in two CTAs or more. Elements of one byte take longer to convert
+    than to load: there larger tiles are what helps."""
+    if cache_element_size == 1 and element_size == 2 and rows <= 16 and block_d >= 128:
+        return Tiling(16, 16384 // block_d, 4, 2, ctas_per_sm=2)
     row_bytes = block_d * element_size
     block_n = max(16, min(128, 16384 // row_bytes))
     if rows > 32 and element_size == 4:

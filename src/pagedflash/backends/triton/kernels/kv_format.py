@@ -12,7 +12,6 @@ from .paging import slots_in_page
 from .params import in_elements
 
 TO_NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 next to it has no bits for a fraction
-TO_NEAREST_BITS = tl.constexpr(0x4B400000)  # and those it has count integers
 SMALLEST_SCALE = tl.constexpr(2.0**-126)  # one below it counts as 0: what is quantized with it is 0
 
 
@@ -72,39 +71,19 @@ def load_scales(base, strides, pages, within, inside):
 @triton.jit
 def multiply_keys(problem, q_tile, kv):
     """``(rows, BLOCK_N)`` q.k. Elements become q's dtype exactly, so they are scaled behind the product."""
-    products = tl.dot(q_tile, tl.trans(convert(kv.k, q_tile.dtype)), input_precision=problem.score.PRECISION)
+    products = tl.dot(q_tile, tl.trans(kv.k.to(q_tile.dtype)), input_precision=problem.score.PRECISION)
     if problem.cache.k_descale_strides is not None:
         products *= kv.k_scales[None, :]
     return products
 
 
 @triton.jit
-def add_values(problem, acc, weights, kv, dtype: tl.constexpr):
-    """``acc + weights @ v``, multiplied in ``dtype``. Elements become it exactly, so it is the weights that are scaled.
-
-    In float16 a small scale would leave few bits of a weight: there the largest of the tile is left to the end.
-    """
-    v = convert(kv.v, dtype)
-    if problem.cache.v_descale_strides is None:
-        acc = tl.dot(weights.to(dtype), v, acc, input_precision=problem.score.PRECISION)
-    elif tl.float16 == dtype:
-        largest = tl.max(tl.abs(kv.v_scales), 0)
-        largest = tl.where(largest > 0, largest, 1.0)
-        weights *= (kv.v_scales / largest)[None, :]
-        acc += largest * tl.dot(weights.to(dtype), v, input_precision=problem.score.PRECISION)
-    else:
-        weights *= kv.v_scales[None, :]
-        acc = tl.dot(weights.to(dtype), v, acc, input_precision=problem.score.PRECISION)
-    return acc
-
-
-@triton.jit
-def convert(elements, dtype: tl.constexpr):
-    """Elements of a cache in ``dtype``, exactly. From int8 by an addition: the conversion of integers takes far longer."""
-    if tl.int8 == elements.dtype:
-        bits = elements.to(tl.int32) + TO_NEAREST_BITS
-        elements = bits.to(tl.float32, bitcast=True) - TO_NEAREST
-    return elements.to(dtype)
+def values_of(problem, kv, dtype: tl.constexpr):
+    """The values of a tile, scaled."""
+    v = kv.v
+    if problem.cache.v_descale_strides is not None:
+        v = v.to(tl.float32) * kv.v_scales[:, None]
+    return v.to(dtype)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .kv_format import add_values, multiply_keys
+from .kv_format import multiply_keys, values_of
 from .score import LN2, load_sinks, score_tile
 
 
@@ -48,7 +48,8 @@ def attend_tile(problem, state, q_tile, kv, rows, MASKED: tl.constexpr, DEFER_SU
         row_sum = state.row_sum * alpha[:, None] + weights
     else:
         row_sum = state.row_sum * alpha + tl.sum(weights, 1)
-    acc = add_values(problem, state.acc * alpha[:, None], weights, kv, q_tile.dtype)
+    v = values_of(problem, kv, q_tile.dtype)
+    acc = tl.dot(weights.to(v.dtype), v, state.acc * alpha[:, None], input_precision=problem.score.PRECISION)
     return SoftmaxState(acc, row_max, row_sum)
 
 
