@@ -166,7 +166,7 @@ def quantized(options: Options) -> Iterator[Row]:
             name = str(dtype).removeprefix("torch.") + (", a scale a token and head" if per_token else "")
             contenders[name] = quantized_decode(in_format(problem, dtype), per_token)
         e4m3 = in_format(problem, torch.float8_e4m3fn)
-        peers = {
+        peers: dict[str, Callable[[], Contender]] = {
             f"FlashInfer e4m3, {variant}": partial(flashinfer.decode, e4m3, variant) for variant in ("CUDA cores", "fa2")
         }
         contenders |= {name: peer._replace(output=None) for name, peer in that_run(peers).items()}
