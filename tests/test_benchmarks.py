@@ -68,7 +68,10 @@ def cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cuda_on_cpu")
-@pytest.mark.parametrize("name", ["cuda-decode", "cuda-speculative", "cuda-prefill", "cuda-window", "cuda-mixed"])
+@pytest.mark.parametrize(
+    "name",
+    ["cuda-decode", "cuda-speculative", "cuda-quantized", "cuda-prefill", "cuda-training", "cuda-window", "cuda-mixed"],
+)
 def test_cuda_suites_agree_with_themselves(name: str) -> None:
     rows = list(suite.SUITES[name].run(suite.Options(quick=True)))
     assert rows and not any(row.failures for row in rows)

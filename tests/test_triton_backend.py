@@ -54,7 +54,8 @@ def _reduce_up_to(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("combine_is")
 def test_all_options(rng: random.Random, rounds, device: str, layout: str) -> None:
     for _ in range(rounds(2)):
-        assert_matches_reference(random_problem(rng, layout=layout, device=device), backend.attention)
+        problem = random_problem(rng, layout=layout, device=device, capabilities=backend.CAPABILITIES)
+        assert_matches_reference(problem, backend.attention)
 
 
 @dataclass
@@ -116,7 +117,7 @@ def kernels_of_split_keys(combine_is: str) -> list[str]:
 def test_one_long_sequence_is_split_over_all_ctas(device: str, launches: Launches, combine_is: str) -> None:
     problem = _decode_problem(device, [1100, 3, 0])
     assert_matches_reference(problem, backend.attention)
-    chosen = tiling.decode_tiling(2, 32, 4)
+    chosen = tiling.decode_tiling(2, 32, 4, 4)
     assert launches.kernels == kernels_of_split_keys(combine_is)
     assert launches.ctas[:1] == [compiled.num_sms(torch.device(device)) * chosen.ctas_per_sm]
     tiles_of_the_long_one = -(-1100 // chosen.block_n)
@@ -127,7 +128,7 @@ def test_one_long_sequence_is_split_over_all_ctas(device: str, launches: Launche
 @pytest.mark.parametrize("last", (1100, 70), ids=("alike", "unlike"))
 def test_as_many_work_tiles_as_ctas(device: str, launches: Launches, last: int) -> None:
     """Alike, each has a CTA to itself, which stores its output; else some are split."""
-    ctas = compiled.num_sms(torch.device(device)) * tiling.decode_tiling(2, 64, 4).ctas_per_sm
+    ctas = compiled.num_sms(torch.device(device)) * tiling.decode_tiling(2, 64, 4, 4).ctas_per_sm
     problem = _decode_problem(device, [1100] * (ctas // 2 - 1) + [last], head_dim=64)
     assert_matches_reference(problem, backend.attention)
     assert launches.ctas[0] == ctas == problem.batch_size * problem.cache.k.shape[-2]
@@ -260,7 +261,8 @@ def test_each_kernel_of_a_mixed_batch_has_its_own_sequences(device: str, monkeyp
 def test_all_options_of_mixed_batches(rng: random.Random, rounds, device: str) -> None:
     seen = 0
     while seen < rounds(4):
-        problem = random_problem(rng, layout="paged varlen", max_queries=90, device=device)
+        options: dict[str, Any] = dict(layout="paged varlen", max_queries=90, capabilities=backend.CAPABILITIES)
+        problem = random_problem(rng, device=device, **options)
         if geometry.may_be_mixed(problem) and geometry.decode_rows(problem) > launch.MAX_DECODE_ROWS:
             assert_matches_reference(problem, backend.attention)
             seen += 1
@@ -384,7 +386,8 @@ def test_wrong_values_touch_no_memory_outside(rng: random.Random, rounds, device
     """Lengths and table entries that nobody checks on a GPU: one wrong value at a time, and all of a tensor."""
     conformance = BackendConformance()
     for _ in range(rounds(2)):
-        problem = random_problem(rng, layout=layout, max_queries=70, device=device)
+        options: dict[str, Any] = dict(layout=layout, max_queries=70, capabilities=backend.CAPABILITIES)
+        problem = random_problem(rng, device=device, **options)
         wrong = list(conformance.with_one_value_changed(problem))
         for name, tensor in problem.named_fields().items():
             if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32:
@@ -427,6 +430,20 @@ def test_kv_write(device: str, new_tokens: int, rotary: bool) -> None:
     reference.kv_write(expected)
     for got, want in zip(write.cache[:2], expected.cache[:2]):
         torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_quantized_values_have_tiles_as_wide_as_keys(rng: random.Random, device: str) -> None:
+    """On Hopper, narrower ones were wrong."""
+    seen = 0
+    while seen < 3:
+        problem = random_problem(
+            rng, layout="paged varlen", head_dims=(64,), max_queries=90, device=device, capabilities=backend.CAPABILITIES
+        )
+        if problem.cache.v_descale is not None and problem.cache.v.shape[-1] < 64:
+            params = launch.problem_params(plan_cache.signature_of(problem), True, "ieee", None)
+            assert params.cache.BLOCK_DV == params.cache.BLOCK_D == 64
+            assert_matches_reference(problem, backend.attention)
+            seen += 1
 
 
 @pytest.mark.parametrize("cache", ("k_cache", "v_cache"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gradients import with_gradients
 from benchmarks.suite import Options, Row, compared, measure, suite, that_run
 from pagedflash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from pagedflash.cli import baselines
@@ -184,18 +185,6 @@ def packed_training_contenders(q: Tensor, k: Tensor, v: Tensor, lengths: list[in
         "SDPA, enable_gqa": with_gradients(partial(sdpa.attention, attn_mask=mask), q, k, v),
         "SDPA, repeated": with_gradients(partial(sdpa.attention, attn_mask=mask, repeat=True), q, k, v),
     }
-
-
-def with_gradients(attention: Callable[..., Any], *tensors: Tensor) -> Contender:
-    """A forward pass, and the gradients of a loss that weighs all elements differently."""
-    tensors = tuple(tensor.detach().requires_grad_() for tensor in tensors)
-    weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0)).to(tensors[0].dtype)
-
-    def run() -> tuple[Tensor, ...]:
-        with torch.inference_mode(False):
-            return torch.autograd.grad(attention(*tensors), tensors, weights)
-
-    return Contender(run, lambda gradients: torch.cat([gradient.flatten() for gradient in gradients]))
 
 
 @suite("cpu-options")

@@ -111,7 +111,8 @@ def _store(keys: Tensor, descale: Tensor | None, slot: tuple[Tensor, Tensor], b:
 def _scales_of(new: Tensor, largest: float) -> Tensor:
     """``(S_new, Hkv)`` float32: the largest magnitude of each token and head, NaN aside, becomes the largest value of the
     format. 0 where that is too small for a scale with a reciprocal."""
-    scales = new.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1) / largest
+    magnitudes = new.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1)
+    scales = magnitudes / torch.full_like(magnitudes, largest)  # CUDA multiplies by the reciprocal of a number
     return scales.masked_fill(scales < SMALLEST_SCALE, 0.0)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import reject_type
 from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides
-from ...problem import WRITE, Append, AttentionProblem, CacheWrite, fold_scores, is_per_token
+from ...problem import WRITE, Append, AttentionProblem, CacheWrite, KVCache, fold_scores, is_per_token
 from .compiled import CompiledLaunch, addresses_of, compute_capability, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
@@ -182,12 +182,12 @@ def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: boo
 def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, aligned: bool, fused_tokens: int) -> _Plan:
     q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
     device, batch_size, kv_heads = q.device, problem.batch_size, k.shape[-2]
-    block_dv = block_width(v.shape[-1])
+    block_dv = _values_width(problem.cache)
     work_tiles = batch_size * kv_heads
     decode_limit = params.queries.DECODE_LIMIT
     longest = problem.queries.max_seqlen_q if decode_limit is None else decode_limit
     rows = power_of_two(max(longest, 1) * problem.group)
-    tiling = decode_tiling(rows, block_width(q.shape[-1]), q.element_size())
+    tiling = decode_tiling(rows, block_width(q.shape[-1]), q.element_size(), min(k.element_size(), v.element_size()))
 
     few_keys = MAX_UNSPLIT_TILES * tiling.block_n
     if 2 * work_tiles >= num_sms(device):
@@ -301,9 +301,15 @@ def _cache_params(problem: AttentionProblem | CacheWrite, align: int) -> CachePa
         D=k.shape[-1],
         DV=v.shape[-1],
         BLOCK_D=block_width(k.shape[-1]),
-        BLOCK_DV=block_width(v.shape[-1]),
+        BLOCK_DV=_values_width(problem.cache),
         PAGE_SIZE=None if block_table is None else problem.page_size,
     )
+
+
+def _values_width(cache: KVCache) -> int:
+    """BLOCK_DV. That of keys, if there are scales: with narrower tiles Triton 3.6 gives wrong values on Hopper."""
+    width = block_width(cache.v.shape[-1])
+    return width if cache.v_descale is None else max(width, block_width(cache.k.shape[-1]))
 
 
 def _reject_missing_formats(k: Tensor, v: Tensor) -> None:

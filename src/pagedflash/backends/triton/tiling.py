@@ -25,8 +25,11 @@ class Tiling(NamedTuple):
         return dict(num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-def decode_tiling(rows: int, block_d: int, element_size: int) -> Tiling:
-    """Decode needs bytes in flight: about 64 KiB an SM, in two CTAs or more."""
+def decode_tiling(rows: int, block_d: int, element_size: int, cache_element_size: int) -> Tiling:
+    """Decode needs bytes in flight: about 64 KiB an SM, in two CTAs or more. Elements of one byte take longer to convert
+    than to load: there larger tiles are what helps."""
+    if cache_element_size == 1 and element_size == 2 and rows <= 16 and block_d >= 128:
+        return Tiling(16, 16384 // block_d, 4, 2, ctas_per_sm=2)
     row_bytes = block_d * element_size
     block_n = max(16, min(128, 16384 // row_bytes))
     if rows > 32 and element_size == 4:
@@ -50,7 +53,7 @@ def backward_tilings(block_d: int, element_size: int) -> tuple[Tiling, Tiling]:
     if element_size == 4:
         return Tiling(16, 32 if block_d <= 128 else 16, 4, 2), Tiling(32 if block_d <= 128 else 16, 16, 4, 2)
     if block_d <= 64:
-        return Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3)
+        return Tiling(32, 128, 4, 3), Tiling(64, 64, 4, 3)
     if block_d <= 128:
         return Tiling(64, 128, 8, 3), Tiling(128, 64, 8, 3)
     return Tiling(32, 64, 8, 2), Tiling(64, 32, 8, 2)
