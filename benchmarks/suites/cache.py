@@ -83,8 +83,9 @@ def model_and_text(tokens: int) -> tuple[Any, Tensor]:
     """SmolLM2-135M, and so many tokens of the help texts in Python's standard library."""
     from pydoc_data.topics import topics
 
-    from pagedflash.cli.generate import find_model, load
+    from pagedflash.cli.generate import find_model, load, quiet_transformers
 
+    quiet_transformers()
     model, tokenizer = load(find_model(None), torch.device("cpu"), torch.float32, "sdpa")
     text = "\n\n".join(topics[name] for name in sorted(topics))
     return model, torch.tensor(tokenizer(text[: 8 * tokens])["input_ids"][:tokens])
