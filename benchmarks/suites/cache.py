@@ -98,7 +98,7 @@ def predict(model: Any, part: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def greedy(model: Any, starts: Tensor, new_tokens: int) -> Tensor:
-    answers = model.generate(
+    answers: Tensor = model.generate(
         starts, attention_mask=torch.ones_like(starts), max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1
     )
     return answers[:, starts.shape[1] :]
@@ -115,12 +115,13 @@ def attention_over(model: Any, format: Format) -> Iterator[None]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any
     ) -> tuple[Any, None]:
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        caches = (torch.empty(each.shape, dtype=format.dtype) for each in (k, v))
-        scales: dict[str, Tensor] = {}
+        k_cache, v_cache = (torch.empty(each.shape, dtype=format.dtype) for each in (k, v))
+        scales: dict[str, Any] = {}
         if format.dtype in QUANTIZED:
             shape = k.shape[:-1] if format.scales == "token and head" else ()
             scales = {name: torch.ones(shape) for name in ("k_descale", "v_descale")}
-        return flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=0, softmax_scale=scaling, causal=True, **scales), None
+        options = dict(cache_seqlens=0, softmax_scale=scaling, causal=True, **scales)
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **options), None
 
     before = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(NAME, forward)
