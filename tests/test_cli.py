@@ -140,6 +140,15 @@ def test_generate_with_sliding_windows(tmp_path: Path) -> None:
     assert said != EVERY_STEP_IS_PAGED
 
 
+@pytest.mark.skipif(not EVERY_STEP_IS_PAGED, reason="transformers before 5.19 has no place for it")
+def test_generate_keeps_the_cache_in_a_format(llama: Path) -> None:
+    arguments = ("generate", "--model", str(llama), "--max-new-tokens", "3", "--prompt", "abc", "--kv-cache-dtype", "int8")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert any("flash_attn_with_kvcache" in what for what in path_taken(result))
+    assert "enabled already; call disable() first" in refused(*arguments)
+
+
 def test_generate_says_when_the_reference_ran(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_of_device", {})
     monkeypatch.setattr(dispatch, "_load", lambda name: (None, Support(False, "it was not built")))

@@ -205,10 +205,9 @@ def test_every_code_of_8_bits_is_read_exactly(isa: str, dtype: torch.dtype, quer
     zeros = torch.zeros_like(bits).view(dtype)
     out, _ = attend(zeros, elements)
     torch.testing.assert_close(out, elements.float().expand_as(out), rtol=0, atol=0, equal_nan=True)
-    out, lse = attend(elements, zeros)
+    _, lse = attend(elements, zeros)
     finite = numbers.isfinite()
     torch.testing.assert_close(lse[finite], numbers[finite, None, None].expand_as(lse[finite]), rtol=3e-7, atol=1e-9)
-    assert out[numbers.isnan()].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

@@ -56,15 +56,15 @@ def quality(options: Options) -> Iterator[Row]:
     expected: Seen | None = None
     for format in FORMATS:
         with attention_over(model, format), torch.inference_mode():
-            parts = [seen(model, part) for part in track(text, str(format), console=console, transient=True)]
+            parts = [predict(model, part) for part in track(text, str(format), console=console, transient=True)]
             answers = greedy(model, starts, new_tokens)
-        mine = Seen(sum(part.loss for part in parts), torch.cat([part.best for part in parts]), answers)
+        losses, best = (torch.cat(each) for each in zip(*parts))
+        mine = Seen(math.exp(losses.mean()), best, answers)
         expected = expected or mine
-        perplexity, reference = (math.exp(each.loss / mine.best.numel()) for each in (mine, expected))
         figures = {
             "bytes a head and token": format.dtype.itemsize * 64 + (4 if format.scales == "token and head" else 0),
-            "perplexity": f"{perplexity:.4f}",
-            "of float32": f"{100 * (perplexity / reference - 1):+.3f} %",
+            "perplexity": f"{mine.perplexity:.4f}",
+            "of float32": f"{100 * (mine.perplexity / expected.perplexity - 1):+.3f} %",
             "same next token": f"{100 * (mine.best == expected.best).float().mean():.2f} %",
             "greedy tokens": f"{(mine.answers == expected.answers).sum()} of {mine.answers.numel()}",
         }
@@ -74,29 +74,31 @@ def quality(options: Options) -> Iterator[Row]:
 class Seen(NamedTuple):
     """What a model made of a text."""
 
-    loss: float  # summed over its tokens but the first
+    perplexity: float
     best: Tensor  # the most likely next tokens
-    answers: Tensor | None = None  # (prompts, new tokens), greedy
+    answers: Tensor  # (prompts, new tokens), greedy
 
 
 def model_and_text(tokens: int) -> tuple[Any, Tensor]:
     """SmolLM2-135M, and so many tokens of the help texts in Python's standard library."""
     from pydoc_data.topics import topics
 
-    from pagedflash.cli.generate import find_model, load
+    from pagedflash.cli.generate import find_model, load, quiet_transformers
 
+    quiet_transformers()
     model, tokenizer = load(find_model(None), torch.device("cpu"), torch.float32, "sdpa")
     text = "\n\n".join(topics[name] for name in sorted(topics))
     return model, torch.tensor(tokenizer(text[: 8 * tokens])["input_ids"][:tokens])
 
 
-def seen(model: Any, part: Tensor) -> Seen:
+def predict(model: Any, part: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses, most likely tokens) of each next token of ``part (1, tokens)``."""
     logits = model(part, use_cache=False).logits[0, :-1]
-    return Seen(float(torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="sum")), logits.argmax(-1))
+    return torch.nn.functional.cross_entropy(logits, part[0, 1:], reduction="none"), logits.argmax(-1)
 
 
 def greedy(model: Any, starts: Tensor, new_tokens: int) -> Tensor:
-    answers = model.generate(
+    answers: Tensor = model.generate(
         starts, attention_mask=torch.ones_like(starts), max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1
     )
     return answers[:, starts.shape[1] :]
@@ -113,12 +115,13 @@ def attention_over(model: Any, format: Format) -> Iterator[None]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any
     ) -> tuple[Any, None]:
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        caches = (torch.empty(each.shape, dtype=format.dtype) for each in (k, v))
-        scales: dict[str, Tensor] = {}
+        k_cache, v_cache = (torch.empty(each.shape, dtype=format.dtype) for each in (k, v))
+        scales: dict[str, Any] = {}
         if format.dtype in QUANTIZED:
             shape = k.shape[:-1] if format.scales == "token and head" else ()
             scales = {name: torch.ones(shape) for name in ("k_descale", "v_descale")}
-        return flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=0, softmax_scale=scaling, causal=True, **scales), None
+        options = dict(cache_seqlens=0, softmax_scale=scaling, causal=True, **scales)
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **options), None
 
     before = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(NAME, forward)

@@ -114,7 +114,7 @@ def formats(options: Options) -> Iterator[Row]:
 def decode_in_format(problem: PagedProblem, dtype: torch.dtype) -> Contender:
     """The problem over its cache in another format, where it is quantized with a scale for each token and head."""
     q, *caches, lengths, table = problem
-    scales: dict[str, Tensor] = {}
+    scales: dict[str, Any] = {}
     if dtype in QUANTIZED:
         amax = [cache.float().abs().amax(-1, keepdim=True) / QUANTIZED[dtype] for cache in caches]
         caches = [cache / scale for cache, scale in zip(caches, amax)]

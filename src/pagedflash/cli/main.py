@@ -89,7 +89,10 @@ def generate(
         console.print(f"[bold]{escape(files.name)}[/] on {where}{ranks} in {str(number).removeprefix('torch.')}")
 
         generation.quiet_transformers()
-        integration.enable(kv_cache_dtype=kv_cache_dtype)
+        try:
+            integration.enable(kv_cache_dtype=kv_cache_dtype)
+        except RuntimeError as error:  # this transformers has no place for it
+            raise generation.GenerateError(str(error).removeprefix("pagedflash: ")) from error
         loaded = _load(files, where, number, parallel.loading_options(tp))
         titled = {prompt: prompt for prompt in prompts} or generation.default_prompts(loaded)
         ids = generation.encode(loaded.tokenizer, titled.values())

@@ -64,10 +64,12 @@ def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """New keys and values as rows of the format in force, which a cache may append, move and copy as it likes.
 
     Args:
-        k: ``(B, Hkv, tokens, D)``. v: the same with ``Dv``.
+        k: ``(B, Hkv, tokens, D)``.
+        v: ``(B, Hkv, tokens, Dv)``.
 
     Returns:
-        ``(B, Hkv, tokens, D)``; where the format has scales, bytes ``(B, Hkv, tokens, D + 4)``, the scale last.
+        ``(B, Hkv, tokens, D)``; where the format has scales, bytes ``(B, 1, tokens, Hkv * (D + 4))``: all heads of a
+        token, then their scales.
 
     Raises:
         ValueError: gradients are tracked, and there are none through a format.
@@ -81,23 +83,24 @@ def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     check_device(k.device)
     if kv_cache_dtype not in QUANTIZED:
         return k.to(kv_cache_dtype), v.to(kv_cache_dtype)
-    batch, _, tokens, _ = k.shape
-    rows = tuple(x.new_empty(*x.shape[:-1], x.shape[-1] + SCALE_BYTES, dtype=torch.uint8) for x in (k, v))
+    batch, heads, tokens, _ = k.shape
+    rows = [x.new_empty(batch, 1, tokens, heads * (x.shape[-1] + SCALE_BYTES), dtype=torch.uint8) for x in (k, v)]
     if tokens:
-        pages = [of_rows(each) for each in rows]  # each sequence is a page
+        k_page, v_page = (of_rows(each, heads) for each in rows)  # each sequence is a page
         table = torch.arange(batch, dtype=torch.int32, device=k.device)[:, None]
         new = k.transpose(1, 2), v.transpose(1, 2)
-        kv_paged_write(*new, pages[0].elements, pages[1].elements, table, 0, **descales(*pages))
+        kv_paged_write(*new, k_page.elements, v_page.elements, table, 0, **descales(k_page, v_page))
     return rows[0], rows[1]
 
 
-def of_rows(rows: Tensor) -> InFormat:
-    """Views of what :func:`store` returned, or of a cache of it: ``(B, Hkv, tokens, ...)``."""
+def of_rows(rows: Tensor, heads: int) -> InFormat:
+    """Views of what :func:`store` returned, or of a cache of it."""
     assert kv_cache_dtype is not None
-    rows = rows.transpose(1, 2)
     if kv_cache_dtype not in QUANTIZED:
-        return InFormat(rows, None)
-    return InFormat(rows[..., :-SCALE_BYTES].view(kv_cache_dtype), rows[..., -SCALE_BYTES:].view(torch.float32)[..., 0])
+        return InFormat(rows.transpose(1, 2), None)
+    scale_bytes = heads * SCALE_BYTES
+    elements, scales = rows[:, 0].split([rows.shape[-1] - scale_bytes, scale_bytes], -1)
+    return InFormat(elements.view(kv_cache_dtype).unflatten(-1, (heads, -1)), scales.view(torch.float32))
 
 
 class Stored(Tensor):
@@ -106,9 +109,9 @@ class Stored(Tensor):
     in_format: InFormat
 
     @staticmethod
-    def of(rows: Tensor) -> Stored:
+    def of(rows: Tensor, heads: int) -> Stored:
         """``(B, Hkv, tokens, D)``, from rows as :func:`store` returns them."""
-        in_format = of_rows(rows)
+        in_format = of_rows(rows, heads)
         stored = in_format.elements.transpose(1, 2).as_subclass(Stored)
         stored.in_format = in_format
         return stored

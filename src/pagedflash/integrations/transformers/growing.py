@@ -79,7 +79,8 @@ class _InFormat(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(*formats.store(key_states, value_states), *args, **kwargs)
-        return formats.Stored.of(keys), formats.Stored.of(values)
+        heads = key_states.shape[1]
+        return formats.Stored.of(keys, heads), formats.Stored.of(values, heads)
 
 
 class GrowingLayerInFormat(_InFormat, GrowingLayer):
