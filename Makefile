@@ -2,7 +2,7 @@
 # make test   all tests (make test TESTS=tests/test_reference.py for some)
 # make lint   ruff and mypy
 # make docs   the documentation as a site, in build/site
-# make test-matrix   the integration against every supported transformers
+# make test-matrix   other versions of transformers, Triton and Python; a user's type checkers
 #
 # Needs Python >= 3.11 with pip and venv. Everything goes into .venv.
 

@@ -694,3 +694,16 @@ def test_64_bit_offsets(device: str) -> None:
     prompt = problem.queries.q.expand(-1, 100, -1, -1).contiguous()
     near, distant = (backend.attention(p.replace(q=prompt, max_seqlen_q=100))[0] for p in (problem, moved))
     assert torch.equal(near, distant)
+
+
+def test_a_triton_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.5 compiles constants in a record to None."""
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    support = backend.available.__wrapped__()
+    assert (
+        not support.ok and "Triton 3.5.1 is too old" in support.reason and support.reason.endswith("install 3.6.0 or newer")
+    )
+    monkeypatch.setattr(triton, "__version__", "3.6.0+git1")
+    assert backend.available.__wrapped__().ok

@@ -76,12 +76,18 @@ def forward(
         refuse(type(module).__name__, str(error).removeprefix("pagedflash: "))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _paged(q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """Not compiled. Decorated here, not in the engine: the decorator imports torch's compiler, which takes half a second."""
+    return engine.paged_attention(q, k, v, kwargs, **options)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None, options: dict[str, Any], kwargs: dict[str, Any]
 ) -> Tensor:
     """The call that the layer's arguments are for: pages, packed sequences, or dense queries over keys where they lie."""
     if engine.is_paged(kwargs):
-        return cast(Tensor, engine.paged_attention(q, k, v, kwargs, **options))
+        return cast(Tensor, _paged(q, k, v, kwargs, options))
     if kwargs.get("block_table") is not None:
         return _decode_from_pages(q, k, v, options, kwargs)
     if kwargs.get(_PACKED[0]) is not None and all(kwargs.get(name) is not None for name in _PACKED):

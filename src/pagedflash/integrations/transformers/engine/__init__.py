@@ -85,7 +85,6 @@ def install() -> Mapping[str, Any]:
     return windows.install()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], **options: Any) -> Tensor:
     """One layer of a step: write the new keys and values into their pages, then attend through the block table.
 
