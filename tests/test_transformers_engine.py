@@ -158,7 +158,7 @@ def test_every_step_goes_through_pages(family: str, steps: list[list[int]]) -> N
     decoding = sum(set(step) == {1} for step in steps)
     assert any(1 in step and max(step) > 1 for step in steps) and 0 < decoding < len(steps)
     others = LAYERS * (len(steps) - decoding)
-    assert layouts(calls) == {"paged": LAYERS * decoding, "paged varlen": others, "write": others}
+    assert layouts(calls) == {"paged": LAYERS * decoding, "paged varlen": others}
 
 
 @pytest.mark.usefixtures("enabled")
@@ -455,7 +455,7 @@ def test_pages_of_another_format(
     model = random_model(family)
     with pagedflash.count_calls() as calls:
         assert tokens(batched(model, PROMPTS)) == rounded_tokens(model, PROMPTS, kv_cache_dtype)
-    assert set(layouts(calls)) == {"paged", "paged varlen", "write"}
+    assert set(layouts(calls)) == {"paged", "paged varlen"}
     (cache,) = caches
     head_bytes = dtype.itemsize * SIZES["head_dim"] + (4 if dtype.itemsize == 1 else 0)
     for allocator in cache.cache_allocators.values():

@@ -31,19 +31,12 @@ FIRST_VERSION = (5, 19)
 """Before it transformers keeps its batches elsewhere, and continuous batching stays as transformers does it."""
 
 
-class Slots(NamedTuple):
-    """Places of tokens, one by one, as :func:`~pagedflash.kv_paged_write` takes sequences of one token."""
-
-    pages: Tensor  # (total, 1) int32
-    offsets: Tensor  # (total,) int32
-
-
 class StepTables(NamedTuple):
     """Where the keys and values of a step lie, for one group of layers (full attention, or sliding windows)."""
 
     block_table: Tensor  # (B, max_pages) int32, in pages of each layer's own view; -1 behind the last page
     cache_seqlens: Tensor  # (B,) int32, tokens of each request before this step; -1 = a row of padding
-    slots: Slots | None  # where the new tokens go; None if each request has one: behind its others
+    decodes: bool  # each request has one new token
 
 
 def install() -> Mapping[str, Any]:
@@ -86,11 +79,7 @@ def install() -> Mapping[str, Any]:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], **options: Any) -> Tensor:
-    """One layer of a step: write the new keys and values into their pages, then attend through the block table.
-
-    Where each request has one token this is one call. Otherwise it is two: the slots of the new tokens are the same in every
-    layer and are worked out once a step, while ``k_new`` of the packed function works them out in each call, which takes
-    longer than the second call does.
+    """One layer of a step: new keys and values into their pages, then attention through the block table, in one call.
 
     Args:
         q: ``(1, total, Hq, D)``, the new tokens of all requests, one after another.
@@ -112,32 +101,25 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], 
         k_cache, v_cache = k_cache.elements, v_cache.elements
     elif q.dtype is not k_cache.dtype and formats.kv_cache_dtype is None:
         q, k, v = (tensor.to(k_cache.dtype) for tensor in (q, k, v))
-    new_k, new_v = k.transpose(0, 1), v.transpose(0, 1)  # sequences of one token
-    if tables.slots is None:
+    where = {"block_table": tables.block_table, **scales, **options}
+    if tables.decodes:
+        one_each = (tensor.transpose(0, 1) for tensor in (k, v))  # sequences of one token
         out = interface.flash_attn_with_kvcache(
-            q.transpose(0, 1),
-            k_cache,
-            v_cache,
-            new_k,
-            new_v,
-            cache_seqlens=tables.cache_seqlens,
-            block_table=tables.block_table,
-            **scales,
-            **options,
+            q.transpose(0, 1), k_cache, v_cache, *one_each, cache_seqlens=tables.cache_seqlens, **where
         )
         return cast(Tensor, out).transpose(0, 1)
-    interface.kv_paged_write(new_k, new_v, k_cache, v_cache, *tables.slots, **scales)
     out = interface.flash_attn_varlen_func(
         q[0],
         k_cache,
         v_cache,
         kwargs["cu_seq_lens_q"],
-        kwargs["cu_seq_lens_k"],
+        None,
         kwargs["max_length_q"],
         kwargs["max_length_k"],
-        block_table=tables.block_table,
-        **scales,
-        **options,
+        seqused_k=tables.cache_seqlens,
+        k_new=k[0],
+        v_new=v[0],
+        **where,
     )
     return cast(Tensor, out).unsqueeze(0)
 
