@@ -19,6 +19,7 @@ PRINTS = {
     "quantized_cache": r"int8: 272 bytes a token, outputs differ by 0\.\d+%",
     "shared_prefix": r"keys read: 1280 instead of 8960",
     "speculative": r"48 tokens in 12 calls instead of 48; the same: True",
+    "train_packed": r"30 steps, loss \d\.\d\d to 0\.\d\d; 60 calls, varlen",
     "transformers_generate": r"\d+ calls: paged",
 }
 """Example -> what it prints, as a regular expression."""

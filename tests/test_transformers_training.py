@@ -130,3 +130,22 @@ def test_attention_dropout(family: str, padding: str) -> None:
     assert losses[0] == losses[1] != losses[2]
     plain = training_model(family, "pagedflash").eval()
     torch.testing.assert_close(model.eval()(**inputs).loss, plain(**inputs).loss)
+
+
+@pytest.mark.parametrize("padding", MASKS)
+def test_lora(padding: str) -> None:
+    """Only the adapters have gradients: those that they have with eager attention."""
+    peft = pytest.importorskip("peft")
+    mask, results = MASKS[padding], []
+    for name in ("pagedflash", "eager"):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(training_model("llama", name), config)
+        counted = mask.bool() & mask.roll(1, 1).bool()
+        results.append(
+            loss_and_gradients(model, input_ids=IDS, attention_mask=mask, labels=IDS.masked_fill(~counted, -100))
+        )
+    (loss, got), (want_loss, want) = results
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-5)
+    assert got.keys() == want.keys() and all("lora" in parameter for parameter in want)
+    for parameter, gradient in want.items():
+        assert (got[parameter] - gradient).abs().max() <= 2e-3 * gradient.abs().max(), parameter
