@@ -66,6 +66,7 @@ class BackwardTensors(NamedTuple):
     slot_mapping: Any
     alibi_slopes: Any
     sinks: Any
+    dropout_seed: Any
     out: Any
     lse: Any
     d_out: Any
