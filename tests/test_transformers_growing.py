@@ -221,6 +221,9 @@ def test_what_a_format_cannot_do(kv_cache_dtype: str) -> None:
         model(ids)
     with torch.no_grad(), pytest.raises(ValueError, match="padding between tokens is not supported"):
         model(ids, attention_mask=torch.tensor([[1, 0, 1, 1]]))
+    stored = growing.GrowingLayerInFormat().update(*torch.randn(2, 1, 2, 3, 16))
+    with pytest.raises(ValueError, match="under dropout is not supported"):
+        attention.forward(torch.nn.Module(), torch.randn(1, 4, 3, 16), *stored, None, dropout=0.5)
     packed = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 2, 4], dtype=torch.int32))
     with torch.no_grad(), pytest.raises(ValueError, match="under packed sequences is not supported"):
         model(ids, **packed, max_length_q=2, max_length_k=2)

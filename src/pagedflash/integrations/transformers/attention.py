@@ -70,6 +70,8 @@ def forward(
         if isinstance(key, formats.Stored) and isinstance(value, formats.Stored):
             if kwargs.get(_PACKED[0]) is not None:
                 refuse("a cache in a format of its own under packed sequences", "these are attended to without a cache")
+            if dropout:
+                refuse("a cache in a format of its own under dropout", "it has no gradient; train with use_cache=False")
             return _attend_to_stored(query, key, value, attention_mask, sliding_window or None, options), None
         query, key, value = _of_one_dtype(query, key, value)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
