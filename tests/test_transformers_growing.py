@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BartConfig, DynamicCache, LlamaCo
 from transformers.cache_utils import DynamicLayer
 
 import pagedflash.transformers
-from pagedflash.integrations.transformers import formats, growing
+from pagedflash.integrations.transformers import attention, formats, growing
 from pagedflash.integrations.transformers.growing import GrowingLayer
 
 
@@ -221,6 +221,12 @@ def test_what_a_format_cannot_do(kv_cache_dtype: str) -> None:
         model(ids)
     with torch.no_grad(), pytest.raises(ValueError, match="padding between tokens is not supported"):
         model(ids, attention_mask=torch.tensor([[1, 0, 1, 1]]))
+    stored = growing.GrowingLayerInFormat().update(*torch.randn(2, 1, 2, 3, 16))
+    with pytest.raises(ValueError, match="under dropout is not supported"):
+        attention.forward(torch.nn.Module(), torch.randn(1, 4, 3, 16), *stored, None, dropout=0.5)
+    packed = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 2, 4], dtype=torch.int32))
+    with torch.no_grad(), pytest.raises(ValueError, match="under packed sequences is not supported"):
+        model(ids, **packed, max_length_q=2, max_length_k=2)
     bart = BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=32, max_position_embeddings=32)
     bart._attn_implementation = "pagedflash"
     with pytest.raises(ValueError, match="'int8', but the caches of encoders and decoders are kept in the model's dtype"):
@@ -230,3 +236,15 @@ def test_what_a_format_cannot_do(kv_cache_dtype: str) -> None:
     assert keys.shape == (2, 3, 4, 16) and keys.dtype is torch.int8
     with pytest.raises(ValueError, match=r"this model computes with what it has cached \(add\)"):
         keys + 1
+
+
+def test_keys_that_a_norm_left_in_float32(kv_cache_dtype: str) -> None:
+    """The output is of the dtype of the values, as without a format."""
+    if formats.kv_cache_dtype is torch.float16:
+        pytest.skip("not under bfloat16 queries")
+    query, key, value = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16).bfloat16()
+    module = torch.nn.Module()
+    expected, _ = attention.forward(module, query, key, value, None)
+    out, _ = attention.forward(module, query, *growing.GrowingLayerInFormat().update(key, value), None)
+    assert out.dtype is expected.dtype is torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=0.2, atol=0.1)

@@ -68,6 +68,10 @@ def forward(
 
     try:
         if isinstance(key, formats.Stored) and isinstance(value, formats.Stored):
+            if kwargs.get(_PACKED[0]) is not None:
+                refuse("a cache in a format of its own under packed sequences", "these are attended to without a cache")
+            if dropout:
+                refuse("a cache in a format of its own under dropout", "it has no gradient; train with use_cache=False")
             return _attend_to_stored(query, key, value, attention_mask, sliding_window or None, options), None
         query, key, value = _of_one_dtype(query, key, value)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -117,9 +121,7 @@ def _attend_to_stored(
     options: dict[str, Any],
 ) -> Tensor:
     """Dense queries over a cache in the format in force, read where it lies."""
-    if query.dtype is torch.float32 and torch.is_autocast_enabled(query.device.type):
-        query = query.to(torch.get_autocast_dtype(query.device.type))
-    q, k, v = query.transpose(1, 2), key.in_format, value.in_format
+    q, k, v = query.to(_common_dtype(query, value.model_dtype)).transpose(1, 2), key.in_format, value.in_format
     keys: dict[str, Any] = {"cache_seqlens": k.elements.shape[1]}
     if mask is not None:
         key_mask = masks.key_mask_of(mask, options["causal"], window, q.shape[1], k.elements.shape[1])
@@ -134,13 +136,17 @@ def _attend_to_stored(
 
 
 def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast its dtype; where a norm or rotary embedding left float32 behind, that of the values."""
-    dtype = value.dtype
-    if query.dtype is torch.float32 and torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = _common_dtype(query, value.dtype)
     if query.dtype is key.dtype is value.dtype is dtype:
         return query, key, value
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _common_dtype(query: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Under autocast its dtype; where a norm or rotary embedding left float32 behind, that of the values."""
+    if query.dtype is torch.float32 and torch.is_autocast_enabled(query.device.type):
+        return torch.get_autocast_dtype(query.device.type)
+    return dtype
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, packing: masks.Packing, options: dict[str, Any]) -> Tensor:

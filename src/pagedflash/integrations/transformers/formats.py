@@ -88,7 +88,7 @@ def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if tokens:
         k_page, v_page = (of_rows(each, heads) for each in rows)  # each sequence is a page
         table = torch.arange(batch, dtype=torch.int32, device=k.device)[:, None]
-        new = k.transpose(1, 2), v.transpose(1, 2)
+        new = k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)  # a norm may leave keys in float32
         kv_paged_write(*new, k_page.elements, v_page.elements, table, 0, **descales(k_page, v_page))
     return rows[0], rows[1]
 
@@ -107,13 +107,14 @@ class Stored(Tensor):
     """Keys or values of a cache, on their way through a model to its attention function, which alone may read them."""
 
     in_format: InFormat
+    model_dtype: torch.dtype  # of the keys or values that came last
 
     @staticmethod
-    def of(rows: Tensor, heads: int) -> Stored:
-        """``(B, Hkv, tokens, D)``, from rows as :func:`store` returns them."""
-        in_format = of_rows(rows, heads)
+    def of(rows: Tensor, states: Tensor) -> Stored:
+        """``(B, Hkv, tokens, D)``, from rows as :func:`store` returns them for such ``states``."""
+        in_format = of_rows(rows, states.shape[1])
         stored = in_format.elements.transpose(1, 2).as_subclass(Stored)
-        stored.in_format = in_format
+        stored.in_format, stored.model_dtype = in_format, states.dtype
         return stored
 
     @classmethod

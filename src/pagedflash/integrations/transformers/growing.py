@@ -79,8 +79,7 @@ class _InFormat(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(*formats.store(key_states, value_states), *args, **kwargs)
-        heads = key_states.shape[1]
-        return formats.Stored.of(keys, heads), formats.Stored.of(values, heads)
+        return formats.Stored.of(keys, key_states), formats.Stored.of(values, value_states)
 
 
 class GrowingLayerInFormat(_InFormat, GrowingLayer):
