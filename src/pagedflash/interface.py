@@ -8,7 +8,7 @@ keyword arguments behind them. Every argument is a named parameter, since caller
 Common to the three attention functions:
 
 * ``B`` sequences, ``Sq`` queries, ``Sk`` keys, ``Hq`` query heads, ``Hkv`` key/value heads (``Hq % Hkv == 0``: query head
-  ``h`` reads key head ``h // (Hq // Hkv)``), ``D`` head dim (a multiple of 8, at most 256), ``Dv <= D`` head dim of v.
+  ``h`` reads key head ``h // (Hq // Hkv)``), ``D`` head dim, ``Dv`` head dim of v (each from 1 to 512, on Metal to 256).
 * q, k, v share one dtype: float32, float16 or bfloat16; a cache may have a format of its own. Sums and the softmax are
   float32.
 * Masks are aligned to the bottom right: query ``i`` sits at key position ``i + Sk - Sq``.
