@@ -82,7 +82,9 @@ def test_every_number_of_rows(isa: str, queries: int, group: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("keys", (1, 15, 16, 17, 31, 32, 33, 127, 128, 129, 161))
-@pytest.mark.parametrize("head_dims", ((8, 8), (40, 24), (64, 64), (72, 40), (128, 96)), ids=str)
+@pytest.mark.parametrize(
+    "head_dims", ((8, 8), (40, 24), (64, 64), (72, 40), (128, 96), (1, 3), (59, 111), (100, 26)), ids=str
+)
 def test_blocks_that_are_not_full(isa: str, head_dims: tuple[int, int], keys: int, dtype: torch.dtype) -> None:
     """Matrix products of 16-bit numbers go by blocks and pairs: what fills them up must count for nothing. Behind the last
     key of the cache, and behind the last element of each head, lies NaN."""
@@ -154,6 +156,26 @@ def test_no_head_dim_is_too_large_for_the_kernels(isa: str) -> None:
             num_splits=2,
         )
         assert_matches_reference(problem, backend.attention)
+
+
+@pytest.mark.parametrize("queries", (1, 2))
+@pytest.mark.parametrize("heads", (1, 16, 128))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_that_are_the_first_part_of_keys(isa: str, dtype: torch.dtype, heads: int, queries: int) -> None:
+    """MLA: V is a view of K, and an append writes it once. The same as with a V of its own."""
+    torch.manual_seed(0)
+    q, latent = torch.randn(2, queries, heads, 576).to(dtype), torch.randn(7, 64, 1, 576).to(dtype)
+    new = torch.randn(2, queries, 1, 576).to(dtype)
+    table = torch.tensor([[3, 1, 5], [0, 6, 2]], dtype=torch.int32)
+
+    def run(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return pagedflash.flash_attn_with_kvcache(
+            q, k, v, new, new[..., :512], cache_seqlens=torch.tensor([130, 7]), block_table=table, causal=True
+        )
+
+    own_k, own_v = latent.clone(), latent[..., :512].clone()
+    assert torch.equal(run(latent, latent[..., :512]), run(own_k, own_v))
+    assert torch.equal(latent, own_k)
 
 
 def test_nan_in_a_visible_key_is_not_swallowed(isa: str) -> None:

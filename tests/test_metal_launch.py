@@ -35,7 +35,7 @@ def simulated(device: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_problems_alike_share_a_plan(rng: random.Random, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """The second problem of a signature, with other values at other addresses, takes the plan of the first."""
-    problem = random_problem(rng, layout=layout, dtype=torch.float32)
+    problem = random_problem(rng, layout=layout, dtype=torch.float32, capabilities=metal.CAPABILITIES)
     other = copy_of(problem)
     other.queries.q.neg_()
     with kernels_on("cpu"):

@@ -32,7 +32,7 @@ from pagedflash.backends import reference
 from pagedflash.backends import triton as backend
 from pagedflash.backends.triton import compiled, kernels, launch, semaphores, tiling
 from pagedflash.backends.triton.kernels import params
-from pagedflash.problem import WRITE, AttentionProblem, CacheWrite
+from pagedflash.problem import WRITE, AttentionProblem, CacheWrite, KVCache
 from pagedflash.testing import LAYOUTS, assert_matches_reference, describe, random_problem
 from pagedflash.testing.conformance import BackendConformance
 
@@ -56,6 +56,48 @@ def test_all_options(rng: random.Random, rounds, device: str, layout: str) -> No
     for _ in range(rounds(2)):
         problem = random_problem(rng, layout=layout, device=device, capabilities=backend.CAPABILITIES)
         assert_matches_reference(problem, backend.attention)
+
+
+@pytest.mark.usefixtures("combine_is")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("heads, queries", ((16, 1), (20, 2), (128, 1), (3, 70)))
+def test_values_that_are_the_first_part_of_keys(device: str, heads: int, queries: int, dtype: torch.dtype) -> None:
+    """MLA: V is a view of K. Many query heads of one KV head take several tiles of ``decode``."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    latent, new = normal(9, 16, 1, 576), normal(2, queries, 1, 576)
+    problem = AttentionProblem.of_fields(
+        q=normal(2, queries, heads, 576), k=latent, v=latent[..., :512], k_new=new, v_new=new[..., :512],
+        seqused_k=torch.tensor([37, 0], dtype=torch.int32, device=device),
+        block_table=torch.tensor([[3, 1, 5, 7, 4, 8, 6], [0] + [2] * 6], dtype=torch.int32, device=device),
+        max_seqlen_q=queries, max_seqlen_k=112, scale=0.05, window_right=0, rotary_interleaved=False,
+    )  # fmt: skip
+    if queries == 70:
+        problem = problem.replace(block_table=torch.arange(14, device=device, dtype=torch.int32).view(2, 7) % 9)
+        problem = problem.replace(k_new=None, v_new=None)
+    assert_matches_reference(problem, backend.attention)
+
+
+@pytest.mark.parametrize(
+    "head_dim, v_head_dim, in_k, widths",
+    (
+        (64, 64, False, (64, 64, 0, 0)),
+        (59, 111, False, (64, 128, 0, 0)),
+        (576, 512, False, (512, 512, 64, 64)),
+        (576, 512, True, (512, 512, 64, 64)),
+        (288, 256, True, (256, 256, 32, 32)),
+        (576, 97, True, (512, 512, 64, 64)),
+        (192, 128, True, (128, 128, 64, 64)),
+        (50, 40, True, (64, 64, 0, 0)),
+    ),
+)
+def test_tile_widths(head_dim: int, v_head_dim: int, in_k: bool, widths: tuple[int, ...]) -> None:
+    k = torch.empty(1, 1, 1, head_dim)
+    v = k[..., :v_head_dim] if in_k else torch.empty(1, 1, 1, v_head_dim)
+    assert tiling.tile_widths(KVCache(k, v), in_k) == widths
 
 
 @dataclass
@@ -117,7 +159,7 @@ def kernels_of_split_keys(combine_is: str) -> list[str]:
 def test_one_long_sequence_is_split_over_all_ctas(device: str, launches: Launches, combine_is: str) -> None:
     problem = _decode_problem(device, [1100, 3, 0])
     assert_matches_reference(problem, backend.attention)
-    chosen = tiling.decode_tiling(2, 32, 4, 4)
+    chosen = tiling.decode_tiling(2, 32, 4, 4, False)
     assert launches.kernels == kernels_of_split_keys(combine_is)
     assert launches.ctas[:1] == [compiled.num_sms(torch.device(device)) * chosen.ctas_per_sm]
     tiles_of_the_long_one = -(-1100 // chosen.block_n)
@@ -128,7 +170,7 @@ def test_one_long_sequence_is_split_over_all_ctas(device: str, launches: Launche
 @pytest.mark.parametrize("last", (1100, 70), ids=("alike", "unlike"))
 def test_as_many_work_tiles_as_ctas(device: str, launches: Launches, last: int) -> None:
     """Alike, each has a CTA to itself, which stores its output; else some are split."""
-    ctas = compiled.num_sms(torch.device(device)) * tiling.decode_tiling(2, 64, 4, 4).ctas_per_sm
+    ctas = compiled.num_sms(torch.device(device)) * tiling.decode_tiling(2, 64, 4, 4, False).ctas_per_sm
     problem = _decode_problem(device, [1100] * (ctas // 2 - 1) + [last], head_dim=64)
     assert_matches_reference(problem, backend.attention)
     assert launches.ctas[0] == ctas == problem.batch_size * problem.cache.k.shape[-2]
@@ -263,7 +305,7 @@ def test_all_options_of_mixed_batches(rng: random.Random, rounds, device: str) -
     while seen < rounds(4):
         options: dict[str, Any] = dict(layout="paged varlen", max_queries=90, capabilities=backend.CAPABILITIES)
         problem = random_problem(rng, device=device, **options)
-        if geometry.may_be_mixed(problem) and geometry.decode_rows(problem) > launch.MAX_DECODE_ROWS:
+        if geometry.may_be_mixed(problem) and geometry.decode_rows(problem) > tiling.MAX_DECODE_ROWS:
             assert_matches_reference(problem, backend.attention)
             seen += 1
 
@@ -279,7 +321,7 @@ def test_a_mixed_batch_of_more_sequences_than_one_block_of_lengths(
     problem = _mixed_problem(device, queries, [n + 5 for n in queries])
     assert_matches_reference(problem, backend.attention)
     blocks = sum(-(-n // tiling.prefill_tiling(40, 32, 4).block_m) for n in queries if n > 8)
-    grid = launch._plan_attention(plan_cache.signature_of(problem), True, "ieee").attend[-1].grid
+    grid = launch._plan_attention(plan_cache.signature_of(problem), True, "ieee", False).attend[-1].grid
     assert launches.kernels[-1] == "prefill"
     if device == "cpu":
         assert grid[1] < blocks
@@ -440,7 +482,7 @@ def test_quantized_values_have_tiles_as_wide_as_keys(rng: random.Random, device:
             rng, layout="paged varlen", head_dims=(64,), max_queries=90, device=device, capabilities=backend.CAPABILITIES
         )
         if problem.cache.v_descale is not None and problem.cache.v.shape[-1] < 64:
-            params = launch.problem_params(plan_cache.signature_of(problem), True, "ieee", None)
+            params = launch.problem_params(plan_cache.signature_of(problem), True, "ieee", None, False)
             assert params.cache.BLOCK_DV == params.cache.BLOCK_D == 64
             assert_matches_reference(problem, backend.attention)
             seen += 1

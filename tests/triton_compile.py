@@ -17,6 +17,7 @@ from pagedflash.backends.triton import backward, compiled, gradients, launch
 from pagedflash.problem import QUANTIZED, AttentionProblem
 
 H100 = GPUTarget("cuda", 90, 32)
+SHARED_BYTES = 227 << 10
 
 
 def compile_kernel(kernel: Any, arguments: list[Any], options: dict[str, Any]) -> None:
@@ -24,7 +25,8 @@ def compile_kernel(kernel: Any, arguments: list[Any], options: dict[str, Any]) -
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, rest = bind(*arguments, **options, debug=False)
     options_of_target, *source = kernel._pack_args(backend, rest, bound, specialization, rest)
-    triton.compile(ASTSource(kernel, *source), target=H100, options=options_of_target.__dict__)
+    binary = triton.compile(ASTSource(kernel, *source), target=H100, options=options_of_target.__dict__)
+    assert binary.metadata.shared <= SHARED_BYTES, f"{kernel.__name__} wants {binary.metadata.shared} bytes of shared memory"
 
 
 def compile_launch(self: compiled.CompiledLaunch, tensors: tuple[Any, ...], addresses: tuple[Any, ...]) -> None:
@@ -62,6 +64,20 @@ def all_ones(num_queries: int) -> AttentionProblem:
         q=row.expand(num_queries, 1, 8), k=row[None], v=row[None], cu_seqlens_q=offsets, cu_seqlens_k=offsets, seqused_q=one,
         block_table=torch.zeros(1, 1, dtype=torch.int32), max_seqlen_q=num_queries, max_seqlen_k=1, window_left=1,
         window_right=1, num_splits=2,
+    )  # fmt: skip
+
+
+def wide(
+    num_queries: int, heads: int, dtype: torch.dtype, head_dim: int, v_head_dim: int, v_in_k: bool = False
+) -> AttentionProblem:
+    """The largest tiles: many query heads of one KV head, whose head dims are wide."""
+    k = torch.zeros(300, 16, 1, head_dim, dtype=dtype)
+    v = k[..., :v_head_dim] if v_in_k else torch.zeros(300, 16, 1, v_head_dim, dtype=dtype)
+    new = torch.zeros(3, num_queries, 1, max(head_dim, v_head_dim), dtype=dtype)
+    return AttentionProblem.of_fields(
+        q=torch.zeros(3, num_queries, heads, head_dim, dtype=dtype), k=k, v=v, k_new=new[..., :head_dim],
+        v_new=new[..., :v_head_dim], block_table=torch.zeros(3, 300, dtype=torch.int32), max_seqlen_q=num_queries,
+        seqused_k=torch.zeros(3, dtype=torch.int32), max_seqlen_k=4800, window_right=0,
     )  # fmt: skip
 
 
@@ -105,6 +121,12 @@ if __name__ == "__main__":
         all_ones(70),
         mixed(all_ones(70), 69),
         *with_formats,
+        *[
+            wide(queries, heads, dtype, *dims)
+            for dtype in (torch.bfloat16, torch.float32)
+            for dims in ((576, 512, True), (500, 250, True), (512, 512), (64, 512))
+            for queries, heads in ((1, 8), (1, 128), (4, 16), (70, 2))
+        ],
     ):
         launch.attention(problem)
     for problem in (trained(everything(70, torch.bfloat16)), trained(everything(70, torch.float32)), packed(all_ones(70))):

@@ -32,7 +32,7 @@ from pagedflash.cli.bench import (
 )
 from pagedflash.cli.measure import Contender, WallClock
 from pagedflash.problem import QUANTIZED
-from pagedflash.testing import PagedProblem, assert_matches_reference, paged_problem, random_problem
+from pagedflash.testing import MLA_HEAD_DIMS, PagedProblem, assert_matches_reference, paged_problem, random_problem
 
 MIB = 1 << 20
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,6 +125,34 @@ def decode_in_format(problem: PagedProblem, dtype: torch.dtype) -> Contender:
         return flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, block_table=table, causal=True, **scales)
 
     return Contender(run, None)
+
+
+@suite("cpu-head-dims")
+def head_dims(options: Options) -> Iterator[Row]:
+    """Paged decode of wide heads, of odd ones beside the next multiple of 8, and of MLA: of streaming bandwidth"""
+    stream_bytes = options.size(STREAM_BYTES, 8 * MIB)
+    stream = streaming(size=stream_bytes)
+    cache_bytes, context = options.size((128 * MIB, 4096), (2 * MIB, 64))
+
+    def rows(dtype: torch.dtype, problems: dict[str, PagedProblem]) -> Iterator[Row]:
+        runs = {case: pagedflash_decode(problem)._replace(output=None) for case, problem in problems.items()}
+        measured = measure({**runs, STREAMING: stream}, options.rounds_or(9), WallClock())
+        for case, problem in problems.items():
+            share = problem.cache_bytes / stream_bytes * measured.ratio(STREAMING, case)
+            figures = {"ms": 1e3 * measured.median(case), "of streaming": share}
+            yield Row(f"{dtype_name(dtype)}, {case}", figures, (), {case: measured.seconds[case]})
+
+    for dtype in DTYPES[:2]:
+        for dims in ((256, 512), (59, 64), (100, 104), (111, 112)):
+            shapes = {f"D={d}": Shape((16, 4), d, 16, dtype) for d in dims}
+            yield from rows(
+                dtype, {case: paged(shape, long_caches(shape, cache_bytes, context)) for case, shape in shapes.items()}
+            )
+        for q_heads in (1, 16, 128):
+            lengths = [context] * -(-cache_bytes // (context * MLA_HEAD_DIMS[0] * dtype.itemsize))
+            mla = paged_problem(lengths, heads=(q_heads, 1), page_size=64, dtype=dtype, mla=True)
+            apart = mla._replace(v_cache=mla.v_cache.clone())
+            yield from rows(dtype, {f"MLA, {q_heads} heads": mla, f"MLA, {q_heads} heads, V apart": apart})
 
 
 @suite("cpu-hot")

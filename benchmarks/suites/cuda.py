@@ -207,6 +207,30 @@ def speculative(options: Options) -> Iterator[Row]:
         yield decode_row(name, paged(case, lengths, queries), bandwidth, options.rounds_or(30), clock)
 
 
+@suite("cuda-head-dims", needs=no_cuda)
+def head_dims(options: Options) -> Iterator[Row]:
+    """Paged decode of wide heads, of odd ones beside the next multiple of 8, and of MLA: of read bandwidth"""
+    clock, rounds = GraphClock(), options.rounds_or(30)
+    bandwidth = read_bandwidth(clock, options)
+    yield limits(bandwidth, clock, options)
+    batch, context = options.size((32, 4096), (2, 64))
+
+    def row(name: str, problem: PagedProblem) -> Row:
+        q, v = problem.q, problem.v_cache
+        seconds = measure({OURS: pagedflash_decode(problem)}, rounds, clock).median(OURS)
+        operations = 2 * q.shape[2] * (q.shape[3] + v.shape[3]) * int(problem.cache_seqlens.sum())
+        figures: Figures = {"us": 1e6 * seconds, "KV MB": problem.cache_bytes / 1e6, "TFLOP/s": operations / seconds / 1e12}
+        return Row(name, figures | {"of read bandwidth": problem.cache_bytes / seconds / bandwidth})
+
+    for head_dim in (256, 512, 59, 64, 100, 104, 111, 112):
+        heads = (16, 4) if head_dim >= 256 else (32, 8)
+        yield row(f"{heads} D={head_dim}", paged(shape(heads, head_dim), [context] * batch))
+    for q_heads in (16, 64, 128):
+        for lengths in ([context] * batch, [batch // 2 * context]):
+            problem = paged_problem(lengths, heads=(q_heads, 1), page_size=64, dtype=DTYPE, device=DEVICE, mla=True)
+            yield row(f"MLA, {q_heads} heads, {len(lengths)} x {lengths[0]}", problem)
+
+
 @suite("cuda-grid", needs=no_cuda)
 def grid_of_decode(options: Options) -> Iterator[Row]:
     """Paged decode over batches, contexts, heads and head dims crossed: least and geometric mean of each group"""

@@ -174,17 +174,16 @@ def _validate_descale(field: str, keys: Tensor, descale: Tensor | None, batch: i
 
 
 def _validate_head_dims(q: Tensor, cache: KVCache, capabilities: Capabilities) -> None:
-    most, multiple = capabilities.max_head_dim, capabilities.head_dim_multiple
-    head_dim, k_head_dim, v_head_dim = q.shape[-1], cache.k.shape[-1], cache.v.shape[-1]
-    if not 0 < head_dim <= most or head_dim % multiple:
-        reject("q", "of head_dim {d}", "a multiple of {multiple} up to {most}", d=head_dim, multiple=multiple, most=most)
+    head_dim, k_head_dim, multiple = q.shape[-1], cache.k.shape[-1], capabilities.head_dim_multiple
+    expected = "1 to {most}" if multiple == 1 else "a multiple of {multiple} up to {most}"
+    for field, d, most in (
+        ("q", head_dim, capabilities.max_head_dim),
+        ("v", cache.v.shape[-1], capabilities.max_v_head_dim),
+    ):
+        if not 0 < d <= most or d % multiple:
+            reject(field, "of head_dim {d}", expected, d=d, multiple=multiple, most=most)
     if k_head_dim != head_dim:
         reject("k", "of head_dim {d}", "{wanted}, as q", d=k_head_dim, wanted=head_dim)
-    if not 0 < v_head_dim <= head_dim or v_head_dim % multiple:
-        reject(
-            "v", "of head_dim {d}", "a multiple of {multiple} up to {most}, as q",
-            d=v_head_dim, multiple=multiple, most=head_dim,
-        )  # fmt: skip
 
 
 def _validate_lengths(problem: AttentionProblem) -> None:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..geometry import queries_rotate_by_position
+from ..geometry import queries_rotate_by_position, v_is_in_k
 from ..problem import QUANTIZED, AttentionProblem, CacheWrite, is_per_token
 from ..validate_values import key_lengths, new_lengths
 from .dropout import kept
@@ -27,7 +27,7 @@ CAPABILITIES = Capabilities(
     dtypes=(torch.float32, torch.float16, torch.bfloat16, torch.float64),
     cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED),
     max_head_dim=2**31,
-    head_dim_multiple=1,
+    max_v_head_dim=2**31,
     dropout=True,
 )
 
@@ -96,7 +96,8 @@ def kv_write(write: CacheWrite) -> None:
             row = b if cache.cache_batch_idx is None else int(cache.cache_batch_idx[b])
             slot = (torch.full_like(positions, row), positions)
         _store(cache.k, cache.k_descale, slot, b, k)
-        _store(cache.v, cache.v_descale, slot, b, v)
+        if not v_is_in_k(cache.k, cache.v):
+            _store(cache.v, cache.v_descale, slot, b, v)
 
 
 def _store(keys: Tensor, descale: Tensor | None, slot: tuple[Tensor, Tensor], b: int, new: Tensor) -> None:

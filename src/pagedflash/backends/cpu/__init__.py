@@ -14,7 +14,13 @@ from .launch import Unavailable, attention, backward, kv_write, library
 __all__ = ["CAPABILITIES", "NAME", "attention", "available", "backward", "kv_write", "supports"]
 
 NAME = "cpu"
-CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED), dropout=True, checks_values=True)
+CAPABILITIES = Capabilities(
+    cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED),
+    max_head_dim=1024,
+    max_v_head_dim=1024,
+    dropout=True,
+    checks_values=True,
+)
 
 
 def available() -> Support:

@@ -17,6 +17,9 @@ from .kernels.params import BackwardTile
 from .launch import is_elsewhere, lengths_together, precision_of, problem_params
 from .tiling import backward_tilings, block_width
 
+MAX_HEAD_DIM = 256
+"""Larger ones do not fit the tiles of these kernels."""
+
 BLOCK_ROWS = 32
 """Rows of the output whose delta a CTA computes."""
 
@@ -31,10 +34,12 @@ class _Plan(NamedTuple):
 def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> Gradients:
     """The gradients of a problem, as :func:`pagedflash.backends.backward.backward` gives them.
 
-    That function itself takes problems over a cache of which a row may be shared, or begins with padding: nobody trains so.
+    That function itself takes problems over a cache of which a row may be shared, or begins with padding: nobody trains so;
+    and those of head dims above MAX_HEAD_DIM.
     """
     cache, sinks = problem.cache, problem.scores.sinks
-    if cache.cache_batch_idx is not None or cache.cache_leftpad is not None:
+    widest = max(cache.k.shape[-1], cache.v.shape[-1])
+    if cache.cache_batch_idx is not None or cache.cache_leftpad is not None or widest > MAX_HEAD_DIM:
         return common.backward(problem, out, lse, d_out, d_lse)
     if is_elsewhere(out.device):
         with torch.cuda.device(out.device):
@@ -98,7 +103,7 @@ def _plan(problem: AttentionProblem, aligned: bool, precision: str) -> _Plan:
         for parts in range(1, problem.group + 1)
         if problem.group % parts == 0 and (parts == problem.group or math.prod(tiles) * parts >= 3 * num_sms(q.device))
     )
-    params = problem_params(problem, aligned, precision, None)
+    params = problem_params(problem, aligned, precision, None, False)
     of_keys = BackwardTile(keys.block_m, keys.block_n, problem.group // parts, lengths_together(batch_size))
     of_queries = of_keys._replace(BLOCK_M=queries.block_m, BLOCK_N=queries.block_n)
     rows = q.shape[0] * (1 if is_packed_q else q.shape[1]) * heads

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...errors import reject_type
-from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides
-from ...problem import WRITE, Append, AttentionProblem, CacheWrite, KVCache, fold_scores, is_per_token
+from ...geometry import max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides, v_fits_in_k
+from ...problem import WRITE, Append, AttentionProblem, CacheWrite, K, V, fold_scores, is_per_token
 from .compiled import CompiledLaunch, addresses_of, compute_capability, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
@@ -35,10 +35,10 @@ from .kernels.params import (
 from .kernels.prefill import prefill
 from .kernels.score import ScoreParams
 from .semaphores import semaphores
-from .tiling import block_width, decode_tiling, power_of_two, prefill_tiling, stride_factor
+from .tiling import decode_tiling, max_decode_rows, power_of_two, prefill_tiling, stride_factor, tile_widths, widest
 
-MAX_DECODE_ROWS = 64
-"""Packed-GQA rows up to which a call goes to ``decode``, which holds them all in one tile."""
+FEW_QUERIES = 4
+"""Queries of a sequence up to which a call goes to ``decode`` even if the query heads of a KV head take several tiles."""
 
 MIXED_DECODE_ROWS = 16
 """The same of each sequence of a mixed batch, unless one query has more: what the matrix units take at least, so that decode
@@ -100,7 +100,10 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
             return attention(problem, out)
     addresses, aligned = addresses_of(tensors)
     precision = precision_of(dtype)
-    plan = problem.plan(("triton", aligned, precision), lambda signature: _plan_attention(signature, aligned, precision))
+    same = addresses[K] == addresses[V]
+    plan = problem.plan(
+        ("triton", aligned, precision, same), lambda signature: _plan_attention(signature, aligned, precision, same)
+    )
 
     if out is None:
         out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
@@ -131,7 +134,8 @@ def kv_write(write: CacheWrite) -> None:
         with torch.cuda.device(device):
             return kv_write(write)
     addresses, aligned = addresses_of(tensors)
-    launch = write.plan(("triton", aligned), lambda signature: _plan_write(signature, aligned))
+    same = addresses[0] == addresses[1]
+    launch = write.plan(("triton", aligned, same), lambda signature: _plan_write(signature, aligned, same))
     if launch is not None:
         launch(tensors, addresses)
 
@@ -141,9 +145,12 @@ def kv_write(write: CacheWrite) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str) -> _Plan:
-    is_decode = decode_rows(problem) <= MAX_DECODE_ROWS
-    is_mixed = not is_decode and problem.group <= MAX_DECODE_ROWS and may_be_mixed(problem)
+def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, same: bool) -> _Plan:
+    """``same``: whether k and v have the same address."""
+    max_seqlen_q, group = problem.queries.max_seqlen_q, problem.group
+    heads_together = _heads_together(problem, max_seqlen_q, same)
+    is_decode = heads_together == group or (heads_together > 0 and max_seqlen_q <= FEW_QUERIES)
+    is_mixed = not is_decode and may_be_mixed(problem)
     is_empty = problem.batch_size == 0 or 0 in problem.out_shape
     plan = _Plan(
         problem.out_shape, _contiguous_strides(problem.out_shape), problem.lse_shape, _contiguous_strides(problem.lse_shape)
@@ -152,22 +159,33 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str) ->
     is_packed = append is not None and append.cu_seqlens_new is not None
     if append is not None and (is_empty or is_packed or not is_decode or fused_tokens > MAX_FUSED_TOKENS):
         fused_tokens = 0
-        plan = plan._replace(write=_plan_write(problem.write, aligned))
+        plan = plan._replace(write=_plan_write(problem.write, aligned, same))
     if is_empty:
         return plan
-    decode_limit = max(1, MIXED_DECODE_ROWS // problem.group) if is_mixed else None
-    params = problem_params(problem, aligned, precision, decode_limit)
+    decode_limit = max(1, MIXED_DECODE_ROWS // group) if is_mixed else None
+    if is_mixed:
+        heads_together = _heads_together(problem, cast(int, decode_limit), same)
     if is_decode or is_mixed:
+        params = problem_params(problem, aligned, precision, decode_limit, same, group // heads_together)
         plan = _with_decode(plan, problem, params, aligned, fused_tokens)
     if not is_decode:
+        params = problem_params(problem, aligned, precision, decode_limit, same)
         plan = plan._replace(attend=(*plan.attend, _plan_prefill(problem, params, aligned)))
     return plan
+
+
+def _heads_together(problem: AttentionProblem, queries: int, same: bool) -> int:
+    """Query heads of a KV head that share a tile of ``decode``, of so many queries each: all, or a part; 0 if none fits."""
+    widths = tile_widths(problem.cache, same)
+    width = widest(widths.block_d, widths.block_dv, widths.block_tail)
+    most = max_decode_rows(width, problem.queries.q.element_size())
+    return max((n for n in range(1, problem.group + 1) if problem.group % n == 0 and n * queries <= most), default=0)
 
 
 def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: bool) -> CompiledLaunch:
     q, _, _, max_seqlen_q = problem.queries
     batch_size, heads, decode_limit = problem.batch_size, q.shape[-2], params.queries.DECODE_LIMIT
-    tiling = prefill_tiling(max_seqlen_q, block_width(q.shape[-1]), q.element_size())
+    tiling = prefill_tiling(max_seqlen_q, _widest(params.cache), q.element_size())
     tile = PrefillTile(tiling.block_m, tiling.block_n, lengths_together(batch_size))
     grid = (heads, batch_size, max(1, -(-max_seqlen_q // tiling.block_m)))
     if decode_limit is not None:
@@ -180,14 +198,14 @@ def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: boo
 
 
 def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, aligned: bool, fused_tokens: int) -> _Plan:
-    q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
-    device, batch_size, kv_heads = q.device, problem.batch_size, k.shape[-2]
-    block_dv = _values_width(problem.cache)
+    q, cache = problem.queries.q, params.cache
+    device, batch_size, kv_heads, block_dv = q.device, problem.batch_size, cache.HEADS, cache.BLOCK_DV
     work_tiles = batch_size * kv_heads
     decode_limit = params.queries.DECODE_LIMIT
     longest = problem.queries.max_seqlen_q if decode_limit is None else decode_limit
-    rows = power_of_two(max(longest, 1) * problem.group)
-    tiling = decode_tiling(rows, block_width(q.shape[-1]), q.element_size(), min(k.element_size(), v.element_size()))
+    rows = power_of_two(max(longest, 1) * params.queries.GROUP)
+    cache_element_size = min(problem.cache.k.element_size(), problem.cache.v.element_size())
+    tiling = decode_tiling(rows, _widest(cache), q.element_size(), cache_element_size, cache.V_IN_K)
 
     few_keys = MAX_UNSPLIT_TILES * tiling.block_n
     if 2 * work_tiles >= num_sms(device):
@@ -201,7 +219,8 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     pdl = split_kv and not reduces_itself and has_pdl(device)
 
     # ``combine`` takes rows together where there are enough work tiles to fill the device, else one by one.
-    reduce_rows = rows if reduces_itself or work_tiles >= num_sms(device) else 1
+    together = rows if reduces_itself else min(rows, COMBINE_VALUES // block_dv)
+    reduce_rows = together if reduces_itself or work_tiles >= num_sms(device) else 1
     splits, values = (DECODE_SPLITS, DECODE_VALUES) if reduces_itself else (COMBINE_SPLITS, COMBINE_VALUES)
     tile = DecodeTile(
         ROWS=rows,
@@ -227,19 +246,23 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     return plan._replace(attend=(launch, CompiledLaunch(combine, grid, params, tile, device, aligned, **options)))
 
 
+def _widest(cache: CacheParams) -> int:
+    return widest(cache.BLOCK_D, cache.BLOCK_DV, cache.BLOCK_TAIL)
+
+
 def lengths_together(batch_size: int) -> int:
     """BLOCK_B for a batch."""
     return FEW_SEQUENCES if batch_size <= FEW_SEQUENCES else MANY_SEQUENCES
 
 
-def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
+def _plan_write(write: CacheWrite, aligned: bool, same: bool) -> CompiledLaunch | None:
     """None where there is nothing to write."""
     cache, append = write.cache, write.append
     k_new, v_new = append[:2]
     if 0 in k_new.shape:
         return None
     align = stride_factor((k_new, v_new, cache.k, cache.v), aligned)
-    params = WriteParams(_cache_params(write, align), _append_params(append, align), write.batch_size)
+    params = WriteParams(_cache_params(write, align, same), _append_params(append, align), write.batch_size)
     if append.slot_mapping is not None:
         params = params._replace(cache=params.cache._replace(PAGE_SIZE=write.page_size))
     *batch, seqlen_new, kv_heads, _ = k_new.shape
@@ -255,7 +278,10 @@ def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def problem_params(problem: AttentionProblem, aligned: bool, precision: str, decode_limit: int | None) -> ProblemParams:
+def problem_params(
+    problem: AttentionProblem, aligned: bool, precision: str, decode_limit: int | None, same: bool, share: int = 1
+) -> ProblemParams:
+    """``same``: whether k and v have the same address; ``share``: blocks of the query heads of a KV head."""
     q, _, _, max_seqlen_q = problem.queries
     new_tokens = [] if problem.append is None else list(problem.append[:2])
     align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
@@ -273,10 +299,10 @@ def problem_params(problem: AttentionProblem, aligned: bool, precision: str, dec
             batch_size=problem.batch_size,
             total_q=q.shape[0],
             max_seqlen_q=max_seqlen_q,
-            GROUP=problem.group,
+            GROUP=problem.group // share,
             DECODE_LIMIT=decode_limit,
         ),
-        _cache_params(problem, align),
+        _cache_params(problem, align, same, share),
         _append_params(problem.append, align, queries_rotate_by_position(problem)),
         ScoreParams(
             **used,
@@ -286,9 +312,10 @@ def problem_params(problem: AttentionProblem, aligned: bool, precision: str, dec
     )
 
 
-def _cache_params(problem: AttentionProblem | CacheWrite, align: int) -> CacheParams:
+def _cache_params(problem: AttentionProblem | CacheWrite, align: int, same: bool, share: int = 1) -> CacheParams:
     k, v, k_descale, v_descale, block_table = problem.cache[:5]
     _reject_missing_formats(k, v)
+    widths = tile_widths(problem.cache, same)
     return CacheParams(
         k_strides=_divided(k, align),
         v_strides=None if strides(v) == strides(k) else _divided(v, align),
@@ -297,19 +324,17 @@ def _cache_params(problem: AttentionProblem | CacheWrite, align: int) -> CachePa
         capacity=problem.capacity if k.shape[0] else 0,
         num_pages=k.shape[0],
         table_width=None if block_table is None else block_table.shape[1],
-        HEADS=k.shape[-2],
+        HEADS=k.shape[-2] * share,
+        SHARE=share,
         D=k.shape[-1],
         DV=v.shape[-1],
-        BLOCK_D=block_width(k.shape[-1]),
-        BLOCK_DV=_values_width(problem.cache),
+        BLOCK_D=widths.block_d,
+        BLOCK_DV=widths.block_dv,
+        TAIL=widths.tail,
+        BLOCK_TAIL=widths.block_tail,
+        V_IN_K=same and v_fits_in_k(k, v),
         PAGE_SIZE=None if block_table is None else problem.page_size,
     )
-
-
-def _values_width(cache: KVCache) -> int:
-    """BLOCK_DV. That of keys, if there are scales: with narrower tiles Triton 3.6 gives wrong values on Hopper."""
-    width = block_width(cache.v.shape[-1])
-    return width if cache.v_descale is None else max(width, block_width(cache.k.shape[-1]))
 
 
 def _reject_missing_formats(k: Tensor, v: Tensor) -> None:

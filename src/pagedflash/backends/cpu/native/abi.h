@@ -33,9 +33,15 @@ struct CacheWrite : WriteAddresses, WriteShape {
   }
   // Tokens that the cache holds for one sequence.
   PAGEDFLASH_INLINE int64_t capacity() const { return paged() ? table_width * page_size : page_size; }
+  // Each value is the first part of its key, in the same memory, as in MLA: an append writes keys only.
+  PAGEDFLASH_INLINE bool v_is_in_k() const {
+    return v == k && v_dtype == k_dtype && v_head_dim <= head_dim && v_stride.batch == k_stride.batch &&
+           v_stride.token == k_stride.token && v_stride.head == k_stride.head;
+  }
   // Bytes of a token in the cache.
   PAGEDFLASH_INLINE int64_t token_bytes() const {
-    return kv_heads * (head_dim * element_size(k_dtype) + v_head_dim * element_size(v_dtype));
+    const int64_t v_bytes = v_is_in_k() ? 0 : v_head_dim * element_size(v_dtype);
+    return kv_heads * (head_dim * element_size(k_dtype) + v_bytes);
   }
 };
 

@@ -14,25 +14,33 @@ PAGEDFLASH_INLINE int64_t offset(const ScaleStrides& stride, int64_t sequence, i
   return sequence * stride.sequence + batch * stride.batch + token * stride.token + head * stride.head;
 }
 
-constexpr int64_t MAX_HEAD_DIM = 512;
-
 // One new key or value, in the cache's format. A key is rotated to its position if it is not negative.
 template <class T, class E>
 void store_row(const CacheWrite& write, const T* row, int64_t size, int64_t position, E* to, float* descale, bool writes_descale) {
+  // Calls store(i, x, n) for elements i to i + n, until all are stored: rotated ones as floats, the others as they are.
+  const auto store_parts = [&](const auto& store) {
+    const int64_t rotated = position >= 0 ? rotate_row(row, write, position, store) : 0;
+    store(rotated, row + rotated, size - rotated);
+  };
   if constexpr (LARGEST<E> > 0) {
-    float values[MAX_HEAD_DIM];
-    int64_t rotated = 0;
-    if (position >= 0)
-      rotated = rotate_row(row, write, position,
-                           [&](int64_t i, const float* x, int64_t n) { memcpy(values + i, x, n * sizeof(float)); });
-    convert(values + rotated, row + rotated, size - rotated);
-    if (writes_descale) *descale = scale_of<E>(values, size);
-    quantize(to, values, size, *descale);
+    const auto store_floats = [&](const auto& store) {
+      store_parts([&](int64_t begin, const auto* x, int64_t n) {
+        constexpr int64_t PART = 128;
+        float part[PART];
+        for (int64_t i = 0; i < n; i += PART) {
+          convert(part, x + i, min(PART, n - i));
+          store(begin + i, part, min(PART, n - i));
+        }
+      });
+    };
+    if (writes_descale) {
+      float largest = 0;
+      store_floats([&](int64_t, const float* x, int64_t n) { largest = largest_of(x, n, largest); });
+      *descale = scale_of<E>(largest);
+    }
+    store_floats([&](int64_t i, const float* x, int64_t n) { quantize(to + i, x, n, *descale); });
   } else {
-    int64_t rotated = 0;
-    if (position >= 0)
-      rotated = rotate_row(row, write, position, [&](int64_t i, const float* x, int64_t n) { convert(to + i, x, n); });
-    convert(to + rotated, row + rotated, size - rotated);
+    store_parts([&](int64_t i, const auto* x, int64_t n) { convert(to + i, x, n); });
   }
 }
 
@@ -75,6 +83,7 @@ class NewTokens {
 
 template <class T>
 void kv_write_tokens(const CacheWrite& write, Range tokens) {
+  const bool v_is_in_k = write.v_is_in_k();
   NewTokens new_tokens(write, tokens.begin);
   for (int64_t t = tokens.begin; t < tokens.end; t++) {
     const auto [b, batch, row, position, page, slot] = new_tokens.next();
@@ -89,6 +98,7 @@ void kv_write_tokens(const CacheWrite& write, Range tokens) {
         store_row(write, k_new, write.head_dim, write.rotary_cos ? position : -1, k, write.k_descale + k_scale,
                   write.writes_k_descale);
       });
+      if (v_is_in_k) continue;
       with_format(write.v_dtype, [&](auto element) {
         auto* v = static_cast<decltype(element)*>(write.v) + offset(write.v_stride, page, slot, head);
         store_row(write, v_new, write.v_head_dim, -1, v, write.v_descale + v_scale, write.writes_v_descale);

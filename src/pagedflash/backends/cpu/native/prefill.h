@@ -179,7 +179,8 @@ class Prefill {
     const int64_t k_head = kv_head_ * write.k_stride.head * k_bytes, v_head = kv_head_ * write.v_stride.head * v_bytes;
     const int64_t blocks = rows.size() / ROWS;
     const bool packs = rows.begin == 0;
-    Prefetcher values(tile.v, packs ? tokens : 0, v_head, v_head_dim_ * v_bytes, blocks * divide_up(tokens, PANEL));
+    const int64_t value_tokens = packs && !write.v_is_in_k() ? tokens : 0;
+    Prefetcher values(tile.v, value_tokens, v_head, v_head_dim_ * v_bytes, blocks * divide_up(tokens, PANEL));
     for (int64_t t = 0; t < tokens; t += PANEL) {
       float* panel = scratch_.k_panels + (ONE_PASS ? 0 : t * query_size_ / GROUP);
       if (packs)

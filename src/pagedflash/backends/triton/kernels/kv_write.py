@@ -34,10 +34,17 @@ def append_tokens(tensors, problem, b, kv_head, row, token, seqlen_cached, valid
 @triton.jit
 def write_tokens(tensors, problem, b, kv_head, row, position, page, slot, valid):
     """Rotate the keys of new tokens to their positions, and put keys and values in their slots, if there is such a page."""
+    kv_head = kv_head // problem.cache.SHARE
     rows = row.to(tl.int64)
     new = in_elements(problem.append.k_strides)
     source = tensors.k_new + b.to(tl.int64) * new.batch + kv_head.to(tl.int64) * new.head + rows * new.token
-    k = load_rotated(tensors, problem, source, valid, position)
+    WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
+    k = load_rotated(tensors, problem, source, valid, position, 0, WIDTH, problem.cache.BLOCK_D)
+    k_tail = k
+    if problem.cache.TAIL > 0:
+        k_tail = load_rotated(
+            tensors, problem, source, valid, position, WIDTH, problem.cache.TAIL, problem.cache.BLOCK_TAIL
+        )  # fmt: skip
 
     new = in_elements(problem.append.v_strides)
     d = tl.arange(0, problem.cache.BLOCK_DV)
@@ -45,8 +52,8 @@ def write_tokens(tensors, problem, b, kv_head, row, position, page, slot, valid)
     v = tl.load(source[:, None] + d[None, :], valid[:, None] & (d < problem.cache.DV)[None, :], other=0.0)
 
     written = valid & (page >= 0) & (page < problem.cache.num_pages)
-    k, v, k_scales, v_scales = store_kv(tensors, problem, b, kv_head, page, slot, k, v, written)
-    return KVTile(k, v, k_scales, v_scales, position)
+    k, k_tail, v, k_scales, v_scales = store_kv(tensors, problem, b, kv_head, page, slot, k, k_tail, v, written)
+    return KVTile(k, k_tail, v, k_scales, v_scales, position)
 
 
 @triton.jit

@@ -146,11 +146,15 @@ class CacheParams(NamedTuple):
     capacity: int  # tokens that fit one sequence; 0 without pages
     num_pages: int  # or rows of a dense cache
     table_width: int | None
-    HEADS: int
+    HEADS: int  # KV heads, each SHARE times: so many blocks of its query heads read it
+    SHARE: int
     D: int
     DV: int
     BLOCK_D: int  # widths of the tiles, powers of two
     BLOCK_DV: int
+    TAIL: int  # the last elements of D, which have a tile of their own; 0: there is one tile
+    BLOCK_TAIL: int
+    V_IN_K: bool  # each value is the first part of its key, in the same memory: it is neither loaded nor stored
     PAGE_SIZE: int | None
 
 
