@@ -141,9 +141,7 @@ def test_lora(padding: str) -> None:
         config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
         model = peft.get_peft_model(training_model("llama", name), config)
         counted = mask.bool() & mask.roll(1, 1).bool()
-        results.append(
-            loss_and_gradients(model, input_ids=IDS, attention_mask=mask, labels=IDS.masked_fill(~counted, -100))
-        )
+        results.append(loss_and_gradients(model, input_ids=IDS, attention_mask=mask, labels=IDS.masked_fill(~counted, -100)))
     (loss, got), (want_loss, want) = results
     torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-5)
     assert got.keys() == want.keys() and all("lora" in parameter for parameter in want)
