@@ -103,10 +103,8 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], 
         q, k, v = (tensor.to(k_cache.dtype) for tensor in (q, k, v))
     where = {"block_table": tables.block_table, **scales, **options}
     if tables.decodes:
-        one_each = (tensor.transpose(0, 1) for tensor in (k, v))  # sequences of one token
-        out = interface.flash_attn_with_kvcache(
-            q.transpose(0, 1), k_cache, v_cache, *one_each, cache_seqlens=tables.cache_seqlens, **where
-        )
+        q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))  # sequences of one token
+        out = interface.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=tables.cache_seqlens, **where)
         return cast(Tensor, out).transpose(0, 1)
     out = interface.flash_attn_varlen_func(
         q[0],
