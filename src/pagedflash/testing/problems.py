@@ -116,6 +116,7 @@ class _Draw:
         self.rng, self.dtype, self.layout, self.device, self.capabilities = rng, dtype, layout, device, capabilities
         self.formats = [other for other in capabilities.cache_dtypes if other in QUANTIZED or dtype == torch.float32]
         self.has_dropout = capabilities.dropout
+        self.takes_mla = capabilities.max_head_dim >= MLA_HEAD_DIMS[0]
         self.generator = torch.Generator().manual_seed(rng.getrandbits(40))
 
     def maybe(self, probability: float) -> bool:
@@ -139,8 +140,7 @@ class _Draw:
     def head_dims(self, head_dims: tuple[int, ...] | None) -> tuple[int, int]:
         """Of K and of V."""
         most, v_most = self.capabilities.max_head_dim, self.capabilities.max_v_head_dim
-        mla = MLA_HEAD_DIMS[0] <= most and MLA_HEAD_DIMS[1] <= v_most and self.layout not in ("dense", "varlen")
-        if head_dims is None and mla and self.maybe(0.05):
+        if head_dims is None and self.takes_mla and self.layout not in ("dense", "varlen") and self.maybe(0.05):
             return MLA_HEAD_DIMS
         k = self.head_dim(min(most, 512)) if head_dims is None else self.rng.choice(head_dims)
         return k, self.head_dim(min(v_most, 512)) if self.maybe(0.3) else min(k, v_most)
@@ -380,7 +380,7 @@ class _Draw:
         """Two caches full of NaN: contiguous, head-major, fused in one allocation along the head dim, or, as in MLA, V the
         first part of K."""
         kind = self.rng.choice(("contiguous", "head-major", "fused", "shared"))
-        if (head_dim, v_head_dim) == MLA_HEAD_DIMS or (kind == "shared" and v_head_dim <= head_dim):
+        if (head_dim, v_head_dim) == MLA_HEAD_DIMS or (kind == "shared" and self.takes_mla and v_head_dim <= head_dim):
             k = self.poisoned(rows, tokens, heads, head_dim)
             return k, k[..., :v_head_dim]
         if kind == "head-major":
