@@ -10,7 +10,7 @@ Common to the three attention functions:
 * ``B`` sequences, ``Sq`` queries, ``Sk`` keys, ``Hq`` query heads, ``Hkv`` key/value heads (``Hq % Hkv == 0``: query head
   ``h`` reads key head ``h // (Hq // Hkv)``), ``D`` head dim, ``Dv`` head dim of v (each from 1 to 512, on Metal to 256).
 * MLA: ``D`` = 576 with a ``v_cache`` that is a view of ``k_cache``, the first ``Dv`` = 512 of each key. It is read once, and
-  an append writes keys only: v_new is to be the same part of k_new, scales of quantized caches are to be one tensor for both.
+  an append writes keys only: v_new is to be the same part of k_new, scales of quantized caches one tensor for both.
 * q, k, v share one dtype: float32, float16 or bfloat16; a cache may have a format of its own. Sums and the softmax are
   float32.
 * Masks are aligned to the bottom right: query ``i`` sits at key position ``i + Sk - Sq``.
