@@ -11,9 +11,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from pagedflash.backends.triton import backward, compiled, gradients, launch
+from pagedflash.backends.triton import backward, compiled, gradients, launch, tiling
 from pagedflash.problem import QUANTIZED, AttentionProblem
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -25,13 +26,14 @@ def compile_kernel(kernel: Any, arguments: list[Any], options: dict[str, Any]) -
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, rest = bind(*arguments, **options, debug=False)
     options_of_target, *source = kernel._pack_args(backend, rest, bound, specialization, rest)
-    binary = triton.compile(ASTSource(kernel, *source), target=H100, options=options_of_target.__dict__)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    binary = triton.compile(kind(kernel, *source), target=H100, options=options_of_target.__dict__)
     assert binary.metadata.shared <= SHARED_BYTES, f"{kernel.__name__} wants {binary.metadata.shared} bytes of shared memory"
 
 
 def compile_launch(self: compiled.CompiledLaunch, tensors: tuple[Any, ...], addresses: tuple[Any, ...]) -> None:
     """In the place of a launch."""
-    compile_kernel(self.kernel, self.arguments(tensors), self.options)
+    compile_kernel(self.kernel, [*self.arguments(tensors), *self.descriptors(tensors)], self.options)
     print(self.kernel.__name__)
 
 
@@ -104,10 +106,26 @@ def packed(problem: AttentionProblem) -> AttentionProblem:
     return problem.replace(k=k, v=v, block_table=None)
 
 
+def long(head_dim: int, page_size: int | None, dtype: torch.dtype = torch.bfloat16) -> AttentionProblem:
+    """What Hopper's prefill takes: many keys, in pages or packed, with a window, sinks and unused queries."""
+    offsets = torch.tensor([0, 100, 300], dtype=torch.int32)
+    pages = torch.zeros(64, page_size or 16, 2, head_dim, dtype=dtype)
+    packed = pages.flatten(0, 1)
+    table = torch.zeros(2, 64, dtype=torch.int32)
+    keys: dict[str, Any] = dict(k=pages, v=pages.clone(), block_table=table, seqused_k=offsets[1:].clone())
+    if page_size is None:
+        keys = dict(k=packed, v=packed.clone(), cu_seqlens_k=offsets)
+    return AttentionProblem.of_fields(
+        q=torch.zeros(300, 6, head_dim, dtype=dtype), cu_seqlens_q=offsets, seqused_q=offsets[1:].clone(),
+        sinks=torch.zeros(6), max_seqlen_q=200, max_seqlen_k=1024, window_left=700, window_right=0, **keys,
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
     assert not compiled.INTERPRETED
     launch.num_sms = gradients.num_sms = lambda device: 132
     launch.has_pdl = lambda device: True
+    tiling.has_hopper_prefill = lambda device: True
     launch.semaphores = lambda device, count: torch.zeros(count, dtype=torch.int32)
     compiled.CompiledLaunch.__call__ = compile_launch
     formats = ((torch.bfloat16, torch.int8, torch.float8_e4m3fn), (torch.float16, torch.float8_e5m2, torch.float8_e5m2),
@@ -120,6 +138,9 @@ if __name__ == "__main__":
         all_ones(1),
         all_ones(70),
         mixed(all_ones(70), 69),
+        long(64, None),
+        long(128, 16),
+        long(256, 64, torch.float16),
         *with_formats,
         *[
             wide(queries, heads, dtype, *dims)

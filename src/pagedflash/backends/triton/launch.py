@@ -24,6 +24,7 @@ from .kernels.params import (
     AppendParams,
     CacheParams,
     DecodeTile,
+    HopperTile,
     PrefillTile,
     ProblemParams,
     QueryParams,
@@ -35,7 +36,16 @@ from .kernels.params import (
 from .kernels.prefill import prefill
 from .kernels.score import ScoreParams
 from .semaphores import semaphores
-from .tiling import decode_tiling, max_decode_rows, power_of_two, prefill_tiling, stride_factor, tile_widths, widest
+from .tiling import (
+    decode_tiling,
+    hopper_tile,
+    max_decode_rows,
+    power_of_two,
+    prefill_tiling,
+    stride_factor,
+    tile_widths,
+    widest,
+)
 
 FEW_QUERIES = 4
 """Queries of a sequence up to which a call goes to ``decode`` even if the query heads of a KV head take several tiles."""
@@ -183,6 +193,9 @@ def _heads_together(problem: AttentionProblem, queries: int, same: bool) -> int:
 
 
 def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: bool) -> CompiledLaunch:
+    hopper = hopper_tile(problem, params)
+    if hopper is not None:
+        return _plan_prefill_hopper(problem, params, hopper, aligned)
     q, _, _, max_seqlen_q = problem.queries
     batch_size, heads, decode_limit = problem.batch_size, q.shape[-2], params.queries.DECODE_LIMIT
     tiling = prefill_tiling(max_seqlen_q, _widest(params.cache), q.element_size())
@@ -195,6 +208,21 @@ def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: boo
         most_blocks = full_blocks + min(batch_size, total_q // (decode_limit + 1))
         grid = (heads, max(1, min(most_blocks, max(full_blocks, -(-num_sms(q.device) // heads)))), 1)
     return CompiledLaunch(prefill, grid, params, tile, q.device, aligned, **tiling.options)
+
+
+def _plan_prefill_hopper(
+    problem: AttentionProblem, params: ProblemParams, tile: HopperTile, aligned: bool
+) -> CompiledLaunch:
+    from .descriptors import DescribedLaunch, TileDescriptor  # these two need Gluon
+    from .kernels.prefill_hopper import BLOCK_M, prefill_hopper
+
+    q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
+    k_tiles = TileDescriptor(k, tile.BOX_N, params.cache.BLOCK_D)
+    v_tiles = TileDescriptor(v, tile.BOX_N, params.cache.BLOCK_DV)
+    most_blocks = problem.batch_size * k.shape[-2] * -(-problem.queries.max_seqlen_q * problem.group // BLOCK_M.value)
+    grid = (max(1, min(num_sms(q.device), most_blocks)), 1, 1)
+    options = dict(num_warps=4, num_stages=1)
+    return DescribedLaunch(k_tiles, v_tiles, prefill_hopper, grid, params, tile, q.device, aligned, **options)
 
 
 def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, aligned: bool, fused_tokens: int) -> _Plan:

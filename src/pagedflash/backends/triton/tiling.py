@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ...geometry import strides, v_fits_in_k
-from ...problem import KVCache
+from ...geometry import max_visible_keys, strides, v_fits_in_k
+from ...problem import AttentionProblem, KVCache
+from .compiled import has_hopper_prefill
+from .kernels.params import HopperTile, ProblemParams
 
 
 class Tiling(NamedTuple):
@@ -109,6 +112,45 @@ def backward_tilings(block_d: int, element_size: int) -> tuple[Tiling, Tiling]:
     if block_d <= 128:
         return Tiling(64, 128, 8, 3), Tiling(128, 64, 8, 3)
     return Tiling(32, 64, 8, 2), Tiling(64, 32, 8, 2)
+
+
+HOPPER_TILES = {64: (128, 3, 2), 128: (128, 2, 2), 256: (64, 2, 1)}
+"""Of each width that ``prefill_hopper`` takes: BLOCK_N, STAGES, Q_SLOTS; about what shared memory holds."""
+
+SHORT_KEYS = 512
+"""Keys up to which its KV tiles have 64: of larger ones, a causal block would skip too few."""
+
+
+def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile | None:
+    """The tile of ``prefill_hopper`` where it takes a prefill; None leaves it to ``prefill``.
+
+    It takes 16-bit keys and values of q's dtype, contiguous or in pages of a multiple of 16 tokens, aligned to 16 bytes.
+    Left padding, rotary embedding of queries, softcap and ALiBi are ``prefill``'s.
+    """
+    cache, score = params.cache, params.score
+    q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
+    if cache.BLOCK_D not in HOPPER_TILES or not has_hopper_prefill(q.device):
+        return None
+    block_n, stages, q_slots = HOPPER_TILES[cache.BLOCK_D]
+    if max_visible_keys(problem) <= SHORT_KEYS:
+        block_n, stages = 64, max(stages, 3) if cache.BLOCK_D <= 128 else stages
+    box_n = block_n if cache.PAGE_SIZE is None else math.gcd(cache.PAGE_SIZE, block_n)
+    takes = (
+        q.element_size() == 2
+        and k.dtype == v.dtype == q.dtype
+        and cache.BLOCK_D == cache.BLOCK_DV
+        and cache.SHARE == 1
+        and cache.TAIL == 0
+        and not cache.V_IN_K
+        and params.queries.strides.ALIGN > 1
+        and box_n >= 16
+        and problem.cache.cache_leftpad is None
+        and params.append.ROTARY_DIM is None
+        and score.softcap is None
+        and score.SLOPES_STRIDE is None
+        and all(0 not in tensor.shape and 0 not in tensor.stride() for tensor in (k, v))
+    )
+    return HopperTile(block_n, box_n, stages, q_slots) if takes else None
 
 
 def power_of_two(number: int) -> int:

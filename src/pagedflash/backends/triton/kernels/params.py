@@ -209,6 +209,15 @@ class BackwardTile(NamedTuple):
     BLOCK_B: int  # lengths looked at together
 
 
+class HopperTile(NamedTuple):
+    """How ``prefill_hopper`` divides the work."""
+
+    BLOCK_N: int  # keys of a KV tile
+    BOX_N: int  # keys that one TMA load brings: they lie within one page
+    STAGES: int  # KV tiles in each ring
+    Q_SLOTS: int  # blocks whose queries are held: 2 where there is room, so that they come early
+
+
 class WriteTile(NamedTuple):
     BLOCK_NEW: int  # new tokens
     BLOCK_B: int  # offsets of packed tokens that are looked at together
