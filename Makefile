@@ -1,7 +1,8 @@
 # make demo   the main job on a real model: questions on four long texts, beside transformers' sdpa; under two minutes
 # make test   all tests (make test TESTS=tests/test_reference.py for some)
 # make lint   ruff and mypy
-# make test-matrix   the integration against every supported transformers
+# make docs   the documentation as a site, in build/site
+# make test-matrix   other versions of transformers, Triton and Python; a user's type checkers
 #
 # Needs Python >= 3.11 with pip and venv. Everything goes into .venv.
 
@@ -13,7 +14,7 @@ PYTEST_FLAGS ?= -q
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src tools metalsim/src -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test lint format test-matrix clean
+.PHONY: demo test lint format docs test-matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pagedflash generate --compare sdpa
@@ -29,6 +30,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 test-matrix: $(VENV)/.dev
 	$(BIN)/nox
@@ -46,6 +50,11 @@ $(VENV)/.demo: requirements-dev.txt $(SOURCES)
 $(VENV)/.dev: $(VENV)/.demo metalsim/pyproject.toml
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	$(BIN)/pip install --quiet --no-deps ./metalsim
+	touch $@
+
+$(VENV)/.docs: requirements-docs.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements-docs.txt
 	touch $@
 
 clean:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from pagedflash.cli import baselines
 from pagedflash.cli.bench import OURS
 from pagedflash.cli.measure import Clock, Contender, Measured, interleave
 
@@ -48,10 +49,6 @@ class Suite(NamedTuple):
         return (self.run.__doc__ or "").partition("\n")[0]
 
 
-class CannotRun(Exception):
-    """A baseline cannot run here, or not this problem; the message says why."""
-
-
 SUITES: dict[str, Suite] = {}
 
 left_out: dict[str, str] = {}
@@ -73,21 +70,10 @@ def suite(
     return register
 
 
-def that_run(baselines: Mapping[str, Callable[[], Contender]]) -> dict[str, Contender]:
-    """The baselines that can be made and run here. Of each other it is said once why it is left out."""
-    contenders: dict[str, Contender] = {}
-    for name, make in baselines.items():
-        if name.startswith(tuple(not_wanted)):
-            continue
-        try:
-            contender = make()
-            contender.run()
-        except Exception as error:  # someone else's code, in whatever state: measuring goes on without it
-            known = isinstance(error, (CannotRun, ImportError))
-            leave_out(name, str(error) if known else f"{type(error).__name__}: {str(error)[:300]}")
-        else:
-            contenders[name] = contender
-    return contenders
+def that_run(peers: baselines.Peers) -> dict[str, Contender]:
+    """Those that can be made and run here, and are wanted. Of each other it is said once why it is left out."""
+    wanted = {name: make for name, make in peers.items() if not name.startswith(tuple(not_wanted))}
+    return baselines.that_run(wanted, leave_out)
 
 
 def leave_out(name: str, reason: str) -> None:

@@ -12,11 +12,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import pagedflash
 import pagedflash.transformers
 from pagedflash.cli import generate
+from pagedflash.integrations.transformers.formats import KV_CACHE_DTYPES
+from pagedflash.problem import QUANTIZED
 
 PAGE_SIZE_OPTION = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
 
@@ -81,6 +84,35 @@ def implementation(model, name: str):
         yield model
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def rounded_caches(name: str | None):
+    """Any attention sees keys and values as a cache of this format keeps them: the oracle of formats. None: as they are."""
+    updates = {layer: layer.update for layer in (DynamicLayer, DynamicSlidingWindowLayer)} if name else {}
+
+    def rounding(update):
+        return lambda self, keys, values, *args, **kwargs: update(
+            self, rounded(keys, name), rounded(values, name), *args, **kwargs
+        )
+
+    for layer, update in updates.items():
+        layer.update = rounding(update)
+    try:
+        yield
+    finally:
+        for layer, update in updates.items():
+            layer.update = update
+
+
+def rounded(x: torch.Tensor, name: str) -> torch.Tensor:
+    """``x (..., D)`` through a format and back; with a scale for each ``(...)`` where the format has them."""
+    dtype = KV_CACHE_DTYPES[name]
+    if dtype not in QUANTIZED:
+        return x.to(dtype).to(x.dtype)
+    scale = x.abs().amax(-1, keepdim=True) / QUANTIZED[dtype]
+    scaled = torch.where(scale > 0, x / scale, 0)
+    return (scaled.round() if dtype is torch.int8 else scaled).to(dtype).to(x.dtype) * scale
 
 
 def greedy(model, max_new_tokens: int) -> GenerationConfig:

@@ -18,10 +18,10 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import run, suite  # noqa: E402
-from benchmarks.baselines import openvino  # noqa: E402
 from benchmarks.suites import cpu, cuda, generate, metal  # noqa: E402
 
-from pagedflash.cli import bench, measure  # noqa: E402
+from pagedflash.cli import baselines, bench, measure  # noqa: E402
+from pagedflash.cli.baselines import flex, openvino, sdpa  # noqa: E402
 from pagedflash.cli.measure import Contender, WallClock  # noqa: E402
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
@@ -68,7 +68,10 @@ def cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cuda_on_cpu")
-@pytest.mark.parametrize("name", ["cuda-decode", "cuda-speculative", "cuda-prefill", "cuda-window", "cuda-mixed"])
+@pytest.mark.parametrize(
+    "name",
+    ["cuda-decode", "cuda-speculative", "cuda-quantized", "cuda-prefill", "cuda-training", "cuda-window", "cuda-mixed"],
+)
 def test_cuda_suites_agree_with_themselves(name: str) -> None:
     rows = list(suite.SUITES[name].run(suite.Options(quick=True)))
     assert rows and not any(row.failures for row in rows)
@@ -181,7 +184,7 @@ def test_check_fails_where_counts_do(monkeypatch: pytest.MonkeyPatch, capsys: py
     "error, reason",
     [
         (ImportError("No module named 'openvino'"), "No module named 'openvino'"),
-        (suite.CannotRun("no such cache"), "no such cache"),
+        (baselines.CannotRun("no such cache"), "no such cache"),
         (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
     ],
     ids=["not installed", "not for it", "broken"],
@@ -204,7 +207,7 @@ def test_a_signal_after_a_baseline_has_run() -> None:
     pytest.importorskip("openvino")
     script = """if True:
         import gc, signal
-        from benchmarks.baselines import openvino
+        from pagedflash.cli.baselines import openvino
         from pagedflash.testing import paged_problem
         first, second = (openvino.decode(paged_problem([3])) for _ in range(2))
         del first
@@ -284,6 +287,22 @@ def test_scripts_in_the_documentation_are_there() -> None:
 QUICK: dict[str, Any] = dict(contexts=(32, 64), prompts=(16, 32), cache_bytes=1 << 18, rounds=2)
 
 
+@pytest.fixture
+def few_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that runs, as slow as SDPA; one that is not installed; one that breaks."""
+
+    def missing() -> Contender:
+        raise ImportError("No module named 'other'")
+
+    def broken() -> Contender:
+        raise ZeroDivisionError("by zero")
+
+    peers = {"other, one": missing, "other, two": missing, "third": broken}
+    monkeypatch.setattr(bench, "decode_peers", lambda problem: peers | {"peer": lambda: sdpa.gather_decode(problem, False)})
+    monkeypatch.setattr(bench, "prefill_peers", lambda q, k, v: peers | {"peer": lambda: sdpa.prompt(q, k, v, False)})
+
+
+@pytest.mark.usefixtures("few_peers")
 def test_bench_measures_decode_and_prefill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
@@ -291,26 +310,66 @@ def test_bench_measures_decode_and_prefill(tmp_path: Path, capsys: pytest.Captur
     report = bench.main("cpu", torch.bfloat16, results, picture, **QUICK)
     assert [row["context"] for row in report["decode"]] == [32, 64]
     assert [row["tokens"] for row in report["prefill"]] == [16, 32]
-    assert set(report["decode"][0]["gb_per_second"]) == {"pagedflash", "gather + SDPA", "streaming"}
-    assert set(report["prefill"][0]["tflop_per_second"]) == {"pagedflash", "SDPA"}
+    assert set(report["decode"][0]["gb_per_second"]) == {"pagedflash", "gather + SDPA", "peer", "streaming"}
+    assert set(report["prefill"][0]["tflop_per_second"]) == {"pagedflash", "SDPA", "peer"}
+    assert set(report["load"]) == {"before", "others", "steal"}
     assert json.loads(results.read_text())["verdict"] == report["verdict"]
     assert picture.read_text().startswith("<?xml")
     printed = capsys.readouterr().out
     assert report["verdict"] in printed and "bfloat16" in printed
+    assert "without other: No module named 'other'\nwithout third: ZeroDivisionError: by zero\n" in printed
 
 
 def test_the_verdict_is_one_line() -> None:
     report = {
         "decode": [
-            {"gb_per_second": {"pagedflash": 8.0, "gather + SDPA": 2.0, "streaming": 10.0}},
+            {"gb_per_second": {"pagedflash": 8.0, "gather + SDPA": 2.0, "OpenVINO": 4.0, "streaming": 10.0}},
             {"gb_per_second": {"pagedflash": 6.0, "gather + SDPA": 1.0, "streaming": 10.0}},
         ],
         "prefill": [{"tflop_per_second": {"pagedflash": 0.3, "SDPA": 0.2}}],
     }
     assert bench.verdict(report) == (
-        "pagedflash decodes 4 to 6 x as fast as gather + SDPA, at up to 80% of streaming bandwidth,"
-        " and prefills 1.5 x as fast as SDPA."
+        "pagedflash decodes at up to 80% of streaming bandwidth, 4 to 6 x as fast as gather + SDPA, 2 x as fast as OpenVINO;"
+        " it prefills 1.5 x as fast as SDPA."
     )
+
+
+def test_bench_compares_with_the_packages_of_the_device() -> None:
+    problem = bench.paged_problem([20], heads=(4, 2), head_dim=32)
+    assert {name.partition(",")[0] for name in bench.decode_peers(problem)} == {"OpenVINO", "vLLM"}
+    assert set(baselines.cuda_decode(problem)) >= {"FlashInfer, fa3", "FA2", "FA3 on contiguous keys", "FA4", "vLLM, Triton"}
+    prompt = bench.dense_prompt(8, bench.Shape((4, 2), 32))
+    assert {name.partition(",")[0] for name in bench.prefill_peers(*prompt)} == {"zentorch", "vLLM", "flex_attention"}
+
+
+def test_flex_attention_gives_the_same(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Not compiled, but for the nightly run."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not request.config.getoption("--nightly"):
+        monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    prompt = bench.dense_prompt(40, bench.Shape((4, 2), 32))
+    found = measure.interleave(bench.prefill_contenders(*prompt) | {"flex": flex.prefill(*prompt)}, 1, WallClock())
+    assert "flex" in found.differences and not found.disagreements()
+
+
+def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 seconds of all processors 60 are others' work, 5 are stolen."""
+    now = iter([(0.0, 0.0, 0.0, 0.0), (100.0, 80.0, 5.0, 20.0)])
+    monkeypatch.setattr(measure.Load, "_now", staticmethod(lambda: next(now)))
+    monkeypatch.setattr(measure.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    load = measure.Load().report()
+    assert load == {"before": 0.0, "others": 0.6, "steal": 0.05}
+    said = measure.describe_load(load)
+    assert said.startswith("The machine was busy: other programs took 60% of its processors and other virtual machines 5%.")
+    assert not measure.describe_load({"before": 0.1, "others": 0.05, "steal": 0.0})
+    assert "load average was 50%" in measure.describe_load({"before": 0.5, "others": 0.0, "steal": 0.0})
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux counts them")
+def test_own_work_is_not_that_of_others() -> None:
+    total, busy, _, ours = measure.Load._now()
+    assert total >= busy > 0 and ours > 0
 
 
 @pytest.mark.parametrize("num_queries", (1, 3))

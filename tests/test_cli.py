@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -139,6 +140,15 @@ def test_generate_with_sliding_windows(tmp_path: Path) -> None:
     assert said != EVERY_STEP_IS_PAGED
 
 
+@pytest.mark.skipif(not EVERY_STEP_IS_PAGED, reason="transformers before 5.19 has no place for it")
+def test_generate_keeps_the_cache_in_a_format(llama: Path) -> None:
+    arguments = ("generate", "--model", str(llama), "--max-new-tokens", "3", "--prompt", "abc", "--kv-cache-dtype", "int8")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert any("flash_attn_with_kvcache" in what for what in path_taken(result))
+    assert "enabled already; call disable() first" in refused(*arguments)
+
+
 def test_generate_says_when_the_reference_ran(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_of_device", {})
     monkeypatch.setattr(dispatch, "_load", lambda name: (None, Support(False, "it was not built")))
@@ -239,6 +249,26 @@ def test_doctor() -> None:
     assert not pagedflash.transformers.is_enabled()
 
 
+def test_doctor_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("doctor", "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["healthy"] and report["versions"]["torch"] == torch.__version__
+    assert {state["name"] for state in report["backends"]} == {"cpu", "metal", "triton", "reference"}
+    monkeypatch.setattr("pagedflash.cli.doctor.availability", lambda: {"cpu": Support(False, "it was not built")})
+    broken = run("doctor", "--json")
+    assert broken.exit_code == 1 and not json.loads(broken.stdout)["healthy"]
+
+
+def test_doctor_says_which_instruction_set_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pagedflash.backends.cpu import launch
+
+    if not launch.library().isas.keys() - {"generic"}:
+        pytest.skip("there is only one")
+    monkeypatch.setattr(launch.library(), "isa", launch.library().isas["generic"])
+    (state,) = (state for state in json.loads(run("doctor", "--json").stdout)["backends"] if state["name"] == "cpu")
+    assert state["remark"].startswith("runs generic; PAGEDFLASH_CPU_ISA takes ")
+
+
 def test_doctor_leaves_it_enabled() -> None:
     pagedflash.transformers.enable()
     assert run("doctor").exit_code == 0
@@ -252,8 +282,8 @@ def test_doctor_gives_reasons_and_remedies(monkeypatch: pytest.MonkeyPatch) -> N
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
         monkeypatch.setitem(sys.modules, name, None)
     result = run("doctor")
-    assert result.exit_code == 0, result.output
-    assert "it was not built, so build it" in result.stdout
+    assert result.exit_code == 1, result.output
+    assert "it was not built, so build it" in result.stdout and "the slow reference runs there" in result.stdout
     assert "no" in result.stdout and "pip install 'pagedflash[transformers]'" in result.stdout
 
 

@@ -176,7 +176,6 @@ CHECKING = Capabilities(checks_values=True)
         ("head_dims_at_its_limits", backend(attention=lambda p: reference.attention(p)[:1] * 2)),
         ("kv_write", backend(kv_write=writes_one_slot_more)),
         ("slot_mappings", backend(kv_write=writes_one_slot_more)),
-        ("packed_appends", backend(kv_write=writes_one_slot_more)),
         ("queries_keys_and_values_in_one_tensor", backend(attention=lambda p: reference.attention(p.replace(scale=1.0)))),
         ("results_are_the_same_every_time", backend(attention=gives_other_bits_each_time)),
         ("gradients", backend(backward=forgets_the_window)),

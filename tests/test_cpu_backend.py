@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ import pagedflash
 from pagedflash.backends import cpu as backend
 from pagedflash.backends import reference
 from pagedflash.backends.cpu import launch
-from pagedflash.problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
+from pagedflash.problem import QUANTIZED, Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
 from pagedflash.testing import DTYPES, LAYOUTS, assert_matches_reference, copy_of, random_problem
+from pagedflash.testing.compare import assert_gradients_match_reference, describe
 from pagedflash.validate_values import check_values, check_write_values
 
 # Where nobody has built the library these tests have nothing to run on; CI sets this variable, and then they must run.
@@ -80,7 +82,9 @@ def test_every_number_of_rows(isa: str, queries: int, group: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("keys", (1, 15, 16, 17, 31, 32, 33, 127, 128, 129, 161))
-@pytest.mark.parametrize("head_dims", ((8, 8), (40, 24), (64, 64), (72, 40), (128, 96)), ids=str)
+@pytest.mark.parametrize(
+    "head_dims", ((8, 8), (40, 24), (64, 64), (72, 40), (128, 96), (1, 3), (59, 111), (100, 26)), ids=str
+)
 def test_blocks_that_are_not_full(isa: str, head_dims: tuple[int, int], keys: int, dtype: torch.dtype) -> None:
     """Matrix products of 16-bit numbers go by blocks and pairs: what fills them up must count for nothing. Behind the last
     key of the cache, and behind the last element of each head, lies NaN."""
@@ -154,6 +158,26 @@ def test_no_head_dim_is_too_large_for_the_kernels(isa: str) -> None:
         assert_matches_reference(problem, backend.attention)
 
 
+@pytest.mark.parametrize("queries", (1, 2))
+@pytest.mark.parametrize("heads", (1, 16, 128))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_that_are_the_first_part_of_keys(isa: str, dtype: torch.dtype, heads: int, queries: int) -> None:
+    """MLA: V is a view of K, and an append writes it once. The same as with a V of its own."""
+    torch.manual_seed(0)
+    q, latent = torch.randn(2, queries, heads, 576).to(dtype), torch.randn(7, 64, 1, 576).to(dtype)
+    new = torch.randn(2, queries, 1, 576).to(dtype)
+    table = torch.tensor([[3, 1, 5], [0, 6, 2]], dtype=torch.int32)
+
+    def run(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return pagedflash.flash_attn_with_kvcache(
+            q, k, v, new, new[..., :512], cache_seqlens=torch.tensor([130, 7]), block_table=table, causal=True
+        )
+
+    own_k, own_v = latent.clone(), latent[..., :512].clone()
+    assert torch.equal(run(latent, latent[..., :512]), run(own_k, own_v))
+    assert torch.equal(latent, own_k)
+
+
 def test_nan_in_a_visible_key_is_not_swallowed(isa: str) -> None:
     q, k, v = torch.randn(1, 1, 2, 64), torch.randn(1, 20, 2, 64), torch.randn(1, 20, 2, 64)
     k[0, 7, 0, 3] = float("nan")
@@ -183,6 +207,31 @@ def test_every_16_bit_number_survives_conversion(isa: str, dtype: torch.dtype) -
     torch.testing.assert_close(caches[0, :, :1], rotated, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
+@pytest.mark.parametrize("queries", [1, 40], ids=["decode", "prefill"])
+@pytest.mark.parametrize("head_dim", [64, 40])
+def test_every_code_of_8_bits_is_read_exactly(isa: str, dtype: torch.dtype, queries: int, head_dim: int) -> None:
+    """One key for each of the 256 codes: a value is the output of its only key, a score the LSE."""
+    codes, one = torch.arange(256, dtype=torch.uint8).view(dtype), torch.ones(())
+    places, numbers = torch.arange(256) % head_dim, codes.float()
+    q, bits = torch.zeros(256, queries, 1, head_dim), torch.zeros(256, 1, 1, head_dim, dtype=torch.uint8)
+    q[torch.arange(256), :, 0, places] = 1
+    bits[torch.arange(256), 0, 0, places] = codes.view(torch.uint8)
+    elements = bits.view(dtype)
+
+    def attend(k: torch.Tensor, v: torch.Tensor) -> Any:
+        return pagedflash.flash_attn_with_kvcache(
+            q, k, v, cache_seqlens=1, softmax_scale=1.0, k_descale=one, v_descale=one, return_softmax_lse=True
+        )
+
+    zeros = torch.zeros_like(bits).view(dtype)
+    out, _ = attend(zeros, elements)
+    torch.testing.assert_close(out, elements.float().expand_as(out), rtol=0, atol=0, equal_nan=True)
+    _, lse = attend(elements, zeros)
+    finite = numbers.isfinite()
+    torch.testing.assert_close(lse[finite], numbers[finite, None, None].expand_as(lse[finite]), rtol=3e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_results_round_to_nearest_even(isa: str, dtype: torch.dtype) -> None:
     """The mean of two neighbouring numbers lies halfway: it goes to the even one."""
@@ -204,6 +253,60 @@ def test_offsets_of_more_than_32_bits(isa: str) -> None:
     )
     want = pagedflash.flash_attn_func(q, pages[-1:, :5], pages[-1:, :5, :, :32])
     torch.testing.assert_close(out, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ("dense", "cache", "varlen"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_over_all_options(isa: str, rng: random.Random, rounds, layout: str, dtype: torch.dtype) -> None:
+    for problem in _differentiable(rng, rounds(6), dtype=dtype, layout=layout):
+        assert_gradients_match_reference(problem, backend.attention, backend.backward)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_long_sequences(isa: str, rng: random.Random, rounds, dtype: torch.dtype) -> None:
+    """Several tasks a head, blocks of rows, passes and tiles."""
+    for layout in ("dense", "varlen"):
+        sizes = dict(max_queries=500, max_keys=1000, head_dims=(64, 72), groups=(1, 3, 4))
+        for problem in _differentiable(rng, rounds(1), dtype=dtype, layout=layout, **sizes):
+            assert_gradients_match_reference(problem, backend.attention, backend.backward)
+
+
+def _differentiable(rng: random.Random, count: int, **options) -> Iterator[AttentionProblem]:
+    """Random problems, without those that there is no backward for."""
+    while count:
+        problem = random_problem(rng, capabilities=backend.CAPABILITIES, **options)
+        if problem.append is None and problem.cache.k_descale is None and problem.cache.v_descale is None:
+            count -= 1
+            yield problem
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", (1, 15, 17, 31, 33, 191, 192, 193, 250))
+@pytest.mark.parametrize("head_dims", ((8, 8), (40, 24), (64, 64), (72, 40)), ids=str)
+def test_gradients_of_blocks_that_are_not_full(isa: str, head_dims: tuple[int, int], keys: int, dtype: torch.dtype) -> None:
+    """What fills up blocks and pairs counts for nothing, of queries and of keys. Behind the last key lies NaN."""
+    torch.manual_seed(0)
+    head_dim, v_head_dim = head_dims
+    k, v = (torch.full((1, keys + 3, 2, n), float("nan"), dtype=dtype) for n in head_dims)
+    k[:, :keys], v[:, :keys] = torch.randn(1, keys, 2, head_dim), torch.randn(1, keys, 2, v_head_dim)
+    used = torch.tensor([keys], dtype=torch.int32)
+    for queries, window in ((1, -1), (9, -1), (65, -1), (65, 20)):
+        problem = AttentionProblem.of(
+            Queries(torch.randn(1, queries, 6, head_dim).to(dtype), max_seqlen_q=queries),
+            KVCache(k, v, seqused_k=used, max_seqlen_k=keys),
+            None,
+            Scores(scale=head_dim**-0.5, window_left=window, window_right=0),
+        )
+        assert_gradients_match_reference(problem, backend.attention, backend.backward)
+
+
+def test_gradients_of_a_saturated_softcap(isa: str) -> None:
+    """Where tanh is flat, on either side, nothing overflows."""
+    q, k, v = torch.randn(1, 30, 2, 16) * 1e3, torch.randn(1, 40, 2, 16) * 1e3, torch.randn(1, 40, 2, 16)
+    problem = AttentionProblem.of(
+        Queries(q, max_seqlen_q=30), KVCache(k, v, max_seqlen_k=40), None, Scores(scale=1.0, softcap=2.0)
+    )
+    assert_gradients_match_reference(problem, backend.attention, backend.backward)
 
 
 def test_kv_write(isa: str, rng: random.Random, rounds) -> None:
@@ -300,7 +403,7 @@ def test_running_out_of_memory_is_said_before_anything_is_written(step: str) -> 
     script = f"""
 import resource, torch
 from pagedflash.backends.cpu import launch
-from pagedflash.problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
+from pagedflash.problem import QUANTIZED, Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
 
 n = 1 << 20
 cache = torch.zeros(1, 1, 1, 8).expand(n, 1, 1, 8)
@@ -330,6 +433,26 @@ assert not cache[0].any()  # the memory of all pages; all of them take memory to
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process")
+def test_the_memory_of_a_backward_pass_grows_with_the_length() -> None:
+    """Scores of 2 GiB, in a process that has 200 MiB to spare."""
+    script = """
+import resource, torch, pagedflash
+torch.set_num_threads(1)
+
+def train(length):
+    q, k, v = (torch.randn(1, length, 2, 8, requires_grad=True) for _ in range(3))
+    pagedflash.flash_attn_func(q, k, v, causal=True).sum().backward()
+    assert k.grad.any()
+
+train(16)  # everything is loaded
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (200 << 20),) * 2)
+train(16384)
+"""
+    subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", script], check=True)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Threads
 # --------------------------------------------------------------------------------------------------------------------
@@ -344,6 +467,18 @@ def test_the_same_bits_whatever_the_number_of_threads(rng: random.Random, thread
             results.append(backend.attention(copy_of(problem)))
         for out, lse in results[1:]:
             assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+def test_the_same_gradients_whatever_the_number_of_threads(rng: random.Random, threads: None) -> None:
+    for layout in ("dense", "varlen"):
+        (problem,) = _differentiable(rng, 1, layout=layout, max_queries=500, max_keys=1500)
+        out, lse = backend.attention(problem)
+        results = []
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(backend.backward(problem, out, lse, torch.ones_like(out), torch.ones_like(lse)))
+        for gradients in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(gradients, results[0])), describe(problem)
 
 
 def test_python_threads_may_call_at_once(rng: random.Random) -> None:

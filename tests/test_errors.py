@@ -202,9 +202,8 @@ WRONG = [
     Wrong("without heads", "q", ATTENTION, lambda q: q[..., :0, :], "heads"),
     Wrong("of another head_dim", "q", ATTENTION, lambda q: q[..., :8], "head_dim"),
     Wrong("of head_dim 0", "q", ATTENTION, lambda q: q[..., :0], "head_dim"),
-    Wrong("of a head_dim that is no multiple of 8", "q", ATTENTION, lambda q: q[..., :12], "head_dim"),
-    Wrong("wider than k", "v", ("dense", "varlen", "paged varlen"), lambda v: torch.cat((v, v), -1)),
-    Wrong("wider than k_cache", "v_cache", WITH_CACHE, lambda v: torch.cat((v, v), -1)),
+    Wrong("wider than any", "v", ("dense", "varlen", "paged varlen"), lambda v: torch.cat((v,) * 200, -1), "head_dim"),
+    Wrong("wider than any", "v_cache", WITH_CACHE, lambda v: torch.cat((v,) * 200, -1), "head_dim"),
     Wrong("with a head more", "v", ("dense", "varlen", "paged varlen"), lambda v: torch.cat((v, v), -2)),
     Wrong("with a head more", "v_cache", (*WITH_CACHE, "write"), lambda v: torch.cat((v, v), -2)),
     Wrong("with a head more", "k", (*WITH_CACHE, "write"), lambda k: torch.cat((k, k), -2)),
@@ -293,7 +292,7 @@ WRONG = [
         Wrong(f"= {value}", "window_size", ATTENTION, constant(value))
         for value in (5, (1,), (1, 2, 3), (-2, 0), (0, -7), (1.5, 0), None)
     ),
-    *(Wrong(f"= {value}", "dropout_p", ("dense", "varlen"), constant(value)) for value in (0.1, 1.0, math.nan, None)),
+    *(Wrong(f"= {value}", "dropout_p", ATTENTION, constant(value)) for value in (-0.1, 1.0, math.nan, None)),
     *(Wrong(f"= {value}", "num_splits", WITH_CACHE, constant(value)) for value in (-1, 1.5)),
     Wrong("of another length", "alibi_slopes", ATTENTION, constant(torch.ones(31))),
     Wrong("of dtype float16", "alibi_slopes", ATTENTION, constant(torch.ones(2).half())),

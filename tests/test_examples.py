@@ -16,8 +16,10 @@ PRINTS = {
     "chunked_prefill": r"4 chunks of up to 256 tokens; largest difference from one call: \d\.\de-\d+",
     "decode_loop": r"40 steps, 9 of 32 pages used",
     "new_backend": r"new_backend on cpu, seed 0: all passed",
+    "quantized_cache": r"int8: 272 bytes a token, outputs differ by 0\.\d+%",
     "shared_prefix": r"keys read: 1280 instead of 8960",
     "speculative": r"48 tokens in 12 calls instead of 48; the same: True",
+    "train_packed": r"30 steps, loss \d\.\d\d to 0\.\d\d; 60 calls, varlen",
     "transformers_generate": r"\d+ calls: paged",
 }
 """Example -> what it prints, as a regular expression."""

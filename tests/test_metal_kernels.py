@@ -29,6 +29,7 @@ from pagedflash.testing import (
 )
 from pagedflash.testing.conformance import BackendConformance
 
+LIMITS = metal.CAPABILITIES._replace(cache_dtypes=())
 OTHER_HEAD_DIMS = (1, 2, 5, 8, 13, 24, 40, 48, 56, 88, 104, 120, 136, 160, 176, 200, 248, 255)
 
 
@@ -48,7 +49,9 @@ def launches(device: str) -> Iterator[list[Launch]]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_all_options(rng: random.Random, rounds, launches, device, layout, dtype) -> None:
     for _ in range(rounds(1)):
-        assert_matches_reference(random_problem(rng, dtype=dtype, layout=layout, device=device), metal.attention)
+        assert_matches_reference(
+            random_problem(rng, dtype=dtype, layout=layout, device=device, capabilities=LIMITS), metal.attention
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -57,7 +60,7 @@ def test_all_options_under_the_simulator_checks(rng: random.Random, rounds, laun
     if device != "cpu":
         pytest.skip("the checks are the simulator's")
     for _ in range(rounds(2)):
-        problem = random_problem(rng, layout=layout)
+        problem = random_problem(rng, layout=layout, capabilities=LIMITS)
         with metalsim.simulate(check=True, order=rng.choice(metalsim.ORDERS), seed=rng.getrandbits(32)):
             assert_matches_reference(problem, metal.attention)
 
@@ -117,27 +120,30 @@ def test_mixed_batches(rng: random.Random, rounds, launches, device) -> None:
         pytest.skip("the checks are the simulator's")
     seen = 0
     while seen < rounds(3):
-        problem = random_problem(rng, layout="paged varlen", head_dims=(32, 72), max_keys=400)
+        problem = random_problem(rng, layout="paged varlen", head_dims=(32, 72), max_keys=400, capabilities=LIMITS)
         if not may_be_mixed(problem) or problem.queries.max_seqlen_q <= DECODE_MAX_QUERIES:
             continue
         seen += 1
         launches.clear()
         with metalsim.simulate(check=True, order=rng.choice(metalsim.ORDERS), seed=rng.getrandbits(32)):
             assert_matches_reference(problem, metal.attention)
+        writes = int(problem.append is not None)
         kernels = [launch.kernel for launch in launches]
-        assert kernels[0] == "decode" and kernels[-1] == "prefill"
+        assert kernels[:writes] == ["kv_write"] * writes and kernels[writes] == "decode" and kernels[-1] == "prefill"
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_page_sizes(rng: random.Random, launches, device, page_size) -> None:
     layout = rng.choice(("paged", "paged varlen"))
-    problem = random_problem(rng, layout=layout, page_sizes=(page_size,), max_keys=400, device=device)
+    problem = random_problem(rng, layout=layout, page_sizes=(page_size,), max_keys=400, device=device, capabilities=LIMITS)
     assert_matches_reference(problem, metal.attention)
 
 
 @pytest.mark.parametrize("group", (1, 2, 3, 4, 5, 6, 7, 8, 12, 16))
 def test_query_heads_of_a_kv_head(rng: random.Random, launches, device, group) -> None:
-    problem = random_problem(rng, layout="paged", groups=(group,), head_dims=(64, 128), max_queries=1, device=device)
+    problem = random_problem(
+        rng, layout="paged", groups=(group,), head_dims=(64, 128), max_queries=1, device=device, capabilities=LIMITS
+    )
     assert_matches_reference(problem, metal.attention)
 
 
@@ -279,4 +285,4 @@ def test_an_empty_batch_launches_nothing(launches, device) -> None:
 def test_supports_every_random_problem(rng: random.Random) -> None:
     """The fuzz above would prove nothing if problems went elsewhere."""
     for _ in range(50):
-        assert metal.supports(random_problem(rng)) == Support(True)
+        assert metal.supports(random_problem(rng, capabilities=LIMITS)) == Support(True)

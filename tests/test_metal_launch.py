@@ -35,7 +35,7 @@ def simulated(device: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_problems_alike_share_a_plan(rng: random.Random, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """The second problem of a signature, with other values at other addresses, takes the plan of the first."""
-    problem = random_problem(rng, layout=layout, dtype=torch.float32)
+    problem = random_problem(rng, layout=layout, dtype=torch.float32, capabilities=metal.CAPABILITIES)
     other = copy_of(problem)
     other.queries.q.neg_()
     with kernels_on("cpu"):
@@ -237,3 +237,16 @@ def test_prefill_fits_the_registers_of_an_apple_gpu() -> None:
             tiles = t.key_tile * (sum(rows) * element_bytes + 32)
             parts = (t.dim_split - 1) * t.simdgroups * t.key_tile * 32
             assert t.key_tile in (8, 16, 32) and tiles + parts <= 32 * 1024, (element_bytes, head_dim, t)
+
+
+def test_quantized_values_that_are_part_of_their_keys_are_not_appended() -> None:
+    pages, scales = torch.zeros(2, 16, 1, 64, dtype=torch.int8), torch.ones(2, 16, 1)
+    table, lengths = torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    q, new = torch.randn(1, 1, 4, 64), torch.randn(1, 1, 1, 64)
+    refused = pytest.raises(ValueError, match="v_descale is the memory of k_descale, expected memory of its own")
+    with kernels_on("cpu"), pagedflash.use_backend("metal"), refused:
+        flash_attn_with_kvcache(
+            q, pages, pages[..., :32], new, new[..., :32], cache_seqlens=lengths, block_table=table, k_descale=scales,
+            v_descale=scales,
+        )  # fmt: skip
+    assert not pages.any() and (scales == 1).all()

@@ -110,7 +110,7 @@ def test_a_wrong_tuning_is_rejected(gpu: None, text: str, monkeypatch: pytest.Mo
 def test_every_tuning_computes_the_same(rng: random.Random, text: str) -> None:
     require_simulator()
     for layout in ("paged", "varlen"):
-        problem = random_problem(rng, layout=layout, head_dims=(64, 128, 256))
+        problem = random_problem(rng, layout=layout, head_dims=(64, 128, 256), capabilities=metal.CAPABILITIES)
         with metal.use_compiler(metalsim.compile_shader, tuning=metal.Tuning.parse(text)):
             assert_matches_reference(problem, metal.attention)
 

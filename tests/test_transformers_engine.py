@@ -12,14 +12,14 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from models import SIZES, enabled, greedy, implementation, layouts, padded  # noqa: F401
+from models import SIZES, enabled, greedy, implementation, layouts, padded, rounded_caches  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import pagedflash
 import pagedflash.transformers as integration
-from pagedflash.integrations.transformers import engine, hooks
+from pagedflash.integrations.transformers import engine, formats, hooks
 
 if hooks.version_numbers() < engine.FIRST_VERSION:
     pytest.skip("transformers before 5.19 batches in its own way", allow_module_level=True)
@@ -76,8 +76,16 @@ def gathers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 
 @pytest.fixture
-def caches(monkeypatch: pytest.MonkeyPatch) -> list[PagedAttentionCache]:
-    """Every cache that is made."""
+def kv_cache_dtype(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """The format named by the test's parameter, in force."""
+    integration.enable(kv_cache_dtype=request.param)
+    yield request.param
+    integration.disable()
+
+
+@pytest.fixture
+def caches() -> Iterator[list[PagedAttentionCache]]:
+    """Every cache that is made. After ``kv_cache_dtype``, which changes the same method."""
     made: list[PagedAttentionCache] = []
     initialize = PagedAttentionCache.__init__
 
@@ -85,8 +93,9 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[PagedAttentionCache]:
         initialize(self, *args, **kwargs)
         made.append(self)
 
-    monkeypatch.setattr(PagedAttentionCache, "__init__", record)
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PagedAttentionCache, "__init__", record)
+        yield made
 
 
 @pytest.fixture
@@ -149,7 +158,7 @@ def test_every_step_goes_through_pages(family: str, steps: list[list[int]]) -> N
     decoding = sum(set(step) == {1} for step in steps)
     assert any(1 in step and max(step) > 1 for step in steps) and 0 < decoding < len(steps)
     others = LAYERS * (len(steps) - decoding)
-    assert layouts(calls) == {"paged": LAYERS * decoding, "paged varlen": others, "write": others}
+    assert layouts(calls) == {"paged": LAYERS * decoding, "paged varlen": others}
 
 
 @pytest.mark.usefixtures("enabled")
@@ -209,25 +218,31 @@ def test_shared_prefixes(family: str, steps: list[list[int]], caches: list[Paged
 def test_several_answers_to_a_prompt(family: str, sharing: bool, caches: list[PagedAttentionCache]) -> None:
     """A request is forked after its prompt; sampling one of one token, all answers are the greedy one."""
     model = random_model(family)
-    sampling = GenerationConfig(
-        do_sample=True, top_k=1, num_return_sequences=3, max_new_tokens=NEW_TOKENS, eos_token_id=2, pad_token_id=0
-    )
-    outputs = model.generate_batch(
-        PROMPTS,
-        generation_config=sampling,
-        continuous_batching_config=configuration(allow_block_sharing=sharing),
-        warmup=False,
-    )
     expected = [answer for answer in expected_tokens(model, PROMPTS) for _ in range(3)]
-    assert tokens(list(outputs.values())) == expected
+    assert tokens(answered(model, PROMPTS, 3, allow_block_sharing=sharing)) == expected
     assert_all_free(caches[0])
 
 
-@pytest.mark.usefixtures("enabled")
+def answered(model: Any, prompts: list[list[int]], answers: int, **options: Any) -> list[Any]:
+    """The outputs of ``generate_batch()``, several for each prompt, each sampled of one token."""
+    sampling = GenerationConfig(
+        do_sample=True, top_k=1, num_return_sequences=answers, max_new_tokens=NEW_TOKENS, eos_token_id=2, pad_token_id=0
+    )
+    outputs = model.generate_batch(
+        prompts, generation_config=sampling, continuous_batching_config=configuration(**options), warmup=False
+    )
+    return list(outputs.values())
+
+
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8"], indirect=True)
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 def test_preempted_requests(
-    family: str, offload: bool, caches: list[PagedAttentionCache], monkeypatch: pytest.MonkeyPatch
+    family: str,
+    offload: bool,
+    kv_cache_dtype: str | None,
+    caches: list[PagedAttentionCache],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A cache too small for all: requests lose their pages, are computed again or copied back, and end as eager's."""
     preempted, copied = 0, 0
@@ -246,7 +261,7 @@ def test_preempted_requests(
     prompts = [[5 + i, 7, 11] for i in range(8)]
     options = dict(num_blocks=14 if family == "mistral" else 34, cpu_offload_space=0.01 if offload else 0.0)
     outputs = batched(model, prompts, new_tokens=40, **options)
-    assert tokens(outputs) == expected_tokens(model, prompts, 40)
+    assert tokens(outputs) == rounded_tokens(model, prompts, kv_cache_dtype, 40)
     assert preempted > 0 and copied == (preempted if offload else 0)
     assert_all_free(caches[0])
 
@@ -418,35 +433,104 @@ def places() -> list[dict[str, Any]]:
     return [*(dict(vars(owner)) for owner in (*owners, *modules, *schedulers)), dict(cache_module.ATTN_TYPE_TO_ALLOCATOR)]
 
 
-@pytest.mark.parametrize("name", engine.KV_CACHE_DTYPES)
-@pytest.mark.parametrize("family", ("llama", "gemma3"))
-def test_pages_of_another_format(family: str, name: str, caches: list[PagedAttentionCache]) -> None:
-    """Half of float32's bytes, or a quarter, and no gathers; float16 changes no token."""
-    dtype = engine.KV_CACHE_DTYPES[name]
-    for options in (dict(kv_cache_dtype=name), {}):
-        integration.enable(**options)
-        model = random_model(family)
-        answers = tokens(batched(model, PROMPTS))
-        if options and name == "float16":
-            assert answers == expected_tokens(model, PROMPTS)
-        assert [len(answer) for answer in answers] == [NEW_TOKENS] * len(PROMPTS)
-        integration.disable()
-    for small, whole in zip(*(cache.cache_allocators.values() for cache in caches)):
-        assert small.bytes_per_block * 4 == whole.bytes_per_block * dtype.itemsize
-        assert {pages.dtype for pages in small.get_cache_for_block_table(small.layer_indices[0])} == {dtype}
+def rounded_tokens(model: Any, prompts: list[list[int]], name: str | None, new_tokens: int = NEW_TOKENS) -> list[list[int]]:
+    """Each prompt alone, by eager attention to what a cache of this format keeps."""
+    with rounded_caches(name):
+        return expected_tokens(model, prompts, new_tokens)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", formats.KV_CACHE_DTYPES, indirect=True)
+@pytest.mark.parametrize("family", ("llama", "mistral", "gemma3", "gpt-oss"))
+def test_pages_of_another_format(
+    family: str, kv_cache_dtype: str, caches: list[PagedAttentionCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of float32's bytes, or a quarter and a scale; read and written by kernels alone."""
+    attend, dtype = engine.paged_attention, formats.KV_CACHE_DTYPES[kv_cache_dtype]
+
+    def watch(q: Any, k: Any, v: Any, kwargs: Any, **options: Any) -> Any:
+        with only_views_of(caches[-1].cache_tensor):
+            return attend(q, k, v, kwargs, **options)
+
+    monkeypatch.setattr(engine, "paged_attention", watch)
+    model = random_model(family)
+    with pagedflash.count_calls() as calls:
+        assert tokens(batched(model, PROMPTS)) == rounded_tokens(model, PROMPTS, kv_cache_dtype)
+    assert set(layouts(calls)) == {"paged", "paged varlen"}
+    (cache,) = caches
+    head_bytes = dtype.itemsize * SIZES["head_dim"] + (4 if dtype.itemsize == 1 else 0)
+    for allocator in cache.cache_allocators.values():
+        layers = len(allocator.layer_indices)
+        assert allocator.bytes_per_block == layers * PAGE_SIZE * 2 * SIZES["num_key_value_heads"] * head_bytes
+    assert_all_free(cache)
+
+
+@contextmanager
+def only_views_of(memory: torch.Tensor) -> Iterator[None]:
+    """Only operators of pagedflash read this memory."""
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            reads = any(isinstance(arg, torch.Tensor) and same(arg) for arg in args)
+            assert not reads or function.namespace == "pagedflash" or same(result), f"{function} of the cache"
+            return result
+
+    def same(tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+
+    with Mode():
+        yield
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8_e4m3"], indirect=True)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_scales_go_where_their_pages_go(
+    family: str, kv_cache_dtype: str, steps: list[list[int]], caches: list[PagedAttentionCache]
+) -> None:
+    """Prefixes are shared, and requests forked, with and without sharing."""
+    model = random_model(family)
+    prefix = list(range(5, 45))
+    prompts = [[*prefix, 50 + i, *range(60, 60 + i)] for i in range(4)]
+    expected = rounded_tokens(model, prompts, kv_cache_dtype)
+    assert tokens(batched(model, prompts, max_requests_per_batch=1)) == expected
+    assert sum(map(sum, steps)) < len(prefix) + len(prompts) * (2 * PAGE_SIZE + NEW_TOKENS)
+    for sharing in (True, False):
+        answers = tokens(answered(model, prompts, 3, allow_block_sharing=sharing))
+        assert answers == [answer for answer in expected for _ in range(3)]
+    for cache in caches:
+        assert_all_free(cache)
 
 
 def test_a_format_that_pages_cannot_have() -> None:
-    with pytest.raises(ValueError, match="kv_cache_dtype is 'int3', expected one of float16, bfloat16, fp8_e4m3"):
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'int3', expected one of float16, bfloat16, int8, fp8_e4m3"):
         integration.enable(kv_cache_dtype="int3")
     integration.enable()
     with pytest.raises(RuntimeError, match=r"enabled already; call disable\(\) first"):
         integration.enable(kv_cache_dtype="float16")
 
 
-def test_disable_puts_everything_back() -> None:
+@pytest.mark.usefixtures("kv_cache_dtype")
+@pytest.mark.parametrize("kv_cache_dtype", ["int8"], indirect=True)
+def test_a_format_needs_block_tables() -> None:
+    model = random_model("llama")
+    outputs = model.generate_batch(PROMPTS, continuous_batching_config=configuration(max_blocks_per_request=0), warmup=False)
+    for output in outputs.values():
+        assert output.error.startswith(
+            "pagedflash: kv_cache_dtype is 'int8', but max_blocks_per_request=0 turns block tables off"
+        )
+
+
+def test_a_format_needs_the_places_of_block_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ContinuousBatchingIOs, "_get_num_sequences")
+    with pytest.raises(RuntimeError, match=r"kv_cache_dtype is 'int8', but transformers .* prepares its batches elsewhere"):
+        integration.enable(kv_cache_dtype="int8")
+    assert not integration.is_enabled() and formats.kv_cache_dtype is None
+
+
+@pytest.mark.parametrize("name", [None, "int8"])
+def test_disable_puts_everything_back(name: str | None) -> None:
     before = places()
-    integration.enable()
+    integration.enable(kv_cache_dtype=name)
     assert places() != before
     batched(random_model("mistral"), PROMPTS)
     integration.disable()

@@ -244,11 +244,6 @@ def test_what_no_kernel_takes_names_the_layer(change: Any) -> None:
         attention.forward(LIAR, *map(change, states(1, 3, 3)), None)
 
 
-def test_dropout_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"pagedflash: dropout of 0.1 is not supported"):
-        attention.forward(LIAR, *states(1, 3, 3), None, dropout=0.1)
-
-
 def test_packed_by_lengths_whatever_the_mask_says() -> None:
     q, k, v = states(1, 7, 7)
     offsets = torch.tensor([0, 3, 7])

@@ -72,5 +72,5 @@ def test_continuous_batching_decodes_through_block_tables(prompts: list[list[int
     assert answers == expected
     layers, counts = model.config.num_hidden_layers, layouts(calls)
     every_step_is_paged = hooks.version_numbers() >= engine.FIRST_VERSION
-    assert set(counts) == ({"paged", "paged varlen", "write"} if every_step_is_paged else {"paged", "varlen"})
+    assert set(counts) == ({"paged", "paged varlen"} if every_step_is_paged else {"paged", "varlen"})
     assert counts["paged"] > layers * NEW_TOKENS, "decoding should take the block tables, not varlen"

@@ -37,11 +37,11 @@ MASKS = {
 pytestmark = pytest.mark.usefixtures("enabled")
 
 
-def training_model(family: str, name: str) -> Any:
+def training_model(family: str, name: str, **more: Any) -> Any:
     """In training mode, with sinks that matter."""
     auto, options = FAMILIES[family]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, **options)
+    config = AutoConfig.for_model(family, **{**SIZES, **options, **more})
     model = auto.from_config(config, attn_implementation=name, dtype=torch.float32).train()
     with torch.no_grad():
         for parameter, weights in model.named_parameters():
@@ -116,8 +116,34 @@ def test_a_step_of_an_optimizer_lowers_the_loss() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-def test_attention_dropout_is_refused_by_name() -> None:
-    config = AutoConfig.for_model("llama", **SIZES, attention_dropout=0.1)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="pagedflash").train()
-    with pytest.raises(ValueError, match=r"dropout of 0.1 is not supported: .*attention_dropout"):
-        model(input_ids=IDS)
+@pytest.mark.parametrize("padding", MASKS)
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_attention_dropout(family: str, padding: str) -> None:
+    """In training only, other probabilities each time, the same under a seed."""
+    option = "attention_dropout" if family == "llama" else "attention_probs_dropout_prob"
+    model = training_model(family, "pagedflash", **{option: 0.5})
+    inputs = dict(input_ids=IDS, attention_mask=MASKS[padding], labels=IDS)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(loss_and_gradients(model, **inputs)[0].item())
+    assert losses[0] == losses[1] != losses[2]
+    plain = training_model(family, "pagedflash").eval()
+    torch.testing.assert_close(model.eval()(**inputs).loss, plain(**inputs).loss)
+
+
+@pytest.mark.parametrize("padding", MASKS)
+def test_lora(padding: str) -> None:
+    """Only the adapters have gradients: those that they have with eager attention."""
+    peft = pytest.importorskip("peft")
+    mask, results = MASKS[padding], []
+    for name in ("pagedflash", "eager"):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(training_model("llama", name), config)
+        counted = mask.bool() & mask.roll(1, 1).bool()
+        results.append(loss_and_gradients(model, input_ids=IDS, attention_mask=mask, labels=IDS.masked_fill(~counted, -100)))
+    (loss, got), (want_loss, want) = results
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-5)
+    assert got.keys() == want.keys() and all("lora" in parameter for parameter in want)
+    for parameter, gradient in want.items():
+        assert (got[parameter] - gradient).abs().max() <= 2e-3 * gradient.abs().max(), parameter

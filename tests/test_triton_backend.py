@@ -32,7 +32,7 @@ from pagedflash.backends import reference
 from pagedflash.backends import triton as backend
 from pagedflash.backends.triton import compiled, kernels, launch, semaphores, tiling
 from pagedflash.backends.triton.kernels import params
-from pagedflash.problem import WRITE, Append, AttentionProblem, CacheWrite
+from pagedflash.problem import WRITE, AttentionProblem, CacheWrite, KVCache
 from pagedflash.testing import LAYOUTS, assert_matches_reference, describe, random_problem
 from pagedflash.testing.conformance import BackendConformance
 
@@ -54,7 +54,50 @@ def _reduce_up_to(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("combine_is")
 def test_all_options(rng: random.Random, rounds, device: str, layout: str) -> None:
     for _ in range(rounds(2)):
-        assert_matches_reference(random_problem(rng, layout=layout, device=device), backend.attention)
+        problem = random_problem(rng, layout=layout, device=device, capabilities=backend.CAPABILITIES)
+        assert_matches_reference(problem, backend.attention)
+
+
+@pytest.mark.usefixtures("combine_is")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("heads, queries", ((16, 1), (20, 2), (128, 1), (3, 70)))
+def test_values_that_are_the_first_part_of_keys(device: str, heads: int, queries: int, dtype: torch.dtype) -> None:
+    """MLA: V is a view of K. Many query heads of one KV head take several tiles of ``decode``."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    latent, new = normal(9, 16, 1, 576), normal(2, queries, 1, 576)
+    problem = AttentionProblem.of_fields(
+        q=normal(2, queries, heads, 576), k=latent, v=latent[..., :512], k_new=new, v_new=new[..., :512],
+        seqused_k=torch.tensor([37, 0], dtype=torch.int32, device=device),
+        block_table=torch.tensor([[3, 1, 5, 7, 4, 8, 6], [0] + [2] * 6], dtype=torch.int32, device=device),
+        max_seqlen_q=queries, max_seqlen_k=112, scale=0.05, window_right=0, rotary_interleaved=False,
+    )  # fmt: skip
+    if queries == 70:
+        problem = problem.replace(block_table=torch.arange(14, device=device, dtype=torch.int32).view(2, 7) % 9)
+        problem = problem.replace(k_new=None, v_new=None)
+    assert_matches_reference(problem, backend.attention)
+
+
+@pytest.mark.parametrize(
+    "head_dim, v_head_dim, in_k, widths",
+    (
+        (64, 64, False, (64, 64, 0, 0)),
+        (59, 111, False, (64, 128, 0, 0)),
+        (576, 512, False, (512, 512, 64, 64)),
+        (576, 512, True, (512, 512, 64, 64)),
+        (288, 256, True, (256, 256, 32, 32)),
+        (576, 97, True, (512, 512, 64, 64)),
+        (192, 128, True, (128, 128, 64, 64)),
+        (50, 40, True, (64, 64, 0, 0)),
+    ),
+)
+def test_tile_widths(head_dim: int, v_head_dim: int, in_k: bool, widths: tuple[int, ...]) -> None:
+    k = torch.empty(1, 1, 1, head_dim)
+    v = k[..., :v_head_dim] if in_k else torch.empty(1, 1, 1, v_head_dim)
+    assert tiling.tile_widths(KVCache(k, v), in_k) == widths
 
 
 @dataclass
@@ -116,7 +159,7 @@ def kernels_of_split_keys(combine_is: str) -> list[str]:
 def test_one_long_sequence_is_split_over_all_ctas(device: str, launches: Launches, combine_is: str) -> None:
     problem = _decode_problem(device, [1100, 3, 0])
     assert_matches_reference(problem, backend.attention)
-    chosen = tiling.decode_tiling(2, 32, 4)
+    chosen = tiling.decode_tiling(2, 32, 4, 4, False)
     assert launches.kernels == kernels_of_split_keys(combine_is)
     assert launches.ctas[:1] == [compiled.num_sms(torch.device(device)) * chosen.ctas_per_sm]
     tiles_of_the_long_one = -(-1100 // chosen.block_n)
@@ -127,7 +170,7 @@ def test_one_long_sequence_is_split_over_all_ctas(device: str, launches: Launche
 @pytest.mark.parametrize("last", (1100, 70), ids=("alike", "unlike"))
 def test_as_many_work_tiles_as_ctas(device: str, launches: Launches, last: int) -> None:
     """Alike, each has a CTA to itself, which stores its output; else some are split."""
-    ctas = compiled.num_sms(torch.device(device)) * tiling.decode_tiling(2, 64, 4).ctas_per_sm
+    ctas = compiled.num_sms(torch.device(device)) * tiling.decode_tiling(2, 64, 4, 4, False).ctas_per_sm
     problem = _decode_problem(device, [1100] * (ctas // 2 - 1) + [last], head_dim=64)
     assert_matches_reference(problem, backend.attention)
     assert launches.ctas[0] == ctas == problem.batch_size * problem.cache.k.shape[-2]
@@ -260,8 +303,9 @@ def test_each_kernel_of_a_mixed_batch_has_its_own_sequences(device: str, monkeyp
 def test_all_options_of_mixed_batches(rng: random.Random, rounds, device: str) -> None:
     seen = 0
     while seen < rounds(4):
-        problem = random_problem(rng, layout="paged varlen", max_queries=90, device=device)
-        if geometry.may_be_mixed(problem) and geometry.decode_rows(problem) > launch.MAX_DECODE_ROWS:
+        options: dict[str, Any] = dict(layout="paged varlen", max_queries=90, capabilities=backend.CAPABILITIES)
+        problem = random_problem(rng, device=device, **options)
+        if geometry.may_be_mixed(problem) and geometry.decode_rows(problem) > tiling.MAX_DECODE_ROWS:
             assert_matches_reference(problem, backend.attention)
             seen += 1
 
@@ -277,7 +321,7 @@ def test_a_mixed_batch_of_more_sequences_than_one_block_of_lengths(
     problem = _mixed_problem(device, queries, [n + 5 for n in queries])
     assert_matches_reference(problem, backend.attention)
     blocks = sum(-(-n // tiling.prefill_tiling(40, 32, 4).block_m) for n in queries if n > 8)
-    grid = launch._plan_attention(plan_cache.signature_of(problem), True, "ieee").attend[-1].grid
+    grid = launch._plan_attention(plan_cache.signature_of(problem), True, "ieee", False).attend[-1].grid
     assert launches.kernels[-1] == "prefill"
     if device == "cpu":
         assert grid[1] < blocks
@@ -384,7 +428,8 @@ def test_wrong_values_touch_no_memory_outside(rng: random.Random, rounds, device
     """Lengths and table entries that nobody checks on a GPU: one wrong value at a time, and all of a tensor."""
     conformance = BackendConformance()
     for _ in range(rounds(2)):
-        problem = random_problem(rng, layout=layout, max_queries=70, device=device)
+        options: dict[str, Any] = dict(layout=layout, max_queries=70, capabilities=backend.CAPABILITIES)
+        problem = random_problem(rng, device=device, **options)
         wrong = list(conformance.with_one_value_changed(problem))
         for name, tensor in problem.named_fields().items():
             if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32:
@@ -417,10 +462,8 @@ def test_results_are_the_same_every_time(device: str) -> None:
 def test_kv_write(device: str, new_tokens: int, rotary: bool) -> None:
     problem = _decode_problem(device, [40, 15, 0, -1], append=True, width=6)
     assert problem.append is not None
-    k_new, v_new, cos, sin, interleaved = problem.append
-    append = Append(
-        k_new.expand(-1, new_tokens, -1, -1), v_new.expand(-1, new_tokens, -1, -1), cos, sin, interleaved
-    )  # fmt: skip
+    k_new, v_new = (new.expand(-1, new_tokens, -1, -1) for new in problem.append[:2])
+    append = problem.append._replace(k_new=k_new, v_new=v_new)
     if not rotary:
         append = append._replace(rotary_cos=None, rotary_sin=None)
     write = CacheWrite.of(problem.cache, append)
@@ -431,9 +474,48 @@ def test_kv_write(device: str, new_tokens: int, rotary: bool) -> None:
         torch.testing.assert_close(got, want, equal_nan=True)
 
 
+def test_quantized_values_have_tiles_as_wide_as_keys(rng: random.Random, device: str) -> None:
+    """On Hopper, narrower ones were wrong."""
+    seen = 0
+    while seen < 3:
+        problem = random_problem(
+            rng, layout="paged varlen", head_dims=(64,), max_queries=90, device=device, capabilities=backend.CAPABILITIES
+        )
+        if problem.cache.v_descale is not None and problem.cache.v.shape[-1] < 64:
+            params = launch.problem_params(plan_cache.signature_of(problem), True, "ieee", None, False)
+            assert params.cache.BLOCK_DV == params.cache.BLOCK_D == 64
+            assert_matches_reference(problem, backend.attention)
+            seen += 1
+
+
+@pytest.mark.parametrize("cache", ("k_cache", "v_cache"))
+def test_a_format_that_an_older_gpu_lacks_is_rejected(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "compute_capability", lambda device: (8, 6))
+    monkeypatch.setattr(plan_cache, "_entries", {})
+    pages = dict.fromkeys(("k_cache", "v_cache"), torch.zeros(4, 16, 1, 32))
+    table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    new = torch.ones(1, 1, 1, 32)
+    scale = {f"{cache[0]}_descale": torch.ones(())}
+
+    def in_format(dtype: torch.dtype) -> dict[str, Any]:
+        return pages | {cache: torch.zeros(4, 16, 1, 32).to(dtype)} | scale
+
+    expected = rf"{cache} is of dtype torch.float8_e4m3fn on a GPU of compute capability 8.6, expected torch.int8"
+    with pagedflash.use_backend("triton"):
+        e4m3 = in_format(torch.float8_e4m3fn)
+        with pytest.raises(TypeError, match=expected):
+            pagedflash.flash_attn_with_kvcache(new, **e4m3, k=new, v=new, cache_seqlens=lengths, block_table=table)
+        with pytest.raises(TypeError, match=expected):
+            pagedflash.kv_paged_write(new, new, **e4m3, block_table=table, seq_lens=lengths)
+        assert not any(pages.float().any() for pages in (e4m3["k_cache"], e4m3["v_cache"]))
+        for dtype in (torch.int8, torch.float8_e5m2):
+            pagedflash.kv_paged_write(new, new, **in_format(dtype), block_table=table, seq_lens=lengths)
+
+
 def test_records_have_the_tensors_of_a_problem_in_its_order() -> None:
     """The launcher hands them on by position."""
-    for record, problem in ((params.Tensors, AttentionProblem), (params.WriteTensors, CacheWrite)):
+    of_problems = params.Tensors, params.BackwardTensors
+    for record, problem in (*((record, AttentionProblem) for record in of_problems), (params.WriteTensors, CacheWrite)):
         names = tuple(field.name for field in problem.TENSOR_FIELDS)
         assert record._fields[: len(names)] == names
     assert AttentionProblem.TENSOR_FIELDS[WRITE] == CacheWrite.TENSOR_FIELDS
@@ -456,7 +538,9 @@ def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert set(run.stdout.split()) == {"decode", "combine", "kv_write", "prefill"}
+    kernels = {"decode", "combine", "kv_write", "prefill", "prefill_hopper"}
+    kernels |= {"row_gradients", "keys_backward", "queries_backward"}
+    assert set(run.stdout.split()) == kernels
 
 
 class _Kernel:
@@ -488,7 +572,9 @@ def _launch_twice(run: object, monkeypatch: pytest.MonkeyPatch) -> _Kernel:
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
     monkeypatch.setattr(compiled.triton.runtime, "driver", driver)
     kernel = _Kernel(run)
-    twice = compiled.CompiledLaunch(kernel, (5, 1, 1), _STRIDES, params.WriteTile(16), torch.device("cuda", 0), aligned=True)
+    twice = compiled.CompiledLaunch(
+        kernel, (5, 1, 1), _STRIDES, params.WriteTile(16, 32), torch.device("cuda", 0), aligned=True
+    )
     for _ in range(2):
         twice(_TENSORS, _ADDRESSES)
     return kernel
@@ -515,7 +601,7 @@ class _Launcher37(_Launcher36):
 def test_the_second_launch_reuses_what_the_first_compiled(launcher: type, monkeypatch: pytest.MonkeyPatch) -> None:
     run = launcher()
     kernel = _launch_twice(run, monkeypatch)
-    assert run.seen == [(5, 1, 1, 7, 11, (4, 1, 0), None, None, None, _ADDRESSES, _STRIDES, (16,))]
+    assert run.seen == [(5, 1, 1, 7, 11, (4, 1, 0), None, None, None, _ADDRESSES, _STRIDES, (16, 32))]
     [(tensors, strides, tile)] = kernel.ordinary
     assert tensors == params.WriteTensors(*_TENSORS)
     assert (strides.batch, strides.head, strides.ALIGN.value, tile.BLOCK_NEW.value) == (64, None, 8, 16)
@@ -651,3 +737,16 @@ def test_64_bit_offsets(device: str) -> None:
     prompt = problem.queries.q.expand(-1, 100, -1, -1).contiguous()
     near, distant = (backend.attention(p.replace(q=prompt, max_seqlen_q=100))[0] for p in (problem, moved))
     assert torch.equal(near, distant)
+
+
+def test_a_triton_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.5 compiles constants in a record to None."""
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    support = backend.available.__wrapped__()
+    assert (
+        not support.ok and "Triton 3.5.1 is too old" in support.reason and support.reason.endswith("install 3.6.0 or newer")
+    )
+    monkeypatch.setattr(triton, "__version__", "3.6.0+git1")
+    assert backend.available.__wrapped__().ok

@@ -11,12 +11,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from pagedflash.backends.triton import compiled, launch
+from pagedflash.backends.triton import backward, compiled, gradients, launch, tiling
 from pagedflash.problem import QUANTIZED, AttentionProblem
 
 H100 = GPUTarget("cuda", 90, 32)
+SHARED_BYTES = 227 << 10
 
 
 def compile_kernel(kernel: Any, arguments: list[Any], options: dict[str, Any]) -> None:
@@ -24,12 +26,14 @@ def compile_kernel(kernel: Any, arguments: list[Any], options: dict[str, Any]) -
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, rest = bind(*arguments, **options, debug=False)
     options_of_target, *source = kernel._pack_args(backend, rest, bound, specialization, rest)
-    triton.compile(ASTSource(kernel, *source), target=H100, options=options_of_target.__dict__)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    binary = triton.compile(kind(kernel, *source), target=H100, options=options_of_target.__dict__)
+    assert binary.metadata.shared <= SHARED_BYTES, f"{kernel.__name__} wants {binary.metadata.shared} bytes of shared memory"
 
 
 def compile_launch(self: compiled.CompiledLaunch, tensors: tuple[Any, ...], addresses: tuple[Any, ...]) -> None:
     """In the place of a launch."""
-    compile_kernel(self.kernel, self.arguments(tensors), self.options)
+    compile_kernel(self.kernel, [*self.arguments(tensors), *self.descriptors(tensors)], self.options)
     print(self.kernel.__name__)
 
 
@@ -65,6 +69,20 @@ def all_ones(num_queries: int) -> AttentionProblem:
     )  # fmt: skip
 
 
+def wide(
+    num_queries: int, heads: int, dtype: torch.dtype, head_dim: int, v_head_dim: int, v_in_k: bool = False
+) -> AttentionProblem:
+    """The largest tiles: many query heads of one KV head, whose head dims are wide."""
+    k = torch.zeros(300, 16, 1, head_dim, dtype=dtype)
+    v = k[..., :v_head_dim] if v_in_k else torch.zeros(300, 16, 1, v_head_dim, dtype=dtype)
+    new = torch.zeros(3, num_queries, 1, max(head_dim, v_head_dim), dtype=dtype)
+    return AttentionProblem.of_fields(
+        q=torch.zeros(3, num_queries, heads, head_dim, dtype=dtype), k=k, v=v, k_new=new[..., :head_dim],
+        v_new=new[..., :v_head_dim], block_table=torch.zeros(3, 300, dtype=torch.int32), max_seqlen_q=num_queries,
+        seqused_k=torch.zeros(3, dtype=torch.int32), max_seqlen_k=4800, window_right=0,
+    )  # fmt: skip
+
+
 def mixed(problem: AttentionProblem, total_q: int) -> AttentionProblem:
     """The same with packed queries, fewer than if all sequences were as long as the longest."""
     q, batch_size = problem.queries.q, problem.batch_size
@@ -74,10 +92,40 @@ def mixed(problem: AttentionProblem, total_q: int) -> AttentionProblem:
     )
 
 
+def trained(problem: AttentionProblem) -> AttentionProblem:
+    """The same over dense keys, without an append: one with gradients."""
+    batch_size, cache = problem.batch_size, problem.cache
+    k, v = (keys.new_zeros(batch_size, 100, *keys.shape[-2:]) for keys in cache[:2])
+    append = dict.fromkeys(("k_new", "v_new", "rotary_cos", "rotary_sin"))
+    return problem.replace(k=k, v=v, block_table=None, cache_leftpad=None, **append)
+
+
+def packed(problem: AttentionProblem) -> AttentionProblem:
+    """The same over packed keys."""
+    k, v = (keys[0] for keys in problem.cache[:2])
+    return problem.replace(k=k, v=v, block_table=None)
+
+
+def long(head_dim: int, page_size: int | None, dtype: torch.dtype = torch.bfloat16) -> AttentionProblem:
+    """What Hopper's prefill takes: many keys, in pages or packed, with a window, sinks and unused queries."""
+    offsets = torch.tensor([0, 100, 300], dtype=torch.int32)
+    pages = torch.zeros(64, page_size or 16, 2, head_dim, dtype=dtype)
+    packed = pages.flatten(0, 1)
+    table = torch.zeros(2, 64, dtype=torch.int32)
+    keys: dict[str, Any] = dict(k=pages, v=pages.clone(), block_table=table, seqused_k=offsets[1:].clone())
+    if page_size is None:
+        keys = dict(k=packed, v=packed.clone(), cu_seqlens_k=offsets)
+    return AttentionProblem.of_fields(
+        q=torch.zeros(300, 6, head_dim, dtype=dtype), cu_seqlens_q=offsets, seqused_q=offsets[1:].clone(),
+        sinks=torch.zeros(6), max_seqlen_q=200, max_seqlen_k=1024, window_left=700, window_right=0, **keys,
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
     assert not compiled.INTERPRETED
-    launch.num_sms = lambda device: 132
+    launch.num_sms = gradients.num_sms = lambda device: 132
     launch.has_pdl = lambda device: True
+    tiling.has_hopper_prefill = lambda device: True
     launch.semaphores = lambda device, count: torch.zeros(count, dtype=torch.int32)
     compiled.CompiledLaunch.__call__ = compile_launch
     formats = ((torch.bfloat16, torch.int8, torch.float8_e4m3fn), (torch.float16, torch.float8_e5m2, torch.float8_e5m2),
@@ -90,6 +138,18 @@ if __name__ == "__main__":
         all_ones(1),
         all_ones(70),
         mixed(all_ones(70), 69),
+        long(64, None),
+        long(128, 16),
+        long(256, 64, torch.float16),
         *with_formats,
+        *[
+            wide(queries, heads, dtype, *dims)
+            for dtype in (torch.bfloat16, torch.float32)
+            for dims in ((576, 512, True), (500, 250, True), (512, 512), (64, 512))
+            for queries, heads in ((1, 8), (1, 128), (4, 16), (70, 2))
+        ],
     ):
         launch.attention(problem)
+    for problem in (trained(everything(70, torch.bfloat16)), trained(everything(70, torch.float32)), packed(all_ones(70))):
+        results = torch.zeros(problem.out_shape, dtype=problem.queries.q.dtype), torch.zeros(problem.lse_shape)
+        backward(problem, *results, *results)

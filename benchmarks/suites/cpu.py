@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import openvino, sdpa, vllm_cpu, zentorch
+from benchmarks.gradients import with_gradients
 from benchmarks.suite import Options, Row, compared, measure, suite, that_run
-from pagedflash import flash_attn_func, flash_attn_varlen_func
+from pagedflash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from pagedflash.cli import baselines
+from pagedflash.cli.baselines import sdpa
 from pagedflash.cli.bench import (
     CACHE_BYTES,
     CONTEXTS,
@@ -22,13 +25,14 @@ from pagedflash.cli.bench import (
     Shape,
     decode_contenders,
     dense_prompt,
-    gather_sdpa,
+    dtype_name,
     pagedflash_decode,
     prefill_contenders,
     streaming,
 )
 from pagedflash.cli.measure import Contender, WallClock
-from pagedflash.testing import PagedProblem, assert_matches_reference, paged_problem, random_problem
+from pagedflash.problem import QUANTIZED
+from pagedflash.testing import MLA_HEAD_DIMS, PagedProblem, assert_matches_reference, paged_problem, random_problem
 
 MIB = 1 << 20
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,17 +49,11 @@ def long_caches(shape: Shape, cache_bytes: int, context: int) -> list[int]:
 
 def all_decode_contenders(problem: PagedProblem) -> dict[str, Contender]:
     ours, *others = decode_contenders(problem).items()
-    packages = {"OpenVINO": partial(openvino.decode, problem)}
-    for size in vllm_cpu.PAGE_SIZES:
-        packages[f"vLLM, pages of {size}"] = partial(vllm_cpu.decode, problem, size)
-    return dict([ours]) | that_run(packages) | dict(others)
+    return dict([ours]) | that_run(baselines.cpu_decode(problem)) | dict(others)
 
 
 def all_prefill_contenders(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
-    packages = {"zentorch": partial(zentorch.prefill, q, k, v)}
-    for size in vllm_cpu.PAGE_SIZES:
-        packages[f"vLLM, pages of {size}"] = partial(vllm_cpu.prefill, q, k, v, size)
-    return prefill_contenders(q, k, v) | that_run(packages)
+    return prefill_contenders(q, k, v) | that_run(baselines.cpu_prefill(q, k, v))
 
 
 @suite("cpu-context")
@@ -98,6 +96,65 @@ def decode(options: Options) -> Iterator[Row]:
         yield compared(f"{shape}, {name}", measured, "ms", {"of streaming": share})
 
 
+@suite("cpu-formats")
+def formats(options: Options) -> Iterator[Row]:
+    """Paged decode over caches of other formats than the queries, 8 x 4096 tokens, beside a cache of the queries' dtype"""
+    for dtype, others in ((torch.bfloat16, QUANTIZED), (torch.float32, (torch.float16, torch.bfloat16, *QUANTIZED))):
+        shape = Shape(dtype=dtype)
+        problem = paged(shape, [options.size(4096, 64)] * options.size(8, 2))
+        own = dtype_name(dtype)
+        contenders = {own: pagedflash_decode(problem)}
+        contenders |= {dtype_name(other): decode_in_format(problem, other) for other in others}
+        measured = measure(contenders, options.rounds_or(15), WallClock())
+        for name in contenders:
+            figures = {"ms": 1e3 * measured.median(name), f"x {own}": measured.ratio(own, name)}
+            yield Row(f"{shape}, cache of {name}", figures, (), {name: measured.seconds[name]})
+
+
+def decode_in_format(problem: PagedProblem, dtype: torch.dtype) -> Contender:
+    """The problem over its cache in another format, where it is quantized with a scale for each token and head."""
+    q, *caches, lengths, table = problem
+    scales: dict[str, Any] = {}
+    if dtype in QUANTIZED:
+        amax = [cache.float().abs().amax(-1, keepdim=True) / QUANTIZED[dtype] for cache in caches]
+        caches = [cache / scale for cache, scale in zip(caches, amax)]
+        scales = dict(zip(("k_descale", "v_descale"), (scale[..., 0].float() for scale in amax)))
+    k_cache, v_cache = ((cache.round() if dtype is torch.int8 else cache).to(dtype) for cache in caches)
+
+    def run() -> Any:
+        return flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, block_table=table, causal=True, **scales)
+
+    return Contender(run, None)
+
+
+@suite("cpu-head-dims")
+def head_dims(options: Options) -> Iterator[Row]:
+    """Paged decode of wide heads, of odd ones beside the next multiple of 8, and of MLA: of streaming bandwidth"""
+    stream_bytes = options.size(STREAM_BYTES, 8 * MIB)
+    stream = streaming(size=stream_bytes)
+    cache_bytes, context = options.size((128 * MIB, 4096), (2 * MIB, 64))
+
+    def rows(dtype: torch.dtype, problems: dict[str, PagedProblem]) -> Iterator[Row]:
+        runs = {case: pagedflash_decode(problem)._replace(output=None) for case, problem in problems.items()}
+        measured = measure({**runs, STREAMING: stream}, options.rounds_or(9), WallClock())
+        for case, problem in problems.items():
+            share = problem.cache_bytes / stream_bytes * measured.ratio(STREAMING, case)
+            figures = {"ms": 1e3 * measured.median(case), "of streaming": share}
+            yield Row(f"{dtype_name(dtype)}, {case}", figures, (), {case: measured.seconds[case]})
+
+    for dtype in DTYPES[:2]:
+        for dims in ((256, 512), (59, 64), (100, 104), (111, 112)):
+            shapes = {f"D={d}": Shape((16, 4), d, 16, dtype) for d in dims}
+            yield from rows(
+                dtype, {case: paged(shape, long_caches(shape, cache_bytes, context)) for case, shape in shapes.items()}
+            )
+        for q_heads in (1, 16, 128):
+            lengths = [context] * -(-cache_bytes // (context * MLA_HEAD_DIMS[0] * dtype.itemsize))
+            mla = paged_problem(lengths, heads=(q_heads, 1), page_size=64, dtype=dtype, mla=True)
+            apart = mla._replace(v_cache=mla.v_cache.clone())
+            yield from rows(dtype, {f"MLA, {q_heads} heads": mla, f"MLA, {q_heads} heads, V apart": apart})
+
+
 @suite("cpu-hot")
 def hot(options: Options) -> Iterator[Row]:
     """Paged decode of a cache that stays in the processor's caches, bound by overhead: calls one right after another"""
@@ -116,6 +173,46 @@ def prefill(options: Options) -> Iterator[Row]:
         shape = Shape(dtype=dtype)
         measured = measure(all_prefill_contenders(*dense_prompt(tokens, shape)), options.rounds_or(9), WallClock())
         yield compared(f"{shape}, {tokens} tokens", measured, "ms")
+
+
+@suite("cpu-training")
+def training(options: Options) -> Iterator[Row]:
+    """Forward and backward pass: a causal prompt, beside SDPA; packed sequences, beside SDPA with a mask"""
+    tokens = options.size(2048, 128)
+    lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]
+    for dtype in DTYPES[:2]:
+        shape = Shape(dtype=dtype)
+        prompt = dense_prompt(tokens, shape)
+        for name, contenders in (
+            (f"{tokens} tokens", prompt_training_contenders(*prompt)),
+            (f"packed {lengths}", packed_training_contenders(*prompt, lengths)),
+        ):
+            yield compared(f"{shape}, {name}", measure(contenders, options.rounds_or(7), WallClock()), "ms")
+
+
+def prompt_training_contenders(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
+    return {
+        OURS: with_gradients(partial(flash_attn_func, causal=True), q, k, v),
+        "SDPA, enable_gqa": with_gradients(partial(sdpa.attention, is_causal=True), q, k, v),
+        "SDPA, repeated": with_gradients(partial(sdpa.attention, is_causal=True, repeat=True), q, k, v),
+    }
+
+
+def packed_training_contenders(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> dict[str, Contender]:
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    mask = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()
+    mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        longest = max(lengths)
+        out: Any = flash_attn_varlen_func(q[0], k[0], v[0], offsets, offsets, longest, longest, causal=True)
+        return out.unsqueeze(0)
+
+    return {
+        OURS: with_gradients(ours, q, k, v),
+        "SDPA, enable_gqa": with_gradients(partial(sdpa.attention, attn_mask=mask), q, k, v),
+        "SDPA, repeated": with_gradients(partial(sdpa.attention, attn_mask=mask, repeat=True), q, k, v),
+    }
 
 
 @suite("cpu-options")
@@ -202,7 +299,7 @@ def isas(options: Options) -> Iterator[Row]:
         shape = Shape(dtype=dtype)
         problem = paged(shape, long_caches(shape, cache_bytes, context))
         contenders = {name: with_isa(name, pagedflash_decode(problem)) for name in fast}
-        contenders |= {"gather + SDPA": gather_sdpa(problem, fold=True), STREAMING: stream}
+        contenders |= {"gather + SDPA": sdpa.gather_decode(problem, fold=True), STREAMING: stream}
         measured = measure(contenders, rounds, clock)
         speeds = {f"{name} GB/s": problem.cache_bytes / measured.median(name) / 1e9 for name in contenders}
         speeds[f"{STREAMING} GB/s"] = stream_bytes / measured.median(STREAMING) / 1e9

@@ -16,13 +16,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.baselines import flash_attention, flashinfer, sdpa, vllm
 from benchmarks.clocks import GraphClock, HostClock
-from benchmarks.problems import PackedProblem, on_pages, prompts
+from benchmarks.gradients import with_gradients
 from benchmarks.suite import Figures, Options, Row, compared, measure, suite, that_run
 from pagedflash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from pagedflash.cli import baselines
+from pagedflash.cli.baselines import flashinfer, sdpa
+from pagedflash.cli.baselines.packed import PackedProblem, on_pages, prompts
 from pagedflash.cli.bench import OURS, Shape, pagedflash_decode
 from pagedflash.cli.measure import Contender
 from pagedflash.testing import PagedProblem, paged_problem
@@ -92,30 +95,13 @@ def paged(case: Shape, lengths: list[int], num_queries: int = 1) -> PagedProblem
 
 
 def decode_peers(problem: PagedProblem) -> dict[str, Contender]:
-    peers: dict[str, Callable[[], Contender]] = {
-        f"FlashInfer, {variant}": partial(flashinfer.decode, problem, variant) for variant in flashinfer.DECODE_VARIANTS
-    }
-    peers["FA2"] = partial(flash_attention.fa2_decode, problem)
-    peers["FA3 on contiguous keys"] = partial(flash_attention.fa3_decode, problem)
-    peers["FA4"] = partial(flash_attention.fa4_decode, problem)
-    peers |= vllm_kernels(PackedProblem.of(problem))
-    return that_run(peers)
-
-
-def vllm_kernels(problem: PackedProblem) -> dict[str, Callable[[], Contender]]:
-    return {f"vLLM, {variant}": partial(vllm.attention, problem, variant) for variant in vllm.VARIANTS}
+    return that_run(baselines.cuda_decode(problem))
 
 
 def prefill_peers(problem: PackedProblem) -> dict[str, Contender]:
-    peers: dict[str, Callable[[], Contender]] = {
-        f"FlashInfer, {variant}": partial(flashinfer.prefill, problem, variant) for variant in flashinfer.PREFILL_VARIANTS
-    }
-    peers["FA2"] = partial(flash_attention.fa2_prefill, problem)
-    peers["FA4"] = partial(flash_attention.fa4_prefill, problem)
-    peers |= vllm_kernels(problem) if problem.block_table is not None else {}
-    where = "" if problem.block_table is None else " on contiguous keys"
-    peers[f"FA3{where}"] = partial(flash_attention.fa3_prefill, problem)
-    if len(problem.lengths_q) < 10:  # it takes them one by one
+    peers = baselines.cuda_prefill(problem)
+    if len(problem.lengths_q) < 10:  # SDPA takes them one by one
+        where = "" if problem.block_table is None else " on contiguous keys"
         peers[f"SDPA flash{where}"] = partial(sdpa.one_kernel, problem, SDPBackend.FLASH_ATTENTION)
         if problem.lengths_q == problem.lengths_k:
             peers[f"cuDNN{where}"] = partial(sdpa.one_kernel, problem, SDPBackend.CUDNN_ATTENTION)
@@ -163,6 +149,54 @@ def with_packed_output(contender: Contender) -> Contender:
     return contender._replace(output=lambda result: output(result).flatten(0, -3))
 
 
+@suite("cuda-quantized", needs=no_cuda)
+def quantized(options: Options) -> Iterator[Row]:
+    """Paged decode of int8 and fp8 caches, beside the same in bf16 and FlashInfer's on e4m3: how often the time of bf16"""
+    clock, case = GraphClock(), shape((32, 8))
+    for batch in options.size((8, 16, 32, 64), (2,)):
+        torch.cuda.empty_cache()
+        problem = paged(case, [options.size(4096, 64)] * batch)
+        contenders = {OURS: pagedflash_decode(problem)}
+        for dtype, per_token in (
+            (torch.int8, False),
+            (torch.int8, True),
+            (torch.float8_e4m3fn, False),
+            (torch.float8_e5m2, False),
+        ):
+            name = str(dtype).removeprefix("torch.") + (", a scale a token and head" if per_token else "")
+            contenders[name] = quantized_decode(in_format(problem, dtype), per_token)
+        e4m3 = in_format(problem, torch.float8_e4m3fn)
+        peers: dict[str, Callable[[], Contender]] = {
+            f"FlashInfer e4m3, {variant}": partial(flashinfer.decode, e4m3, variant) for variant in ("CUDA cores", "fa2")
+        }
+        contenders |= {name: peer._replace(output=None) for name, peer in that_run(peers).items()}
+        measured = measure(contenders, options.rounds_or(30), clock)
+        figures: Figures = {"KV MB in bf16": problem.cache_bytes / 1e6, "bf16 us": 1e6 * measured.median(OURS)}
+        for name in contenders:
+            if name != OURS:
+                figures |= {f"{name} us": 1e6 * measured.median(name), f"x of {name}": measured.ratio(OURS, name)}
+        yield Row(decode_case(case, problem.cache_seqlens.tolist()), figures, (), measured.seconds)
+
+
+FORMATS = ((torch.int8, False), (torch.int8, True), (torch.float8_e4m3fn, False), (torch.float8_e5m2, False))
+"""Formats, and whether there is a scale for each token and head."""
+
+UNITS = {torch.int8: 32.0}
+"""What a 1 is in a format, where it is not 1."""
+
+
+def in_format(problem: PagedProblem, dtype: torch.dtype) -> PagedProblem:
+    k_cache, v_cache = ((cache * UNITS.get(dtype, 1.0)).to(dtype) for cache in problem[1:3])
+    return problem._replace(k_cache=k_cache, v_cache=v_cache)
+
+
+def quantized_decode(problem: PagedProblem, per_token: bool) -> Contender:
+    k_cache = problem.k_cache
+    scale = torch.full(k_cache.shape[:-1] if per_token else (), 1 / UNITS.get(k_cache.dtype, 1.0), device=DEVICE)
+    arguments: Any = problem._asdict() | dict(k_descale=scale, v_descale=scale.clone(), causal=True)
+    return Contender(partial(flash_attn_with_kvcache, **arguments), output=None)
+
+
 @suite("cuda-speculative", needs=no_cuda)
 def speculative(options: Options) -> Iterator[Row]:
     """Paged decode of 4 and 8 tokens a sequence, beside its peers"""
@@ -171,6 +205,30 @@ def speculative(options: Options) -> Iterator[Row]:
     for case, lengths, queries in options.size(SPECULATIVE, SPECULATIVE[:1]):
         name = f"{decode_case(case, lengths)}, {queries} tokens"
         yield decode_row(name, paged(case, lengths, queries), bandwidth, options.rounds_or(30), clock)
+
+
+@suite("cuda-head-dims", needs=no_cuda)
+def head_dims(options: Options) -> Iterator[Row]:
+    """Paged decode of wide heads, of odd ones beside the next multiple of 8, and of MLA: of read bandwidth"""
+    clock, rounds = GraphClock(), options.rounds_or(30)
+    bandwidth = read_bandwidth(clock, options)
+    yield limits(bandwidth, clock, options)
+    batch, context = options.size((32, 4096), (2, 64))
+
+    def row(name: str, problem: PagedProblem) -> Row:
+        q, v = problem.q, problem.v_cache
+        seconds = measure({OURS: pagedflash_decode(problem)}, rounds, clock).median(OURS)
+        operations = 2 * q.shape[2] * (q.shape[3] + v.shape[3]) * int(problem.cache_seqlens.sum())
+        figures: Figures = {"us": 1e6 * seconds, "KV MB": problem.cache_bytes / 1e6, "TFLOP/s": operations / seconds / 1e12}
+        return Row(name, figures | {"of read bandwidth": problem.cache_bytes / seconds / bandwidth})
+
+    for head_dim in (256, 512, 59, 64, 100, 104, 111, 112):
+        heads = (16, 4) if head_dim >= 256 else (32, 8)
+        yield row(f"{heads} D={head_dim}", paged(shape(heads, head_dim), [context] * batch))
+    for q_heads in (16, 64, 128):
+        for lengths in ([context] * batch, [batch // 2 * context]):
+            problem = paged_problem(lengths, heads=(q_heads, 1), page_size=64, dtype=DTYPE, device=DEVICE, mla=True)
+            yield row(f"MLA, {q_heads} heads, {len(lengths)} x {lengths[0]}", problem)
 
 
 @suite("cuda-grid", needs=no_cuda)
@@ -247,6 +305,36 @@ def pagedflash_prefill(problem: PackedProblem) -> Contender:
     cu_q, cu_k = problem.cu_seqlens_q, problem.cu_seqlens_k
     longest = max(lengths_q), max(lengths_k)
     return Contender(lambda: flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, causal=True, block_table=table))
+
+
+@suite("cuda-training", needs=no_cuda)
+def training(options: Options) -> Iterator[Row]:
+    """Forward and backward pass of causal prompts, dense and packed, beside SDPA's kernels"""
+    clock, rounds = GraphClock(), options.rounds_or(20)
+    cases = [([tokens], head_dim) for head_dim in (64, 128) for tokens in (2048, 8192)]
+    cases += [([4096, 2048, 1024, 512, 512], 128)]
+    for lengths, head_dim in options.size(cases, [([64], 32), ([40, 30], 32)]):
+        torch.cuda.empty_cache()
+        problem = prompts(lengths, HEADS, head_dim, DTYPE, DEVICE)
+        contenders = {OURS: with_gradients(causal_attention(problem), *problem[:3])}
+        for name, kernel in (("SDPA flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+            run = partial(sdpa_of_sequences, problem, kernel)
+            contenders |= that_run({name: partial(with_gradients, run, *problem[:3])})
+        yield compared(f"{lengths} D={head_dim}", measure(contenders, rounds, clock), "us")
+
+
+def causal_attention(problem: PackedProblem) -> Callable[..., Any]:
+    if len(problem.lengths_q) == 1:
+        return lambda q, k, v: flash_attn_func(q[None], k[None], v[None], causal=True)[0]
+    offsets, longest = problem.cu_seqlens_q, max(problem.lengths_q)
+    return lambda q, k, v: flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, causal=True)
+
+
+def sdpa_of_sequences(problem: PackedProblem, kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One after another."""
+    with sdpa_kernel(kernel):
+        parts = zip(*(x.split(problem.lengths_q) for x in (q, k, v)))
+        return torch.cat([sdpa.attention(*(x[None] for x in part), is_causal=True)[0] for part in parts])
 
 
 @suite("cuda-window", needs=no_cuda)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import plan_cache
-from .errors import ATTENTION_NAMES, KVCACHE_NAMES, SLOT_NAMES, WRITE_NAMES, Names, reject, reject_type
+from .errors import ATTENTION_NAMES, KVCACHE_NAMES, WRITE_NAMES, Names, reject, reject_type
 from .plan_cache import Entry
 from .problem import Append, AttentionProblem, CacheWrite, KVCache, Queries, Scores
 
@@ -29,7 +29,6 @@ def dense(
     q: Given,
     k: Given,
     v: Given,
-    dropout_p: Given,
     num_splits: Given,
     *scores: Given,
 ) -> tuple[AttentionProblem, Names]:
@@ -37,8 +36,8 @@ def dense(
     options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
     names = _names(ATTENTION_NAMES, learnable_sink)
     num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
-    _reject_dropout(dropout_p)
-    tensors = (q, None, None, k, v, *_NONE[:11], alibi_slopes, s_aux)
+    seed = _dropout_seed(q, options)
+    tensors = (q, None, None, k, v, *_NONE[:13], alibi_slopes, s_aux, seed)
     entry = plan_cache.entry_of_arguments(tensors, ("dense", num_splits, *options))
     if (problem := _known(AttentionProblem, entry, tensors)) is not None:
         return problem, names
@@ -49,7 +48,7 @@ def dense(
         Queries(_inner_contiguous(q), max_seqlen_q=q.shape[1]),
         KVCache(_inner_contiguous(k), _inner_contiguous(v), max_seqlen_k=k.shape[1]),
         None,
-        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink)),
+        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink), seed),
         num_splits,
     )
     return _keep(entry, tensors, problem), names
@@ -63,11 +62,12 @@ def packed(
     cu_seqlens_k: Given,
     max_seqlen_q: Given,
     max_seqlen_k: Given,
-    dropout_p: Given,
     block_table: Given,
     page_table: Given,
     seqused_q: Given,
     seqused_k: Given,
+    k_new: Given,
+    v_new: Given,
     k_descale: Given,
     v_descale: Given,
     num_splits: Given,
@@ -77,12 +77,14 @@ def packed(
     options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
     names = _names(ATTENTION_NAMES, learnable_sink, page_table)
     num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
-    _reject_dropout(dropout_p)
     table = _one_of("block_table", block_table, "page_table", page_table)
     max_seqlen_q, max_seqlen_k = _integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)
+    appends = k_new is not None or v_new is not None
+    cu_seqlens_new = cu_seqlens_q if appends else None
+    seed = _dropout_seed(q, options)
     tensors = (
-        q, cu_seqlens_q, seqused_q, k, v, k_descale, v_descale, table, None, None, seqused_k, cu_seqlens_k, *_NONE[:4],
-        alibi_slopes, s_aux,
+        q, cu_seqlens_q, seqused_q, k, v, k_descale, v_descale, table, None, None, seqused_k, cu_seqlens_k,
+        k_new, v_new, None, None, cu_seqlens_new, None, alibi_slopes, s_aux, seed,
     )  # fmt: skip
     entry = None
     if not torch.compiler.is_compiling() and isinstance(max_seqlen_k, int):
@@ -93,15 +95,26 @@ def packed(
         problem.numbers = (*before, max_seqlen_k, *after)  # what is kept has one of the same power of two
         return problem, names
 
+    if appends and table is None:
+        reject("k_new", "given without block_table", "pages to append to")
     _require_axes("q", q, 3)
     for name, keys in (("k", k), ("v", v)):
         _require_axes(name, keys, 3 if table is None else 4)
     if cu_seqlens_k is None and (table is None or seqused_k is None):
         reject("cu_seqlens_k", "None", "offsets of the keys (None only with block_table and seqused_k)")
+    cu_seqlens_q = _int32("cu_seqlens_q", _required("cu_seqlens_q", cu_seqlens_q))
+    append = None
+    if appends:
+        for name, new in (("k_new", k_new), ("v_new", v_new)):
+            if new is not None:
+                _require_axes(name, new, 3)
+        if seqused_k is None:
+            seqused_k = _tensor("cu_seqlens_k", cu_seqlens_k).diff()
+        append = Append(_inner_contiguous(k_new), _inner_contiguous(v_new), cu_seqlens_new=cu_seqlens_q)
     problem = AttentionProblem.of(
         Queries(
             _inner_contiguous(q),
-            _int32("cu_seqlens_q", _required("cu_seqlens_q", cu_seqlens_q)),
+            cu_seqlens_q,
             _int32("seqused_q", seqused_q),
             max_seqlen_q,
         ),
@@ -115,8 +128,8 @@ def packed(
             cu_seqlens_k=_int32("cu_seqlens_k", cu_seqlens_k),
             max_seqlen_k=max_seqlen_k,
         ),
-        None,
-        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink)),
+        append,
+        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink), seed),
         num_splits,
     )
     return _keep(entry, tensors, problem), names
@@ -148,9 +161,10 @@ def cached(
     table = block_table if page_table is None else _one_of("block_table", block_table, "page_table", page_table)
     num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
     rotary_interleaved = bool(rotary_interleaved)
+    seed = _dropout_seed(q, options)
     tensors = (
         q, None, None, k_cache, v_cache, k_descale, v_descale, table, cache_batch_idx, cache_leftpad, cache_seqlens, None,
-        k, v, rotary_cos, rotary_sin, alibi_slopes, s_aux,
+        k, v, rotary_cos, rotary_sin, None, None, alibi_slopes, s_aux, seed,
     )  # fmt: skip
     entry = plan_cache.entry_of_arguments(tensors, ("cached", rotary_interleaved, num_splits, *options))
     if (problem := _known(AttentionProblem, entry, tensors)) is not None:
@@ -161,7 +175,11 @@ def cached(
     append = None
     if any(tensor is not None for tensor in (k, v, rotary_cos, rotary_sin)):
         append = Append(
-            _inner_contiguous(k), _inner_contiguous(v), _contiguous(rotary_cos), _contiguous(rotary_sin), rotary_interleaved
+            _inner_contiguous(k),
+            _inner_contiguous(v),
+            _contiguous(rotary_cos),
+            _contiguous(rotary_sin),
+            rotary_interleaved=rotary_interleaved,
         )
     problem = AttentionProblem.of(
         Queries(_inner_contiguous(q), max_seqlen_q=q.shape[1]),
@@ -177,7 +195,7 @@ def cached(
             max_seqlen_k=k_cache.shape[1] * (1 if table is None else _tensor("block_table", table).shape[-1]),
         ),
         append,
-        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink)),
+        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink), seed),
         num_splits,
     )
     return _keep(entry, tensors, problem), names
@@ -197,8 +215,8 @@ def write(
     """The write of ``kv_paged_write``, and its names."""
     if slot_mapping is not None:
         cache = KVCache(k_cache, v_cache, k_descale, v_descale)
-        return _write_to_slots(k, v, cache, block_table, seq_lens, slot_mapping), SLOT_NAMES
-    tensors = (k_cache, v_cache, k_descale, v_descale, block_table, None, None, seq_lens, None, k, v, None, None)
+        return _write_to_slots(k, v, cache, block_table, seq_lens, slot_mapping), WRITE_NAMES
+    tensors = (k_cache, v_cache, k_descale, v_descale, block_table, None, None, seq_lens, None, k, v, *_NONE[:4])
     entry = plan_cache.entry_of_arguments(tensors, ("write",))
     if (problem := _known(CacheWrite, entry, tensors)) is not None:
         return problem, WRITE_NAMES
@@ -222,87 +240,23 @@ def _write_to_slots(
     k: Given, v: Given, cache: KVCache, block_table: Given, seq_lens: Given, slot_mapping: Given
 ) -> CacheWrite:
     """Packed tokens, each to a slot of its own."""
+    tensors = (*cache[:4], *_NONE[:5], k, v, *_NONE[:3], slot_mapping)
+    entry = plan_cache.entry_of_arguments((*tensors, block_table, seq_lens), ("slots",))
+    if (problem := _known(CacheWrite, entry, tensors)) is not None:
+        return problem
     for name, other in (("block_table", block_table), ("seq_lens", seq_lens)):
         if other is not None:
             reject("slot_mapping", f"given together with {name}", "one of the two: a slot mapping already says where")
     for name, tensor, axes in (("k", k, 3), ("v", v, 3), ("k_cache", cache.k, 4), ("v_cache", cache.v, 4)):
         _require_axes(name, tensor, axes)
-    _require_axes("slot_mapping", slot_mapping, 1)
-    if slot_mapping.dtype not in (torch.int32, torch.int64):
-        reject_type("slot_mapping", "of dtype {dtype}", "torch.int32 or torch.int64", dtype=slot_mapping.dtype)
-    _require_tokens("k", k, len(slot_mapping), cache.k)
-    _require_tokens("v", v, len(slot_mapping), cache.v)
-    page_size = max(cache.k.shape[1], 1)
-    pages = slot_mapping.div(page_size, rounding_mode="floor")
-    offsets = torch.where(slot_mapping < 0, slot_mapping, slot_mapping - pages * page_size)
-    return _write_of_tokens(k, v, cache, pages, offsets)
-
-
-def _write_of_tokens(k: Tensor, v: Tensor, cache: KVCache, pages: Tensor, offsets: Tensor) -> CacheWrite:
-    """Packed tokens, each to ``offsets (total,)`` of a page of its own: sequences of one token. -1 writes nothing."""
-    table, lengths = _int32("slot_mapping", pages).unsqueeze(1), _int32("slot_mapping", offsets)
-    return CacheWrite.of(
-        cache._replace(block_table=table, seqused_k=lengths),
-        Append(_inner_contiguous(k).unsqueeze(1), _inner_contiguous(v).unsqueeze(1)),
-    )
-
-
-def packed_append(
-    k_new: Given,
-    v_new: Given,
-    k_cache: Given,
-    v_cache: Given,
-    cu_seqlens_q: Given,
-    cu_seqlens_k: Given,
-    seqused_k: Given,
-    block_table: Given,
-    k_descale: Given,
-    v_descale: Given,
-) -> tuple[CacheWrite, Tensor]:
-    """The append of ``flash_attn_varlen_func``: the new tokens of packed sequences, as many as queries.
-
-    Returns:
-        The write of the tokens, of those behind the last sequence to nowhere, and ``seqused_k (B,)`` int32, the keys of each
-        sequence with the new ones. Nothing is read on the host.
-    """
-    if block_table is None:
-        reject("k_new", "given without {block_table}", "pages to append to")
-    if k_new is None or v_new is None:
-        reject("k_new" if k_new is None else "v_new", "None", "a tensor: k_new and v_new go together")
-    for name, tensor, axes in (("k_new", k_new, 3), ("v_new", v_new, 3), ("k", k_cache, 4), ("v", v_cache, 4)):
-        _require_axes(name, tensor, axes)
-    _require_axes("block_table", block_table, 2)
-    _require_tokens("k_new", k_new, len(k_new), k_cache)
-    _require_tokens("v_new", v_new, len(k_new), v_cache)
-    offsets = _tensor("cu_seqlens_q", cu_seqlens_q).long()
-    before = _tensor("cu_seqlens_k", cu_seqlens_k).diff() if seqused_k is None else _tensor("seqused_k", seqused_k)
-    table = _tensor("block_table", block_table)
-    if before.shape[:1] != table.shape[:1] or offsets.shape[0] != table.shape[0] + 1:
-        reject("block_table", "of {rows} rows", "one for each of the {b} sequences", rows=len(table), b=len(offsets) - 1)
-
-    total, page_size, width = k_new.shape[0], max(k_cache.shape[1], 1), table.shape[1]
-    token = torch.arange(total, device=table.device)
-    sequence = torch.bucketize(token, offsets[1:], right=True)
-    in_batch = sequence.clamp(max=max(table.shape[0] - 1, 0))
-    position = before[in_batch] + token - offsets[in_batch]
-    # A position that does not fit is left to the check of values: its sequence is longer than its table.
-    fits = (sequence < table.shape[0]) & (before[in_batch] >= 0) & (position < width * page_size)
-    page = table[in_batch, position.div(page_size, rounding_mode="floor").clamp(0, max(width - 1, 0))].long()
-    fits &= page >= 0
-    cache = KVCache(k_cache, v_cache, _of_tokens(k_descale, in_batch), _of_tokens(v_descale, in_batch))
-    write = _write_of_tokens(k_new, v_new, cache, torch.where(fits, page, -1), torch.where(fits, position % page_size, -1))
-    return write, torch.where(before < 0, before, before + offsets.diff()).to(torch.int32)
-
-
-def _of_tokens(descale: Given, in_batch: Tensor) -> Given:
-    """Scales of sequences ``(B, Hkv)`` become those of their tokens."""
-    return descale[in_batch] if isinstance(descale, Tensor) and descale.dim() == 2 else descale
+    append = Append(_inner_contiguous(k), _inner_contiguous(v), slot_mapping=_int64("slot_mapping", slot_mapping))
+    return _keep(entry, tensors, CacheWrite.of(cache, append))
 
 
 # A step of a generation is mostly like the one before, and short: how arguments became a problem is kept with their
 # signature, where no tensor had to be converted. Then the tensors of arguments like these are those of the problem.
 
-_NONE = (None,) * 11
+_NONE = (None,) * 13
 
 
 def _known(kind: type[Problem], entry: Entry | None, tensors: tuple[Given, ...]) -> Problem | None:
@@ -338,6 +292,7 @@ def _score_arguments(
     alibi_slopes: Given,
     s_aux: Given,
     learnable_sink: Given,
+    dropout_p: Given,
 ) -> tuple[tuple[Any, ...], Given, Given, Given]:
     """What all attention functions take about scores: ``(options, alibi_slopes, s_aux, learnable_sink)``.
 
@@ -348,16 +303,24 @@ def _score_arguments(
         softmax_scale if softmax_scale is None else _number("softmax_scale", softmax_scale),
         softcap if softcap.__class__ is float else _number("softcap", softcap),
         *_window(window_size, causal),
+        dropout_p if dropout_p.__class__ is float else _number("dropout_p", dropout_p),
         learnable_sink is None,
     )
     return options, alibi_slopes, s_aux, learnable_sink
 
 
-def _scores(q: Tensor, options: tuple[Any, ...], alibi_slopes: Given, sinks: Given) -> Scores:
+def _dropout_seed(q: Given, options: tuple[Any, ...]) -> Tensor | None:
+    """Drawn from torch's generator, where there is dropout: the forward and the backward pass of a call share it."""
+    if options[-2] == 0.0:
+        return None
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=_tensor("q", q).device)
+
+
+def _scores(q: Tensor, options: tuple[Any, ...], alibi_slopes: Given, sinks: Given, seed: Tensor | None) -> Scores:
     scale, *numbers, _ = options
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1] or 1)
-    return Scores(_contiguous(alibi_slopes), sinks, scale, *numbers)
+    return Scores(_contiguous(alibi_slopes), sinks, seed, scale, *numbers)
 
 
 def _window(window_size: Given, causal: Given) -> tuple[int, int]:
@@ -400,6 +363,14 @@ def _int32(name: str, tensor: Given) -> Given:
     reject_type(name, "of dtype {dtype}", "torch.int32 or torch.int64", dtype=dtype)
 
 
+def _int64(name: str, tensor: Given) -> Given:
+    """Slot mappings come as int32 or int64; backends read contiguous int64."""
+    dtype = _tensor(name, tensor).dtype
+    if dtype not in (torch.int32, torch.int64):
+        reject_type(name, "of dtype {dtype}", "torch.int32 or torch.int64", dtype=dtype)
+    return tensor.to(torch.int64).contiguous()
+
+
 def _contiguous(tensor: Given) -> Given:
     return tensor.contiguous() if isinstance(tensor, Tensor) else tensor
 
@@ -437,13 +408,6 @@ def _require_axes(name: str, tensor: Given, axes: int) -> None:
         reject(name, "of shape {shape}", "{axes} axes", shape=tuple(tensor.shape), axes=axes)
 
 
-def _require_tokens(name: str, tokens: Tensor, total: int, cache: Tensor) -> None:
-    """Packed tokens that fit the pages they go to."""
-    expected = (total, *cache.shape[2:])
-    if tokens.shape != expected:
-        reject(name, "of shape {shape}", "(total, Hkv, D) = {wanted}", shape=tuple(tokens.shape), wanted=expected)
-
-
 def reject_unsupported(scheduler_metadata: Given, qv: Given, attention_chunk: Given, q_descale: Given = None) -> None:
     """Arguments of FlashAttention-3 that are accepted only where they ask for nothing."""
     if scheduler_metadata is not None:
@@ -456,9 +420,9 @@ def reject_unsupported(scheduler_metadata: Given, qv: Given, attention_chunk: Gi
         reject("attention_chunk", "{chunk}", "0: chunked masks are not supported", chunk=attention_chunk)
 
 
-def _reject_dropout(dropout_p: Given) -> None:
-    if not isinstance(dropout_p, (int, float)) or dropout_p != 0.0:
-        reject("dropout_p", "{p}", "0: there is no dropout", p=dropout_p)
+def reject_dropped_probabilities(return_attn_probs: Given, dropout_p: Given) -> None:
+    if return_attn_probs and dropout_p:
+        reject("return_attn_probs", "True with a dropout_p of {p}", "False: probabilities are never held", p=dropout_p)
 
 
 def _number(name: str, value: Given) -> float:

@@ -101,9 +101,11 @@ def _attention_into(problem: AttentionProblem, backend: Backend, out: Tensor) ->
 def attention_backward(
     problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor
 ) -> backward.Gradients:
-    """The gradients of a problem that :func:`attention` has run, from its device's backend if that has a backward of its
-    own."""
-    run = getattr(backend_for(out), "backward", backward.backward)
+    """The gradients of a problem that :func:`attention` has run, from its device's backend if that ran it and has a backward
+    of its own."""
+    backend = backend_for(out)
+    supported = problem.plan((backend.NAME, "support"), backend.supports).ok
+    run = getattr(backend, "backward", backward.backward) if supported else backward.backward
     return cast(backward.Gradients, run(problem, out, lse, d_out, d_lse))
 
 
@@ -144,6 +146,12 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 
     Raises:
         ValueError: there is no such backend.
+
+    Examples:
+        >>> from pagedflash import flash_attn_func
+        >>> q, k, v = torch.randn(3, 1, 5, 8, 64)
+        >>> with use_backend("reference"):
+        ...     out = flash_attn_func(q, k, v)
     """
     if name not in BACKEND_MODULES:
         raise ValueError(f"pagedflash: backend is {name!r}, expected one of {', '.join(BACKEND_MODULES)}")
@@ -154,9 +162,13 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 def count_calls() -> Iterator[Counter[CallKind]]:
     """Count the attention calls and cache writes made inside, in all threads, by layout, backend and device.
 
-    >>> with count_calls() as calls:
-    ...     model.generate(...)
-    >>> calls[CallKind("paged", "cpu", "cpu")]
+    Examples:
+        >>> from pagedflash import flash_attn_func
+        >>> q, k, v = torch.randn(3, 1, 5, 8, 64)
+        >>> with use_backend("reference"), count_calls() as calls:
+        ...     out = flash_attn_func(q, k, v)
+        >>> calls[CallKind("dense", "reference", "cpu")]
+        1
     """
     counter: Counter[CallKind] = Counter()
     _counters.append(counter)
@@ -167,7 +179,12 @@ def count_calls() -> Iterator[Counter[CallKind]]:
 
 
 def availability() -> dict[str, Support]:
-    """Backend -> (available here, the reason if not)."""
+    """Backend -> (available here, the reason if not).
+
+    Examples:
+        >>> availability()["reference"]
+        Support(ok=True, reason='')
+    """
     return {name: _load(name)[1] for name in BACKEND_MODULES}
 
 

@@ -9,7 +9,7 @@ Names = Mapping[str, str]
 """Field of a problem -> the caller's name of that argument, where the two differ."""
 
 _NO_NAMES: Names = {}
-ATTENTION_NAMES: Names = {"sinks": "s_aux", "scale": "softmax_scale"}
+ATTENTION_NAMES: Names = {"sinks": "s_aux", "scale": "softmax_scale", "cu_seqlens_new": "cu_seqlens_q"}
 KVCACHE_NAMES: Names = {
     **ATTENTION_NAMES,
     "k": "k_cache",
@@ -19,7 +19,6 @@ KVCACHE_NAMES: Names = {
     "seqused_k": "cache_seqlens",
 }
 WRITE_NAMES: Names = {**KVCACHE_NAMES, "seqused_k": "seq_lens"}
-SLOT_NAMES: Names = {**KVCACHE_NAMES, "seqused_k": "slot_mapping", "block_table": "slot_mapping"}
 
 
 class _FieldNames(dict[str, Any]):

@@ -27,6 +27,16 @@ def scale_strides(descale: Tensor | None) -> tuple[int, int, int, int]:
     raise AssertionError(descale)
 
 
+def v_is_in_k(k: Tensor, v: Tensor) -> bool:
+    """Whether each value is the first part of its key, in the same memory, as in MLA. Then an append writes keys only."""
+    return v.data_ptr() == k.data_ptr() and v_fits_in_k(k, v)
+
+
+def v_fits_in_k(k: Tensor, v: Tensor) -> bool:
+    """Whether this is so if both begin at the same address."""
+    return v.shape[-1] <= k.shape[-1] and v.dtype == k.dtype and strides(v) == strides(k)
+
+
 def decode_rows(problem: AttentionProblem) -> int:
     """Packed-GQA rows of the longest sequence: queries times the query heads of a KV head."""
     return problem.queries.max_seqlen_q * problem.group

@@ -8,7 +8,9 @@ keyword arguments behind them. Every argument is a named parameter, since caller
 Common to the three attention functions:
 
 * ``B`` sequences, ``Sq`` queries, ``Sk`` keys, ``Hq`` query heads, ``Hkv`` key/value heads (``Hq % Hkv == 0``: query head
-  ``h`` reads key head ``h // (Hq // Hkv)``), ``D`` head dim (a multiple of 8, at most 256), ``Dv <= D`` head dim of v.
+  ``h`` reads key head ``h // (Hq // Hkv)``), ``D`` head dim, ``Dv`` head dim of v (each from 1 to 512, on Metal to 256).
+* MLA: ``D`` = 576 with a ``v_cache`` that is a view of ``k_cache``, the first ``Dv`` = 512 of each key. It is read once, and
+  an append writes keys only: v_new is the same part of k_new, and the scales of a quantized cache are one tensor for both.
 * q, k, v share one dtype: float32, float16 or bfloat16; a cache may have a format of its own. Sums and the softmax are
   float32.
 * Masks are aligned to the bottom right: query ``i`` sits at key position ``i + Sk - Sq``.
@@ -59,7 +61,8 @@ def flash_attn_func(
         q: ``(B, Sq, Hq, D)``.
         k: ``(B, Sk, Hkv, D)``.
         v: ``(B, Sk, Hkv, Dv)``.
-        dropout_p: must be 0.
+        dropout_p: share of the probabilities that is dropped; the others are scaled by ``1 / (1 - dropout_p)``. Which ones,
+            torch's generator says: one number drawn from it is the seed of the call. On CPUs; elsewhere it must be 0.
         softmax_scale: factor on ``q @ k^T``; ``1 / sqrt(D)`` if None.
         causal: query ``i`` sees keys ``j <= i + Sk - Sq``.
         window_size: ``(left, right)``, inclusive, -1 = unbounded: query ``i`` sees keys from ``i + Sk - Sq - left`` to
@@ -67,7 +70,7 @@ def flash_attn_func(
         softcap: if > 0, scores become ``softcap * tanh(scores / softcap)``, after scaling, before masking (Gemma 2).
         alibi_slopes: float32 ``(Hq,)`` or ``(B, Hq)``; adds ``-slope * |i + Sk - Sq - j|`` (Press et al., 2022).
         deterministic: accepted for compatibility; forward and backward always are.
-        return_attn_probs: return ``(out, lse, S_dmask)`` as flash-attn does; S_dmask is empty without dropout.
+        return_attn_probs: return ``(out, lse, S_dmask)`` as flash-attn does, where S_dmask is empty: only without dropout.
         s_aux: ``(Hq,)`` attention sinks: one extra logit per head in the softmax denominator (gpt-oss). Counted in the LSE.
         learnable_sink: another name of ``s_aux``.
         return_softmax_lse: return ``(out, lse)``.
@@ -85,11 +88,21 @@ def flash_attn_func(
     Raises:
         TypeError: an argument of the wrong type or dtype. ValueError: of a wrong shape or value. Both name it.
 
+    Examples:
+        >>> q, k, v = torch.randn(2, 5, 8, 64), torch.randn(2, 9, 2, 64), torch.randn(2, 9, 2, 64)
+        >>> out, lse = flash_attn_func(q, k, v, causal=True, return_softmax_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([2, 5, 8, 64]), torch.Size([2, 8, 5]))
+        >>> flash_attn_func(q, k.half(), v)
+        Traceback (most recent call last):
+        pagedflash.errors.InvalidType: pagedflash: k is torch.float16, expected torch.float32, as q
+
     Source: Dao, "FlashAttention-2" (2023); flash-attn's ``flash_attn_func``.
     """
     arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk)
+    arguments.reject_dropped_probabilities(return_attn_probs, dropout_p)
     problem, names = arguments.dense(
-        q, k, v, dropout_p, num_splits, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink
+        q, k, v, num_splits, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink, dropout_p
     )
     return _run(problem, names, out, return_attn_probs, return_softmax_lse)
 
@@ -149,29 +162,40 @@ def flash_attn_varlen_func(
             sequence ``b`` behind its keys, which ``seqused_k`` or ``cu_seqlens_k`` then count before the append.
         v_new: ``(total_q, Hkv, Dv)``.
         q_descale: FlashAttention-3's scale of a quantized q; must be None.
-        k_descale: scales of quantized pages, see :func:`flash_attn_with_kvcache`.
+        k_descale: scales of quantized pages, see ``flash_attn_with_kvcache``.
         v_descale: as k_descale.
 
-    The other arguments, errors and source: see :func:`flash_attn_func`.
+    The other arguments, errors and source: see ``flash_attn_func``.
 
     Returns:
         ``out (total_q, Hq, Dv)`` in q's dtype, or a tuple with ``lse (Hq, total_q)`` float32.
+
+    Examples:
+        Three sequences of 3, 0 and 4 tokens, packed:
+
+        >>> q, k, v = torch.randn(7, 8, 64), torch.randn(7, 2, 64), torch.randn(7, 2, 64)
+        >>> cu_seqlens = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+        >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 4, 4, causal=True).shape
+        torch.Size([7, 8, 64])
+
+        A chunk of two new tokens on five cached ones, over pages, appended by the same call:
+
+        >>> k_pages, v_pages = torch.zeros(2, 10, 4, 2, 64)
+        >>> table, cached = torch.tensor([[7, 2]], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
+        >>> out = flash_attn_varlen_func(
+        ...     q[:2], k_pages, v_pages, torch.tensor([0, 2], dtype=torch.int32), None, 2, 7,
+        ...     causal=True, block_table=table, seqused_k=cached, k_new=k[:2], v_new=v[:2],
+        ... )
+        >>> k_pages[2, 1].equal(k[0])  # token 5 is the second of the second page
+        True
     """
     arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk, q_descale)
-    append = None
-    if k_new is not None or v_new is not None:
-        table = block_table if page_table is None else page_table
-        append, seqused_k = arguments.packed_append(
-            k_new, v_new, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, table, k_descale, v_descale
-        )
+    arguments.reject_dropped_probabilities(return_attn_probs, dropout_p)
     problem, names = arguments.packed(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        block_table, page_table, seqused_q, seqused_k, k_descale, v_descale, num_splits,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        block_table, page_table, seqused_q, seqused_k, k_new, v_new, k_descale, v_descale, num_splits,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink, dropout_p,
     )  # fmt: skip
-    if append is not None:
-        ops.check(problem, names, out)  # before anything is written
-        ops.write_cache(append, names)
     return _run(problem, names, out, return_attn_probs, return_softmax_lse)
 
 
@@ -205,6 +229,7 @@ def flash_attn_with_kvcache(
     q_descale: None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    dropout_p: float = 0.0,
     out: Tensor | None = None,
 ) -> Output:
     """Append new keys and values to a cache in place, then attend to the cache including them.
@@ -237,7 +262,7 @@ def flash_attn_with_kvcache(
             largest magnitude divided by the format's largest value.
         v_descale: the same for ``v_cache``.
 
-    The other arguments: see :func:`flash_attn_func`.
+    The other arguments: see ``flash_attn_func``.
 
     Returns:
         ``out (B, Sq, Hq, Dv)`` in q's dtype, or with ``return_softmax_lse`` also ``lse (B, Hq, Sq)`` float32.
@@ -246,13 +271,22 @@ def flash_attn_with_kvcache(
         TypeError, ValueError: naming the argument; the caches are untouched then. Lengths and table entries are checked
             on a CPU always, on other devices under ``PAGEDFLASH_CHECK=1`` (it makes the host wait).
 
+    Examples:
+        >>> k_pages, v_pages = torch.zeros(2, 64, 16, 8, 128)  # 64 pages of 16 tokens, 8 KV heads of 128
+        >>> table = torch.tensor([[3, 9], [5, 0]], dtype=torch.int32)  # two sequences, two pages each
+        >>> lengths = torch.tensor([17, 4], dtype=torch.int32)
+        >>> q, k, v = torch.randn(2, 1, 32, 128), torch.randn(2, 1, 8, 128), torch.randn(2, 1, 8, 128)
+        >>> out = flash_attn_with_kvcache(q, k_pages, v_pages, k, v, cache_seqlens=lengths, block_table=table, causal=True)
+        >>> out.shape, k_pages[9, 1].equal(k[0, 0])  # token 17 is the second of page 9
+        (torch.Size([2, 1, 32, 128]), True)
+
     Source: flash-attn's ``flash_attn_with_kvcache``; Kwon et al., "PagedAttention" (2023); Su et al., "RoFormer" (2021).
     """
     arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk, q_descale)
     problem, names = arguments.cached(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
         block_table, page_table, k_descale, v_descale, rotary_interleaved, num_splits,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink, dropout_p,
     )  # fmt: skip
     return _run(problem, names, out, False, return_softmax_lse)
 
@@ -275,20 +309,30 @@ def kv_paged_write(
         k: ``(B, S_new, Hkv, D)``, or with ``slot_mapping`` packed ``(total, Hkv, D)``.
         v: as k, with ``Dv``.
         k_cache: pages ``(num_pages, page_size, Hkv, D)``, any strides with a contiguous last axis, in one of the formats
-            of :func:`flash_attn_with_kvcache`.
+            of ``flash_attn_with_kvcache``.
         v_cache: pages ``(num_pages, page_size, Hkv, Dv)``.
         block_table: ``(B, max_pages)`` int32 or int64.
         seq_lens: int or ``(B,)`` int32 or int64: tokens each sequence has *before* the write; -1 writes nothing. Token
             ``i`` goes to page ``block_table[b, t // page_size]``, slot ``t % page_size``, with ``t = seq_lens[b] + i``.
         slot_mapping: ``(total,)`` int32 or int64, in place of a table and lengths: where each token goes, as
             ``page * page_size + offset``; -1 writes nothing (vLLM's ``reshape_and_cache_flash``).
-        k_descale: scales of a quantized cache, see :func:`flash_attn_with_kvcache`; ``B`` counts tokens here if there is a
+        k_descale: scales of a quantized cache, see ``flash_attn_with_kvcache``; ``B`` counts tokens here if there is a
             ``slot_mapping``.
         v_descale: as k_descale.
 
     Raises:
         TypeError, ValueError: naming the argument; the caches are untouched then. Lengths and table entries are checked
             on a CPU always, on other devices under ``PAGEDFLASH_CHECK=1``.
+
+    Examples:
+        >>> k_pages, v_pages = torch.zeros(2, 10, 4, 2, 64)
+        >>> k, v = torch.randn(1, 3, 2, 64), torch.randn(1, 3, 2, 64)
+        >>> kv_paged_write(k, v, k_pages, v_pages, torch.tensor([[7, 2]], dtype=torch.int32), seq_lens=3)
+        >>> k_pages[7, 3].equal(k[0, 0]), k_pages[2, :2].equal(k[0, 1:])
+        (True, True)
+        >>> kv_paged_write(k[0], v[0], k_pages, v_pages, slot_mapping=torch.tensor([0, -1, 5]))
+        >>> k_pages[0, 0].equal(k[0, 0]), k_pages[1, 1].equal(k[0, 2])
+        (True, True)
     """
     ops.write_cache(*arguments.write(k, v, k_cache, v_cache, block_table, seq_lens, slot_mapping, k_descale, v_descale))
 
@@ -309,6 +353,14 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Examples:
+        >>> q, k, v = torch.randn(1, 1, 4, 64), torch.randn(1, 100, 2, 64), torch.randn(1, 100, 2, 64)
+        >>> first = flash_attn_func(q, k[:, :60], v[:, :60], return_softmax_lse=True)
+        >>> second = flash_attn_func(q, k[:, 60:], v[:, 60:], return_softmax_lse=True)
+        >>> out, lse = merge_attention_states(*first, *second)
+        >>> torch.allclose(out, flash_attn_func(q, k, v), atol=1e-5)
+        True
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); FlashInfer's ``merge_state``.
     """

@@ -22,7 +22,6 @@ from .errors import InvalidArgument, Names
 from .plan_cache import Entry
 from .problem import K_NEW, AttentionProblem, CacheWrite, _Field, _Flat
 from .validate import validate, validate_out, validate_write
-from .validate_values import check_values
 
 NAMESPACE = __name__.rpartition(".")[0]
 """The package's own name: "pagedflash", or that of a copy written by ``pagedflash hub``, so that both can be loaded."""
@@ -54,18 +53,6 @@ def attention(problem: AttentionProblem, names: Names, out: Tensor | None = None
             return out, (_ATTENTION_WITH_APPEND_INTO if appends else _ATTENTION_INTO)(*problem.flat, out)
         out, lse = _ATTENTION_WITH_APPEND(*problem.flat) if appends else _call(_ATTENTION, *problem.flat)
         return out, lse
-    except InvalidArgument as error:
-        raise error.renamed(names) from None
-
-
-def check(problem: AttentionProblem, names: Names, out: Tensor | None) -> None:
-    """Raise what :func:`attention` would raise, for a call that writes something before."""
-    if torch.compiler.is_compiling():
-        return
-    try:
-        _validate(problem, out)
-        if dispatch.values_wanted(problem.queries.q):
-            check_values(problem)
     except InvalidArgument as error:
         raise error.renamed(names) from None
 

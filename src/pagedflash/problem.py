@@ -61,12 +61,14 @@ class KVCache(NamedTuple):
 
 
 class Append(NamedTuple):
-    """New keys and values. Token ``i`` of sequence ``b`` goes to slot ``seqused_k[b] + i``."""
+    """New keys and values. Token ``i`` of sequence ``b`` goes to slot ``seqused_k[b] + i``, or where a mapping says."""
 
-    k_new: Tensor  # (B, S_new, Hkv, D)
-    v_new: Tensor  # (B, S_new, Hkv, Dv)
+    k_new: Tensor  # (B, S_new, Hkv, D), or packed (total_new, Hkv, D)
+    v_new: Tensor  # the same with Dv
     rotary_cos: Tensor | None = None  # (seqlen_ro, rotary_dim / 2) in the dtype of the keys
     rotary_sin: Tensor | None = None
+    cu_seqlens_new: Tensor | None = None  # (B + 1,) int32, of packed tokens; in an attention problem it is cu_seqlens_q
+    slot_mapping: Tensor | None = None  # (total_new,) int64, only in a CacheWrite: page * page_size + offset, -1 = nowhere
     rotary_interleaved: bool = True  # True: pairs (0, 1), (2, 3), ... (GPT-J); False: halves (GPT-NeoX)
 
 
@@ -75,10 +77,12 @@ class Scores(NamedTuple):
 
     alibi_slopes: Tensor | None = None  # (Hq,) or (B, Hq) float32
     sinks: Tensor | None = None  # (Hq,) float32, one extra logit per head in the softmax denominator
+    dropout_seed: Tensor | None = None  # () int64, with dropout
     scale: float = 1.0
     softcap: float = 0.0  # 0 = none
     window_left: int = -1  # -1 = unbounded
     window_right: int = -1
+    dropout_p: float = 0.0  # share of the probabilities that is dropped, see backends/dropout.py; 0 = none
 
 
 class ScoreParams(NamedTuple):
@@ -88,6 +92,8 @@ class ScoreParams(NamedTuple):
     softcap: float  # in base 2; 0 = none
     window_left: int  # -1 = unbounded
     window_right: int
+    dropout_threshold: int  # of 2^31: what is dropped; 0 = no dropout
+    dropout_scale: float  # of what is kept
 
 
 def fold_scores(scores: Scores) -> ScoreParams:
@@ -96,7 +102,9 @@ def fold_scores(scores: Scores) -> ScoreParams:
         scale, softcap = scores.scale / scores.softcap, scores.softcap * LOG2_E
     else:
         scale, softcap = scores.scale * LOG2_E, 0.0
-    return ScoreParams(scale, softcap, scores.window_left, scores.window_right)
+    p = scores.dropout_p
+    threshold = min(round(p * 2**31), 2**31 - 1)
+    return ScoreParams(scale, softcap, scores.window_left, scores.window_right, threshold, 1 / (1 - p))
 
 
 def is_per_token(descale: Tensor | None) -> bool:
@@ -111,6 +119,11 @@ class _Options(NamedTuple):
 
 
 _NO_APPEND = Append(None, None)  # type: ignore[arg-type]
+
+
+def _num_new_tokens(append: Append) -> int:
+    *_, tokens, _, _ = append.k_new.shape
+    return tokens
 
 
 class _Field(NamedTuple):
@@ -239,12 +252,14 @@ class CacheWrite(_Flat):
 
     @property
     def batch_size(self) -> int:
-        return self.append.k_new.shape[0]
+        """Sequences; each token is one where there is a slot mapping."""
+        offsets = self.append.cu_seqlens_new
+        return self.append.k_new.shape[0] if offsets is None else offsets.shape[0] - 1
 
     @property
     def num_new_tokens(self) -> int:
-        """New tokens of each sequence."""
-        return self.append.k_new.shape[1]
+        """New tokens of each sequence, or of all together where they are packed."""
+        return _num_new_tokens(self.append)
 
 
 class AttentionProblem(_Flat):
@@ -296,8 +311,8 @@ class AttentionProblem(_Flat):
 
     @property
     def num_new_tokens(self) -> int:
-        """New tokens of each sequence, 0 without an append."""
-        return 0 if self.append is None else self.append.k_new.shape[1]
+        """New tokens of each sequence, or of all together where they are packed. 0 without an append."""
+        return 0 if self.append is None else _num_new_tokens(self.append)
 
     @property
     def layout(self) -> str:

@@ -19,7 +19,12 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Output:
-    """:func:`~pagedflash.flash_attn_func` of ``qkv (B, S, 3, H, D)``."""
+    """``flash_attn_func`` of ``qkv (B, S, 3, H, D)``.
+
+    Examples:
+        >>> flash_attn_qkvpacked_func(torch.randn(2, 5, 3, 8, 64), causal=True).shape
+        torch.Size([2, 5, 8, 64])
+    """
     q, k, v = _unpacked("qkv", qkv, "B, S, 3, H, D")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -38,7 +43,12 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Output:
-    """:func:`~pagedflash.flash_attn_func` of ``q (B, Sq, Hq, D)`` and ``kv (B, Sk, 2, Hkv, D)``."""
+    """``flash_attn_func`` of ``q (B, Sq, Hq, D)`` and ``kv (B, Sk, 2, Hkv, D)``.
+
+    Examples:
+        >>> flash_attn_kvpacked_func(torch.randn(2, 5, 8, 64), torch.randn(2, 9, 2, 2, 64)).shape
+        torch.Size([2, 5, 8, 64])
+    """
     k, v = _unpacked("kv", kv, "B, Sk, 2, Hkv, D")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -58,7 +68,13 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Output:
-    """:func:`~pagedflash.flash_attn_varlen_func` of ``qkv (total, 3, H, D)``."""
+    """``flash_attn_varlen_func`` of ``qkv (total, 3, H, D)``.
+
+    Examples:
+        >>> cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+        >>> flash_attn_varlen_qkvpacked_func(torch.randn(7, 3, 8, 64), cu_seqlens, 4).shape
+        torch.Size([7, 8, 64])
+    """
     q, k, v = _unpacked("qkv", qkv, "total, 3, H, D")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
@@ -82,7 +98,14 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Output:
-    """:func:`~pagedflash.flash_attn_varlen_func` of ``q (total_q, Hq, D)`` and ``kv (total_k, 2, Hkv, D)``."""
+    """``flash_attn_varlen_func`` of ``q (total_q, Hq, D)`` and ``kv (total_k, 2, Hkv, D)``.
+
+    Examples:
+        >>> cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+        >>> q, kv = torch.randn(7, 8, 64), torch.randn(7, 2, 2, 64)
+        >>> flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens, 4, 4).shape
+        torch.Size([7, 8, 64])
+    """
     k, v = _unpacked("kv", kv, "total_k, 2, Hkv, D")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,

@@ -16,6 +16,7 @@ from .errors import reject, reject_type
 from .problem import QUANTIZED, Append, AttentionProblem, CacheWrite, KVCache, is_per_token
 
 INDEX_DTYPES = (torch.int32,)
+SLOT_DTYPES = (torch.int64,)
 SLOPE_DTYPES = (torch.float32,)
 SCALE_DTYPES = (torch.float32,)
 
@@ -25,7 +26,7 @@ def validate(problem: AttentionProblem, capabilities: Capabilities) -> None:
     queries, cache = problem.queries, problem.cache
     q, k = queries.q, cache.k
     validate_tensor("q", q, "B, Sq, Hq, D" if queries.cu_seqlens_q is None else "total_q, Hq, D", q, capabilities.dtypes)
-    _validate_cache(cache, q, problem.batch_size, capabilities)
+    _validate_cache(cache, q, problem.batch_size, _formats(cache, q.dtype, capabilities))
     _validate_head_dims(q, cache, capabilities)
     if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         reject(
@@ -46,20 +47,27 @@ def validate(problem: AttentionProblem, capabilities: Capabilities) -> None:
     append = problem.append
     if append is not None:
         if append.k_new is not None or append.v_new is not None:
-            _validate_new_tokens(append, cache, batch, q.dtype)
+            packed = append.cu_seqlens_new is not None
+            _validate_new_tokens(append, cache, (q.shape[0],) if packed else (batch, None), q.dtype)
             if cache.seqused_k is None:
                 reject("seqused_k", "None", "tokens in the cache before the append, with {k_new}")
         _validate_rotary(append, q, problem.capacity)
-    _validate_scores(problem)
+    _validate_scores(problem, capabilities)
 
 
 def validate_write(write: CacheWrite, capabilities: Capabilities) -> None:
     """:func:`validate` for a write of its own."""
-    cache, batch, k_new = write.cache, write.batch_size, write.append.k_new
-    validate_tensor("k_new", k_new, "B, S_new, Hkv, D", k_new, capabilities.dtypes)
-    _validate_cache(cache, k_new, batch, capabilities)
+    cache, append, batch, k_new = write.cache, write.append, write.batch_size, write.append.k_new
+    slots, packed = append.slot_mapping, append.cu_seqlens_new is not None or append.slot_mapping is not None
+    validate_tensor("k_new", k_new, _NEW_TOKENS[packed], k_new, capabilities.dtypes)
+    _validate_cache(cache, k_new, batch, _cache_formats(k_new.dtype, capabilities))
     _validate_head_dims(cache.k, cache, capabilities)
-    _validate_new_tokens(write.append, cache, batch, k_new.dtype)
+    _validate_new_tokens(append, cache, (k_new.shape[0],) if packed else (batch, None), k_new.dtype)
+    if slots is not None:
+        validate_tensor("slot_mapping", slots, "total", cache.k, SLOT_DTYPES)
+        validate_shape("slot_mapping", slots, (k_new.shape[0],), "total, as {k_new}")
+        _validate_pages(cache.k)
+        return
     for field, dims, shape in (("seqused_k", "B", (batch,)), ("block_table", "B, max_pages", (batch, None))):
         tensor = getattr(cache, field)
         validate_tensor(field, tensor, dims, cache.k, INDEX_DTYPES)
@@ -111,31 +119,40 @@ def _validate_last_axis(field: str, tensor: Tensor) -> None:
         )
 
 
-def _cache_dtypes(cache: KVCache, dtype: torch.dtype, capabilities: Capabilities) -> tuple[torch.dtype, ...]:
-    """Formats that keys and values may have under queries or new tokens of ``dtype``. What is no cache has theirs."""
+def _formats(cache: KVCache, dtype: torch.dtype, capabilities: Capabilities) -> tuple[torch.dtype, ...]:
+    """Formats that keys and values may have under queries of ``dtype``. What is no cache has theirs."""
     if cache.block_table is None and (cache.seqused_k is None or cache.cu_seqlens_k is not None):
         return (dtype,)
+    return _cache_formats(dtype, capabilities)
+
+
+def _cache_formats(dtype: torch.dtype, capabilities: Capabilities) -> tuple[torch.dtype, ...]:
+    """Formats that a cache may have under queries or new tokens of ``dtype``."""
     others = [other for other in capabilities.cache_dtypes if other in QUANTIZED or dtype == torch.float32]
     return (dtype, *(other for other in others if other != dtype))
 
 
-def _validate_cache(cache: KVCache, like: Tensor, batch: int, capabilities: Capabilities) -> None:
+def _validate_cache(cache: KVCache, like: Tensor, batch: int, formats: tuple[torch.dtype, ...]) -> None:
     k, v = cache.k, cache.v
     if cache.block_table is not None:
         dims = "num_pages, page_size, Hkv, D"
     else:
         dims = "B, Sk, Hkv, D" if cache.cu_seqlens_k is None else "total_k, Hkv, D"
-    formats = _cache_dtypes(cache, like.dtype, capabilities)
     validate_tensor("k", k, dims, like, formats)
     validate_tensor("v", v, dims, like, formats)
     if v.shape[:-1] != k.shape[:-1]:
         reject("v", "of shape {shape}", "{wanted} before head_dim, as {k}", shape=tuple(v.shape), wanted=tuple(k.shape[:-1]))
-    if cache.block_table is not None and k.shape[1] == 0:
-        reject("k", "of shape {shape}", "pages of at least one token", shape=tuple(k.shape))
+    if cache.block_table is not None:
+        _validate_pages(k)
     _validate_last_axis("k", k)
     _validate_last_axis("v", v)
     _validate_descale("k", k, cache.k_descale, batch)
     _validate_descale("v", v, cache.v_descale, batch)
+
+
+def _validate_pages(k: Tensor) -> None:
+    if k.shape[1] == 0:
+        reject("k", "of shape {shape}", "pages of at least one token", shape=tuple(k.shape))
 
 
 def _validate_descale(field: str, keys: Tensor, descale: Tensor | None, batch: int) -> None:
@@ -157,17 +174,16 @@ def _validate_descale(field: str, keys: Tensor, descale: Tensor | None, batch: i
 
 
 def _validate_head_dims(q: Tensor, cache: KVCache, capabilities: Capabilities) -> None:
-    most, multiple = capabilities.max_head_dim, capabilities.head_dim_multiple
-    head_dim, k_head_dim, v_head_dim = q.shape[-1], cache.k.shape[-1], cache.v.shape[-1]
-    if not 0 < head_dim <= most or head_dim % multiple:
-        reject("q", "of head_dim {d}", "a multiple of {multiple} up to {most}", d=head_dim, multiple=multiple, most=most)
+    head_dim, k_head_dim, multiple = q.shape[-1], cache.k.shape[-1], capabilities.head_dim_multiple
+    expected = "1 to {most}" if multiple == 1 else "a multiple of {multiple} up to {most}"
+    for field, d, most in (
+        ("q", head_dim, capabilities.max_head_dim),
+        ("v", cache.v.shape[-1], capabilities.max_v_head_dim),
+    ):
+        if not 0 < d <= most or d % multiple:
+            reject(field, "of head_dim {d}", expected, d=d, multiple=multiple, most=most)
     if k_head_dim != head_dim:
         reject("k", "of head_dim {d}", "{wanted}, as q", d=k_head_dim, wanted=head_dim)
-    if not 0 < v_head_dim <= head_dim or v_head_dim % multiple:
-        reject(
-            "v", "of head_dim {d}", "a multiple of {multiple} up to {most}, as q",
-            d=v_head_dim, multiple=multiple, most=head_dim,
-        )  # fmt: skip
 
 
 def _validate_lengths(problem: AttentionProblem) -> None:
@@ -176,6 +192,7 @@ def _validate_lengths(problem: AttentionProblem) -> None:
     for field, dims, shape in (
         ("cu_seqlens_q", "B + 1", (batch + 1,)),
         ("cu_seqlens_k", "B + 1", (batch + 1,)),
+        ("cu_seqlens_new", "B + 1", (batch + 1,)),
         ("seqused_q", "B", (batch,)),
         ("seqused_k", "B", (batch,)),
         ("cache_batch_idx", "B", (batch,)),
@@ -197,15 +214,23 @@ def _validate_lengths(problem: AttentionProblem) -> None:
             reject(field, "{length}", "at least 0", length=fields[field])
 
 
-def _validate_new_tokens(append: Append, cache: KVCache, batch: int, dtype: torch.dtype) -> None:
-    """New keys and values come together and fit the caches they go to."""
+_NEW_TOKENS = {False: "B, S_new, Hkv, D", True: "total, Hkv, D"}
+"""Axes of new tokens, by whether they are packed."""
+
+
+def _validate_new_tokens(append: Append, cache: KVCache, tokens: tuple[int | None, ...], dtype: torch.dtype) -> None:
+    """New keys and values come together and fit the caches they go to. ``tokens`` are their first sizes, None any."""
     k_new, v_new = append.k_new, append.v_new
     if k_new is None or v_new is None:
         missing, given = ("k_new", "v_new") if k_new is None else ("v_new", "k_new")
         reject(missing, "None", f"a tensor, since {{{given}}} is given")
     for field, new, keys in (("k_new", k_new, cache.k), ("v_new", v_new, cache.v)):
-        validate_tensor(field, new, "B, S_new, Hkv, D", keys, (dtype,))
-        validate_shape(field, new, (batch, k_new.shape[1], *keys.shape[-2:]), "B, S_new, Hkv, D")
+        dims = _NEW_TOKENS[len(tokens) == 1]
+        validate_tensor(field, new, dims, keys, (dtype,))
+        validate_shape(field, new, (*tokens, *keys.shape[-2:]), dims)
+    if v_new.shape[:-1] != k_new.shape[:-1]:
+        wanted = tuple(k_new.shape[:-1])
+        reject("v_new", "of shape {shape}", "{wanted} before head_dim, as {k_new}", shape=tuple(v_new.shape), wanted=wanted)
 
 
 def _validate_rotary(append: Append, q: Tensor, capacity: int) -> None:
@@ -227,8 +252,8 @@ def _validate_rotary(append: Append, q: Tensor, capacity: int) -> None:
         reject("rotary_cos", "for rotary_dim {d}", "at most head_dim = {most}", d=2 * cos.shape[1], most=q.shape[-1])
 
 
-def _validate_scores(problem: AttentionProblem) -> None:
-    """Scale, window, softcap, ALiBi, sinks, splits."""
+def _validate_scores(problem: AttentionProblem, capabilities: Capabilities) -> None:
+    """Scale, window, softcap, ALiBi, sinks, dropout, splits."""
     scores, slopes, sinks = problem.scores, problem.scores.alibi_slopes, problem.scores.sinks
     for field, number in scores._asdict().items():
         if isinstance(number, float) and not math.isfinite(number):
@@ -241,6 +266,10 @@ def _validate_scores(problem: AttentionProblem) -> None:
         reject("softcap", "{cap}", "at least 0 (0 = none)", cap=scores.softcap)
     if problem.num_splits < 0:
         reject("num_splits", "{splits}", "at least 0 (0 = chosen for you)", splits=problem.num_splits)
+    if not 0 <= scores.dropout_p < 1:
+        reject("dropout_p", "{p}", "at least 0 and below 1", p=scores.dropout_p)
+    if scores.dropout_p and not capabilities.dropout:
+        reject("dropout_p", "{p}", "0: on {device} there is no dropout yet", p=scores.dropout_p, device=q.device.type)
     if slopes is not None:
         per_sequence = isinstance(slopes, Tensor) and slopes.dim() == 2
         dims = "B, Hq" if per_sequence else "Hq"

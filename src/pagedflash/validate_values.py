@@ -18,7 +18,7 @@ from .problem import AttentionProblem, CacheWrite, Tensors
 def check_values(problem: AttentionProblem) -> None:
     """Raise InvalidValue for a problem that :func:`~pagedflash.validate.validate` accepts if its values are wrong."""
     _, cu_seqlens_q, seqused_q, max_seqlen_q = problem.queries
-    cache, batch, new_tokens = problem.cache, problem.batch_size, problem.num_new_tokens
+    cache, batch = problem.cache, problem.batch_size
     if cu_seqlens_q is not None:
         longest = _check_offsets("cu_seqlens_q", cu_seqlens_q, problem.queries.q.shape[0])
         _check_used("seqused_q", seqused_q, cu_seqlens_q, least=0)
@@ -31,44 +31,58 @@ def check_values(problem: AttentionProblem) -> None:
         if packed:
             _check_used("seqused_k", cache.seqused_k, cache.cu_seqlens_k, least=-1)
     if cache.cache_batch_idx is not None:
-        _check_rows(cache.cache_batch_idx.tolist(), cache.k.shape[0], distinct=new_tokens > 0)
+        _check_rows(cache.cache_batch_idx.tolist(), cache.k.shape[0], distinct=problem.num_new_tokens > 0)
 
+    new_tokens = _checked_new_lengths(problem)
     lengths = key_lengths(problem)
     if cache.cu_seqlens_k is None or cache.block_table is not None:
         _check_fit("cu_seqlens_k" if cache.seqused_k is None else "seqused_k", lengths, new_tokens, problem.capacity)
     firsts = [0] * batch if cache.cache_leftpad is None else cache.cache_leftpad.tolist()
-    for first, length in zip(firsts, lengths):
-        if length >= 0 and not 0 <= first <= length + new_tokens:
+    ends = [length + new for length, new in zip(lengths, new_tokens)]
+    for first, length, end in zip(firsts, lengths, ends):
+        if length >= 0 and not 0 <= first <= end:
             came = "{first} for a sequence of {keys} tokens"
-            reject("cache_leftpad", came, "0 to its length", first=first, keys=length + new_tokens)
+            reject("cache_leftpad", came, "0 to its length", first=first, keys=end)
     if cache.block_table is not None:
-        ends = [length + new_tokens for length in lengths]
         reads = _first_reads(problem, firsts, ends)
-        begins = [min(read, length) if new_tokens else read for read, length in zip(reads, lengths)]
+        begins = [min(read, length) if length < end else read for read, length, end in zip(reads, lengths, ends)]
         _check_table(cache.block_table, begins, lengths, ends, cache.k)
 
 
 def check_write_values(write: CacheWrite) -> None:
     """:func:`check_values` for a write of its own."""
-    cache, new_tokens = write.cache, write.num_new_tokens
+    cache, slot_mapping = write.cache, write.append.slot_mapping
+    if slot_mapping is not None:
+        _check_slots(slot_mapping.tolist(), cache.k)
+        return
     assert cache.seqused_k is not None
-    lengths = cache.seqused_k.tolist()
+    lengths, new_tokens = cache.seqused_k.tolist(), _checked_new_lengths(write)
     _check_fit("seqused_k", lengths, new_tokens, write.capacity)
     if cache.block_table is not None:
-        ends = [length + new_tokens for length in lengths]
+        ends = [length + new for length, new in zip(lengths, new_tokens)]
         _check_table(cache.block_table, lengths, lengths, ends, cache.k)
 
 
 def check_new_tokens(tensors: Tensors) -> None:
     """A NaN has no int8 to be stored as. Takes the tensors of a write, valid but for this."""
     fields = dict(zip((name for name, _ in CacheWrite.TENSOR_FIELDS), tensors))
-    lengths = fields["seqused_k"]
+    offsets, where = fields["cu_seqlens_new"], fields["slot_mapping"]
+    if where is None:
+        where = fields["seqused_k"]
+        assert where is not None
+        if offsets is not None:
+            where = where.repeat_interleave(offsets.diff())
     for field, cache in (("k_new", fields["k"]), ("v_new", fields["v"])):
         new = fields[field]
-        if new is None or lengths is None or cache is None or cache.dtype != torch.int8:
-            continue
-        if new[lengths >= 0].isnan().any():
+        assert new is not None and cache is not None
+        if cache.dtype == torch.int8 and new[: len(where)][where >= 0].isnan().any():
             reject(field, "holding NaN", "numbers: an int8 cache has no NaN")
+
+
+def new_lengths(problem: AttentionProblem | CacheWrite) -> list[int]:
+    """New tokens of each sequence, on the host."""
+    offsets = None if problem.append is None else problem.append.cu_seqlens_new
+    return [problem.num_new_tokens] * problem.batch_size if offsets is None else offsets.diff().tolist()
 
 
 def key_lengths(problem: AttentionProblem) -> list[int]:
@@ -113,6 +127,13 @@ def _check_offsets(field: str, offsets: Tensor, total: int | None) -> int:
     return longest
 
 
+def _checked_new_lengths(problem: AttentionProblem | CacheWrite) -> list[int]:
+    append = problem.append
+    if append is not None and append.cu_seqlens_new is not None:
+        _check_offsets("cu_seqlens_new", append.cu_seqlens_new, append.k_new.shape[0])
+    return new_lengths(problem)
+
+
 def _check_used(field: str, used: Tensor | None, offsets: Tensor, least: int) -> None:
     """Used lengths lie within what the offsets give each sequence; -1 (skip) only for keys."""
     if used is None:
@@ -131,14 +152,27 @@ def _check_rows(rows: list[int], count: int, distinct: bool) -> None:
         reject("cache_batch_idx", "{rows}", "a different row for each sequence that appends", rows=rows)
 
 
-def _check_fit(field: str, lengths: list[int], new_tokens: int, capacity: int) -> None:
-    for length in lengths:
+def _check_slots(slots: list[int], pages: Tensor) -> None:
+    """Each names a slot of its own, or is -1."""
+    count = pages.shape[0] * pages.shape[1]
+    written: set[int] = set()
+    for slot in slots:
+        if not -1 <= slot < count:
+            reject("slot_mapping", "{slot} somewhere", "a slot, 0 to {last}, or -1", slot=slot, last=count - 1)
+        if slot in written:
+            reject("slot_mapping", "{slot} for two tokens", "a slot for each", slot=slot)
+        if slot >= 0:
+            written.add(slot)
+
+
+def _check_fit(field: str, lengths: list[int], new_tokens: list[int], capacity: int) -> None:
+    for length, new in zip(lengths, new_tokens):
         if length < -1:
             reject(field, "{length} somewhere", "at least 0, or -1 to skip a sequence", length=length)
-        if length >= 0 and length + new_tokens > capacity:
-            came = "{length} somewhere" + (" and {more} to append" if new_tokens else "")
+        if length >= 0 and length + new > capacity:
+            came = "{length} somewhere" + (" and {more} to append" if new else "")
             expected = "at most {capacity} in all, what the cache or table holds"
-            reject(field, came, expected, length=length, more=new_tokens, capacity=capacity)
+            reject(field, came, expected, length=length, more=new, capacity=capacity)
 
 
 def _check_table(table: Tensor, begins: list[int], lengths: list[int], ends: list[int], pages: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..problem import AttentionProblem, Scores
 from ..validate_values import key_lengths, query_lengths
+from .dropout import kept
 from .reference import without_autocast, working_dtype
 
 BLOCK_SCORES = 2**21
@@ -63,6 +64,8 @@ class _Part(NamedTuple):
     sequences: slice
     queries: tuple[slice | None, slice]
     keys: tuple[slice | None, slice]
+    first_key: int = 0
+    """The slot, in its sequence, of the first of the keys."""
 
 
 _ALL = slice(None)
@@ -86,6 +89,7 @@ def _parts(problem: AttentionProblem) -> Iterator[_Part]:
             alone,
             (None, slice(starts_q[b], starts_q[b] + num_queries)) if starts_q else (alone, _ALL),
             (None, slice(starts_k[b] + first, starts_k[b] + length)) if starts_k else (row, slice(first, length)),
+            first,
         )
 
 
@@ -101,7 +105,7 @@ def _add(gradients: Gradients, problem: AttentionProblem, part: _Part, results: 
     k, v = (tensor[part.keys].transpose(1, 2).to(working).contiguous() for tensor in problem.cache[:2])
     d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
     batch, num_queries, heads, _ = q.shape
-    block = _Block(scores, part.sequences, group, k.shape[2] - num_queries)
+    block = _Block(scores, part.sequences, group, k.shape[2] - num_queries, part.first_key)
     size = _block_size(batch * heads)
 
     for queries in _slices(0, num_queries, size):
@@ -123,8 +127,14 @@ def _add(gradients: Gradients, problem: AttentionProblem, part: _Part, results: 
         for keys in _slices(*block.seen_keys(queries, k.shape[2]), size):
             k_block, v_block = k[:, :, keys], v[:, :, keys]
             probabilities, slope = block.probabilities(q_rows @ k_block.mT, lse_rows, queries, keys)
-            d_v[:, :, keys] += probabilities.mT @ d_out_rows
-            d_scores = (d_out_rows @ v_block.mT).sub_(delta).mul_(probabilities)
+            d_probabilities = d_out_rows @ v_block.mT
+            if scores.dropout_p:
+                factors = block.kept(probabilities, queries, keys)
+                d_v[:, :, keys] += (probabilities * factors).mT @ d_out_rows
+                d_probabilities *= factors
+            else:
+                d_v[:, :, keys] += probabilities.mT @ d_out_rows
+            d_scores = d_probabilities.sub_(delta).mul_(probabilities)
             if slope is not None:
                 d_scores *= slope
             d_q_rows += d_scores @ k_block
@@ -142,6 +152,7 @@ class _Block(NamedTuple):
     group: int
     offset: int
     """Query ``i`` sits at key position ``i + offset``."""
+    first_key: int
 
     def seen_keys(self, queries: slice, num_keys: int) -> tuple[int, int]:
         """First and end of the keys that any of the queries sees."""
@@ -171,6 +182,16 @@ class _Block(NamedTuple):
         if 0 <= self.scores.window_right < -nearest:
             by_head.masked_fill_(-self._distance(queries, keys, scores.device) > self.scores.window_right, 0.0)
         return probabilities, slope
+
+    def kept(self, probabilities: Tensor, queries: slice, keys: slice) -> Tensor:
+        """What dropout makes of each probability: 0, or a factor."""
+        batch, kv_heads = probabilities.shape[:2]
+        device = probabilities.device
+        query, key = (torch.arange(part.start, part.stop, device=device) for part in (queries, keys))
+        heads = torch.arange(kv_heads * self.group, device=device).view(kv_heads, self.group, 1, 1)
+        sequences = torch.arange(batch, device=device) + (self.sequences.start or 0)
+        which = sequences[:, None, None, None, None], heads, query[:, None], key + self.first_key
+        return kept(self.scores, *which, probabilities.dtype).flatten(2, 3)
 
     def _distance(self, queries: slice, keys: slice, device: torch.device) -> Tensor:
         """``(queries, keys)``: how far a key lies left of a query."""

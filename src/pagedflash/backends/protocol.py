@@ -23,8 +23,10 @@ class Capabilities(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     cache_dtypes: tuple[torch.dtype, ...] = ()
     """Formats of a cache besides q's own: float16 and bfloat16, under float32, and those of ``problem.QUANTIZED``."""
-    max_head_dim: int = 256
-    head_dim_multiple: int = 8
+    max_head_dim: int = 576
+    max_v_head_dim: int = 512
+    head_dim_multiple: int = 1
+    dropout: bool = False
     checks_values: bool = False
     """Whether ``attention`` and ``kv_write`` validate lengths and tables themselves before they write."""
 

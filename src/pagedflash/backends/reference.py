@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..geometry import queries_rotate_by_position
+from ..geometry import queries_rotate_by_position, v_is_in_k
 from ..problem import QUANTIZED, AttentionProblem, CacheWrite, is_per_token
-from ..validate_values import key_lengths
+from ..validate_values import key_lengths, new_lengths
+from .dropout import kept
 from .protocol import Capabilities, Support
 
 NAME = "reference"
@@ -26,7 +27,8 @@ CAPABILITIES = Capabilities(
     dtypes=(torch.float32, torch.float16, torch.bfloat16, torch.float64),
     cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED),
     max_head_dim=2**31,
-    head_dim_multiple=1,
+    max_v_head_dim=2**31,
+    dropout=True,
 )
 
 
@@ -48,7 +50,7 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
 def attend(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """:func:`attention` for a problem whose new tokens are in the cache already."""
     q, cache = problem.queries.q, problem.cache
-    lengths = [n + problem.num_new_tokens if n >= 0 else n for n in key_lengths(problem)]
+    lengths = [n + new if n >= 0 else n for n, new in zip(key_lengths(problem), new_lengths(problem))]
     out = q.new_zeros(problem.out_shape) if out is None else out.zero_()
     lse = torch.full(problem.lse_shape, float("inf"), dtype=working_dtype(q), device=q.device)
     for b, length in enumerate(lengths):
@@ -70,13 +72,22 @@ def attend(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor
 
 def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
-    cache, (k_new, v_new, cos, sin, interleaved) = write.cache, write.append
+    cache, (k_new, v_new, cos, sin, offsets, slots, interleaved) = write.cache, write.append
+    if slots is not None:
+        for token, at in enumerate(slots.tolist()):
+            if at >= 0:
+                page, offset = (torch.tensor([index], device=slots.device) for index in divmod(at, write.page_size))
+                slot = page, offset
+                _store(cache.k, cache.k_descale, slot, token, k_new[token : token + 1])
+                _store(cache.v, cache.v_descale, slot, token, v_new[token : token + 1])
+        return
     assert cache.seqused_k is not None
-    for b, start in enumerate(cache.seqused_k.tolist()):
-        if start < 0 or write.num_new_tokens == 0:
+    starts = None if offsets is None else offsets.tolist()
+    for b, (start, new_tokens) in enumerate(zip(cache.seqused_k.tolist(), new_lengths(write))):
+        if start < 0 or new_tokens == 0:
             continue
-        positions = torch.arange(start, start + write.num_new_tokens, device=k_new.device)
-        k = k_new[b]
+        positions = torch.arange(start, start + new_tokens, device=k_new.device)
+        k, v = (new[b] if starts is None else new[starts[b] : starts[b] + new_tokens] for new in (k_new, v_new))
         if cos is not None and sin is not None:
             k = rotate(k, cos[positions], sin[positions], interleaved)
         if cache.block_table is not None:
@@ -85,7 +96,8 @@ def kv_write(write: CacheWrite) -> None:
             row = b if cache.cache_batch_idx is None else int(cache.cache_batch_idx[b])
             slot = (torch.full_like(positions, row), positions)
         _store(cache.k, cache.k_descale, slot, b, k)
-        _store(cache.v, cache.v_descale, slot, b, v_new[b])
+        if not v_is_in_k(cache.k, cache.v):
+            _store(cache.v, cache.v_descale, slot, b, v)
 
 
 def _store(keys: Tensor, descale: Tensor | None, slot: tuple[Tensor, Tensor], b: int, new: Tensor) -> None:
@@ -100,7 +112,8 @@ def _store(keys: Tensor, descale: Tensor | None, slot: tuple[Tensor, Tensor], b:
 def _scales_of(new: Tensor, largest: float) -> Tensor:
     """``(S_new, Hkv)`` float32: the largest magnitude of each token and head, NaN aside, becomes the largest value of the
     format. 0 where that is too small for a scale with a reciprocal."""
-    scales = new.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1) / largest
+    magnitudes = new.float().abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(-1)
+    scales = magnitudes / torch.full_like(magnitudes, largest)  # CUDA multiplies by the reciprocal of a number
     return scales.masked_fill(scales < SMALLEST_SCALE, 0.0)
 
 
@@ -244,7 +257,18 @@ def _attend(problem: AttentionProblem, q: Tensor, k: Tensor, v: Tensor, b: int) 
     lse = logits.logsumexp(-1).masked_fill(~sees_a_key, float("inf"))
     # exp(-inf) = 0 for masked keys and for rows without any
     probabilities = torch.exp(logits[..., :num_keys] - lse.unsqueeze(-1))
+    if problem.scores.dropout_p:
+        probabilities = probabilities * _kept(problem, probabilities, b)
     return torch.einsum("hqk,khd->qhd", probabilities, v), lse
+
+
+def _kept(problem: AttentionProblem, probabilities: Tensor, b: int) -> Tensor:
+    """Factors ``(Hq, Sq, n)`` of the probabilities of sequence b."""
+    leftpad = problem.cache.cache_leftpad
+    first = 0 if leftpad is None else int(leftpad[b])
+    heads, queries, keys = (torch.arange(size, device=probabilities.device) for size in probabilities.shape)
+    sequence = torch.tensor(b, device=probabilities.device)
+    return kept(problem.scores, sequence, heads[:, None, None], queries[:, None], keys + first, probabilities.dtype)
 
 
 def _scores(problem: AttentionProblem, products: Tensor, b: int) -> tuple[Tensor, Tensor]:

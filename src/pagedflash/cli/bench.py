@@ -1,24 +1,28 @@
-"""``pagedflash bench``: decode against context length and prefill against prompt length, beside gathering and SDPA.
+"""``pagedflash bench``: decode against context length and prefill against prompt length, beside what else is installed.
 
 A decode step reads each cached key and value once, so its speed is the bytes of the cache over the time of a call, and its
 limit is what the machine streams from memory. Prefill is bound by arithmetic: its speed is in floating-point operations.
-More implementations to compare with, and every figure of the documentation, are in ``benchmarks/`` of the repository.
+Every figure of the documentation is printed by a suite of ``benchmarks/`` of the repository.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..interface import flash_attn_func, flash_attn_with_kvcache
 from ..testing import PagedProblem, paged_problem
-from .measure import Contender, Measured, WallClock, best_device, describe_device, interleave
+from . import baselines
+from .baselines import flex, sdpa
+from .baselines.packed import PackedProblem
+from .measure import Contender, Load, Measured, WallClock, best_device, describe_device, describe_load, interleave
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,38 +71,6 @@ def pagedflash_decode(problem: PagedProblem) -> Contender:
     )
 
 
-def gather_sdpa(problem: PagedProblem, fold: bool) -> Contender:
-    """What to do without a paged kernel: index the pages into one tensor, then SDPA, sequence by sequence.
-
-    Query heads of a group share keys either through ``enable_gqa``, or folded into query rows (one query token only).
-    """
-    q, k_cache, v_cache, lengths, table = problem
-    num_queries, group = q.shape[1], q.shape[2] // k_cache.shape[2]
-    assert not fold or num_queries == 1
-    counts, page_size = lengths.tolist(), k_cache.shape[1]
-    rows = [row[: -(-count // page_size)].long() for row, count in zip(table, counts)]
-    masks: list[Tensor | None] = [None] * len(counts)
-    if num_queries > 1:
-        masks = [q.new_ones(num_queries, n, dtype=torch.bool).tril(n - num_queries) for n in counts]
-
-    def run() -> list[Tensor]:
-        outs = []
-        for b, (row, count, mask) in enumerate(zip(rows, counts, masks)):
-            k, v = (pages[row].flatten(0, 1)[:count].transpose(0, 1).unsqueeze(0) for pages in (k_cache, v_cache))
-            if fold:
-                outs.append(scaled_dot_product_attention(q[b].view(1, -1, group, q.shape[3]), k, v))
-            else:
-                queries = q[b].transpose(0, 1).unsqueeze(0)
-                outs.append(scaled_dot_product_attention(queries, k, v, attn_mask=mask, enable_gqa=group > 1))
-        return outs
-
-    def output(outs: list[Tensor]) -> Tensor:
-        # (1, Hkv, group, D) or (1, Hq, Sq, D) of each sequence
-        return torch.cat([out.reshape(q.shape[1:]) if fold else out[0].transpose(0, 1) for out in outs]).view(q.shape)
-
-    return Contender(run, output)
-
-
 def streaming(device: str = "cpu", size: int = STREAM_BYTES) -> Contender:
     """Read ``size`` bytes, far more than any cache holds, with all of torch's threads."""
     data = torch.ones(size // 4, dtype=torch.float32, device=device)
@@ -107,9 +79,9 @@ def streaming(device: str = "cpu", size: int = STREAM_BYTES) -> Contender:
 
 def decode_contenders(problem: PagedProblem) -> dict[str, Contender]:
     """pagedflash, and what torch alone offers."""
-    contenders = {OURS: pagedflash_decode(problem), "gather + SDPA, enable_gqa": gather_sdpa(problem, fold=False)}
+    contenders = {OURS: pagedflash_decode(problem), "gather + SDPA, enable_gqa": sdpa.gather_decode(problem, fold=False)}
     if problem.q.shape[2] != problem.k_cache.shape[2] and problem.q.shape[1] == 1:
-        contenders["gather + SDPA, folded"] = gather_sdpa(problem, fold=True)
+        contenders["gather + SDPA, folded"] = sdpa.gather_decode(problem, fold=True)
     return contenders
 
 
@@ -120,24 +92,36 @@ def dense_prompt(tokens: int, shape: Shape, device: str = "cpu") -> tuple[Tensor
     return q, k, v
 
 
-def causal_sdpa(q: Tensor, k: Tensor, v: Tensor, repeat: bool, mask: Tensor | None = None) -> Contender:
-    """SDPA on ``(1, S, H, D)``; the heads of a group through enable_gqa, or with K and V repeated (once, not timed)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if repeat:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return Contender(
-        lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=not repeat),
-        lambda out: out.transpose(1, 2),
-    )
-
-
 def prefill_contenders(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Contender]:
     """A causal prompt: pagedflash, and what torch alone offers."""
     return {
         OURS: Contender(lambda: flash_attn_func(q, k, v, causal=True)),
-        "SDPA, enable_gqa": causal_sdpa(q, k, v, repeat=False),
-        "SDPA, repeated": causal_sdpa(q, k, v, repeat=True),
+        "SDPA, enable_gqa": sdpa.prompt(q, k, v, repeat=False),
+        "SDPA, repeated": sdpa.prompt(q, k, v, repeat=True),
     }
+
+
+def decode_peers(problem: PagedProblem) -> baselines.Peers:
+    """Packages that decode over pages on the problem's device."""
+    device = problem.q.device.type
+    if device == "cpu":
+        return baselines.cpu_decode(problem)
+    return baselines.cuda_decode(problem) if device == "cuda" else {}
+
+
+def prefill_peers(q: Tensor, k: Tensor, v: Tensor) -> baselines.Peers:
+    """Packages, and what torch has to compile, for a causal prompt."""
+    device, length = q.device.type, q.shape[1]
+    peers: baselines.Peers = baselines.cpu_prefill(q, k, v) if device == "cpu" else {}
+    if device == "cuda":
+        packed = PackedProblem(q[0], k[0], v[0], [length], [length])
+        peers = {name: partial(_as_batch, make) for name, make in baselines.cuda_prefill(packed).items()}
+    return peers | {"flex_attention": partial(flex.prefill, q, k, v)}
+
+
+def _as_batch(make: Callable[[], Contender]) -> Contender:
+    run, output = make()
+    return Contender(run, (lambda out: output(out).unsqueeze(0)) if output else None)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -181,17 +165,21 @@ def main(
         "shape": {**shape._asdict(), "dtype": dtype_name(shape.dtype)},
         "decode": [],
         "prefill": [],
+        "left out": {},
     }
+    left_out: dict[str, str] = report["left out"]
+    load = Load()
     # Calls on a GPU are put in a queue: several together, the host's part of a call is hidden behind the one before.
     clock = WallClock(device, calls=1 if device == "cpu" else 20)
     with torch.inference_mode(), Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(contexts) + len(prompts))
-        for row in _decode_rows(shape, contexts, cache_bytes, rounds, clock):
+        for row in _decode_rows(shape, contexts, cache_bytes, rounds, clock, left_out):
             report["decode"].append(row)
             progress.update(task, advance=1, description=f"decode, {row['context']} tokens")
-        for row in _prefill_rows(shape, prompts, rounds, clock):
+        for row in _prefill_rows(shape, prompts, rounds, clock, left_out):
             report["prefill"].append(row)
             progress.update(task, advance=1, description=f"prefill, {row['tokens']} tokens")
+    report["load"] = load.report()
     report["verdict"] = verdict(report)
     _print_report(Console(), shape, report)
     if json_file is not None:
@@ -202,7 +190,7 @@ def main(
 
 
 def _decode_rows(
-    shape: Shape, contexts: Sequence[int], cache_bytes: int, rounds: int, clock: WallClock
+    shape: Shape, contexts: Sequence[int], cache_bytes: int, rounds: int, clock: WallClock, left_out: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
     """GB/s of keys and values read, and of streaming."""
     stream_bytes = min(STREAM_BYTES, 8 * cache_bytes)
@@ -210,18 +198,27 @@ def _decode_rows(
     for context in contexts:
         batch = max(1, cache_bytes // (context * shape.token_bytes))
         problem = paged_problem([context] * batch, **shape._asdict(), device=clock.device)
-        measured = interleave({**decode_contenders(problem), STREAMING: stream}, rounds, clock)
+        contenders = _with_peers(decode_contenders(problem), decode_peers(problem), left_out)
+        measured = interleave({**contenders, STREAMING: stream}, rounds, clock)
         speeds = _speeds(measured, problem.cache_bytes / 1e9)
         speeds[STREAMING] = stream_bytes / 1e9 / measured.median(STREAMING)
         yield {"context": context, "batch": batch, "gb_per_second": speeds, "seconds": measured.seconds}
 
 
-def _prefill_rows(shape: Shape, prompts: Sequence[int], rounds: int, clock: WallClock) -> Iterator[dict[str, Any]]:
+def _prefill_rows(
+    shape: Shape, prompts: Sequence[int], rounds: int, clock: WallClock, left_out: dict[str, str]
+) -> Iterator[dict[str, Any]]:
     """TFLOP/s of a causal prompt."""
     for tokens in prompts:
-        measured = interleave(prefill_contenders(*dense_prompt(tokens, shape, clock.device)), rounds, clock)
+        prompt = dense_prompt(tokens, shape, clock.device)
+        measured = interleave(_with_peers(prefill_contenders(*prompt), prefill_peers(*prompt), left_out), rounds, clock)
         operations = 4 * shape.heads[0] * shape.head_dim * tokens * (tokens + 1) / 2
         yield {"tokens": tokens, "tflop_per_second": _speeds(measured, operations / 1e12), "seconds": measured.seconds}
+
+
+def _with_peers(ours: dict[str, Contender], peers: baselines.Peers, left_out: dict[str, str]) -> dict[str, Contender]:
+    """Who was left out once is not tried again."""
+    return ours | baselines.that_run({name: peers[name] for name in peers if name not in left_out}, left_out.__setitem__)
 
 
 def _speeds(measured: Measured, work: float) -> dict[str, float]:
@@ -235,10 +232,15 @@ def verdict(report: Mapping[str, Any]) -> str:
     prefill = [row["tflop_per_second"] for row in report["prefill"]]
     share = max(speeds[OURS] / speeds[STREAMING] for speeds in decode)
     return (
-        f"pagedflash decodes {_range([speeds[OURS] / speeds['gather + SDPA'] for speeds in decode])} x as fast as"
-        f" gather + SDPA, at up to {share:.0%} of streaming bandwidth, and prefills"
-        f" {_range([speeds[OURS] / speeds['SDPA'] for speeds in prefill])} x as fast as SDPA."
+        f"pagedflash decodes at up to {share:.0%} of streaming bandwidth, {_beside(decode)}; it prefills {_beside(prefill)}."
     )
+
+
+def _beside(rows: list[dict[str, float]]) -> str:
+    """How many times as fast as each other contender, over the rows that have it."""
+    others = dict.fromkeys(name for row in rows for name in row if name not in (OURS, STREAMING))
+    found = [f"{_range([row[OURS] / row[name] for row in rows if name in row])} x as fast as {name}" for name in others]
+    return ", ".join(found)
 
 
 def _range(values: list[float]) -> str:
@@ -262,6 +264,21 @@ _PARTS = (
 )
 
 
+def _columns(rows: Sequence[Mapping[str, Any]], part: _Part) -> list[str]:
+    """All contenders of any row: not everyone takes every size."""
+    return list(dict.fromkeys(name for row in rows for name in row[part.speed]))
+
+
+def _reasons(left_out: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason -> contenders that were left out for it, without their variants."""
+    found: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names, contender = found.setdefault(reason, []), name.partition(",")[0]
+        if contender not in names:
+            names.append(contender)
+    return found
+
+
 def _print_report(console: Console, shape: Shape, report: Mapping[str, Any]) -> None:
     from rich.table import Table
 
@@ -269,11 +286,17 @@ def _print_report(console: Console, shape: Shape, report: Mapping[str, Any]) -> 
     for part in _PARTS:
         rows = report[part.rows]
         table = Table(title=part.title, title_justify="left")
-        for column in (part.size, *rows[0][part.speed]):
+        columns = _columns(rows, part)
+        for column in (part.size, *columns):
             table.add_column(column, justify="right")
         for row in rows:
-            table.add_row(str(row[part.size]), *(f"{speed:.3g}" for speed in row[part.speed].values()))
+            speeds = row[part.speed]
+            table.add_row(str(row[part.size]), *(f"{speeds[name]:.3g}" if name in speeds else "" for name in columns))
         console.print(table)
+    for reason, names in _reasons(report["left out"]).items():
+        console.print(f"without {', '.join(names)}: {reason}", style="dim", soft_wrap=True, highlight=False, markup=False)
+    if busy := describe_load(report["load"]):
+        console.print(busy, style="yellow", soft_wrap=True, highlight=False)
     console.print(report["verdict"], soft_wrap=True, highlight=False)
 
 
@@ -284,7 +307,7 @@ def _plot(shape: Shape, report: Mapping[str, Any], file: Path) -> None:
     figure.suptitle(f"{report['device']}, {shape}", fontsize=10)
     for part, axes in zip(_PARTS, figure.subplots(1, len(_PARTS))):
         rows = report[part.rows]
-        lines = {name: [row[part.speed][name] for row in rows] for name in rows[0][part.speed]}
+        lines = {name: [row[part.speed].get(name, math.nan) for row in rows] for name in _columns(rows, part)}
         draw_lines(axes, [row[part.size] for row in rows], lines, part.xlabel, part.title)
     figure.savefig(file, dpi=150)
 

@@ -6,11 +6,12 @@ import importlib.metadata
 import platform
 import sys
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.torch_version import TorchVersion
 
+from ..backends.cpu.launch import ISA_VARIABLE, library
 from ..backends.metal.tuning import SWEEP, gpu_name, tuning_in_force
 from ..dispatch import DEVICE_BACKENDS, availability
 from .measure import apple_chip
@@ -68,8 +69,36 @@ def backends() -> list[BackendState]:
             remark = _why_no_mps() if "mps" in served else ""
             states.append(BackendState(name, ", ".join(served), False, remark or "no such device here"))
         else:
-            states.append(BackendState(name, ", ".join(served), available, reason))
+            remark = _instruction_sets() if name == "cpu" and available else reason
+            states.append(BackendState(name, ", ".join(served), available, remark))
     return sorted(states, key=lambda state: state.name == "reference")
+
+
+def healthy() -> bool:
+    """Whether every device here that a backend is written for has it."""
+    here = {device.partition(":")[0] for device in devices()}
+    available = {state.name for state in backends() if state.available}
+    return all(DEVICE_BACKENDS[device] in available for device in here if device in DEVICE_BACKENDS)
+
+
+def report() -> dict[str, Any]:
+    """Everything, for ``--json`` and bug reports."""
+    return {
+        "healthy": healthy(),
+        "versions": versions(),
+        "devices": devices(),
+        "backends": [state._asdict() for state in backends()],
+        "metal_tuning": metal_tuning(),
+        "decode_fast_path": decode_fast_path()._asdict(),
+    }
+
+
+def _instruction_sets() -> str:
+    """What the CPU kernels run with, and what else they could."""
+    native = library()
+    names = {number: name for name, number in native.isas.items()}
+    others = [name for name, number in native.isas.items() if number != native.isa]
+    return f"runs {names[native.isa]}; {ISA_VARIABLE} takes {', '.join(others)} too"
 
 
 def _why_no_mps() -> str:

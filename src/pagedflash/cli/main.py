@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from .. import transformers as integration
 from ..dispatch import DEVICE_BACKENDS, availability
 from ..integrations import hub as kernel
-from ..integrations.transformers.engine import KV_CACHE_DTYPES
+from ..integrations.transformers.formats import KV_CACHE_DTYPES
 from . import doctor as facts
 from . import generate as generation
 from . import parallel
@@ -88,7 +89,10 @@ def generate(
         console.print(f"[bold]{escape(files.name)}[/] on {where}{ranks} in {str(number).removeprefix('torch.')}")
 
         generation.quiet_transformers()
-        integration.enable(kv_cache_dtype=kv_cache_dtype)
+        try:
+            integration.enable(kv_cache_dtype=kv_cache_dtype)
+        except RuntimeError as error:  # this transformers has no place for it
+            raise generation.GenerateError(str(error).removeprefix("pagedflash: ")) from error
         loaded = _load(files, where, number, parallel.loading_options(tp))
         titled = {prompt: prompt for prompt in prompts} or generation.default_prompts(loaded)
         ids = generation.encode(loaded.tokenizer, titled.values())
@@ -155,8 +159,16 @@ def serve(
 
 
 @main.command()
-def doctor() -> None:
-    """Say what this machine has, and what to do about what it lacks."""
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, for a bug report.")
+def doctor(as_json: bool) -> None:
+    """Say what this machine has, and what to do about what it lacks.
+
+    The exit status is 1 if one of its devices lacks the kernels that are written for it, else 0.
+    """
+    if as_json:
+        report = facts.report()
+        click.echo(json.dumps(report, indent=2))
+        sys.exit(0 if report["healthy"] else 1)
     console = Console(highlight=False)
     console.print(_table("Versions", ["", ""], [[name, version] for name, version in facts.versions().items()]))
     console.print(_table("Devices", ["", ""], [[name, what] for name, what in facts.devices().items()]))
@@ -173,6 +185,9 @@ def doctor() -> None:
     console.print(
         _table("Decoding through block tables in transformers", ["open", ""], [[_yes_or_no(path.open), path.remark]])
     )
+    if not facts.healthy():
+        console.print("[yellow]A device of this machine lacks its kernels: the slow reference runs there.[/]")
+        sys.exit(1)
 
 
 @main.command()
@@ -182,7 +197,7 @@ def doctor() -> None:
 @click.option("--plot", "plot_file", type=OUTPUT_FILE, help="Draw them there; the suffix names the format (.png, .svg).")
 @click.option("--sweep", is_flag=True, help="On an Apple GPU: find the tiling that suits it best, and keep that.")
 def bench(device: str | None, dtype: str | None, json_file: Path | None, plot_file: Path | None, sweep: bool) -> None:
-    """Measure decode and prefill, beside gathering and SDPA, and the machine's limit."""
+    """Measure decode and prefill, beside what is installed and the machine's limit."""
     from . import bench as benchmark
     from . import sweep as tuning
 

@@ -5,6 +5,7 @@ What a busy machine does meanwhile then hits all of them alike, and a ratio is t
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -141,6 +142,50 @@ def _difference(output: Tensor, reference: Tensor) -> float:
     if output.shape != reference.shape:
         raise ValueError(f"an output is of shape {tuple(output.shape)}, another of {tuple(reference.shape)}")
     return float((output.float() - reference.float()).norm() / reference.float().norm())
+
+
+class Load:
+    """How busy others keep the machine, from when this is made on. What the system does not say is taken as 0."""
+
+    MUCH = 0.1
+
+    def __init__(self) -> None:
+        self.before = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
+        self._start = self._now()
+
+    def report(self) -> dict[str, float]:
+        """Shares of the machine's processors: waited for before (load average), taken meanwhile by other programs, and by
+        other virtual machines (steal)."""
+        total, busy, steal, ours = (now - then for now, then in zip(self._now(), self._start))
+        others = max(0.0, busy - ours)
+        shares = {
+            "before": self.before,
+            "others": others / total if total else 0.0,
+            "steal": steal / total if total else 0.0,
+        }
+        return {name: round(share, 3) for name, share in shares.items()}
+
+    @staticmethod
+    def _now() -> tuple[float, float, float, float]:
+        """Seconds of all processors: all, busy, stolen; and busy for this process."""
+        times = os.times()
+        ours = times.user + times.system + times.children_user + times.children_system
+        try:
+            ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return 0.0, 0.0, 0.0, ours
+        user, nice, system, idle, iowait, irq, softirq, steal = (tick / os.sysconf("SC_CLK_TCK") for tick in ticks)
+        busy = user + nice + system + irq + softirq
+        return busy + idle + iowait + steal, busy, steal, ours
+
+
+def describe_load(load: Mapping[str, float]) -> str:
+    """What :meth:`Load.report` found, in one sentence if it disturbs a measurement, else empty."""
+    words = [f"other programs took {load['others']:.0%} of its processors"] if load["others"] > Load.MUCH else []
+    words += [f"other virtual machines {load['steal']:.0%}"] if load["steal"] > Load.MUCH / 5 else []
+    if not words and load["before"] > 2 * Load.MUCH:
+        words = [f"its load average was {load['before']:.0%} of its processors when this began"]
+    return f"The machine was busy: {' and '.join(words)}. Measure again when it is quiet." if words else ""
 
 
 def best_device() -> str:

@@ -42,10 +42,10 @@ from .compare import (
 )
 from .problems import GARBAGE, HEAD_DIMS, LAYOUTS, random_problem
 
-APPENDING = ("cache", "paged")
-"""The layouts whose problems may append."""
+APPENDING = ("cache", "paged", "paged varlen")
+"""The layouts whose problems may append; new tokens of the last are packed."""
 
-LARGEST_HEAD_DIM = 512
+LARGEST_HEAD_DIM = 576
 """No larger ones are drawn, whatever a backend says it takes."""
 
 
@@ -96,9 +96,10 @@ class BackendConformance:
 
     def test_head_dims_at_its_limits(self) -> None:
         """The least and the largest that its capabilities name, if it supports them."""
-        _, _, largest, multiple, _ = self.backend.CAPABILITIES
-        for head_dim in {multiple, 5 * multiple, min(largest, LARGEST_HEAD_DIM)}:
-            for layout in set(LAYOUTS) - set(APPENDING):
+        capabilities = self.backend.CAPABILITIES
+        multiple = capabilities.head_dim_multiple
+        for head_dim in {multiple, 5 * multiple, min(capabilities.max_head_dim, LARGEST_HEAD_DIM)}:
+            for layout in ("dense", "varlen", "paged varlen"):
                 for problem in self.draw("limits", layout=layout, head_dims=(head_dim,)):
                     assert_matches_reference(problem, self.backend.attention)
 
@@ -123,30 +124,11 @@ class BackendConformance:
             self.backend.kv_write(write)
             assert torch.equal(pages.k.flatten(0, 1), want[0]) and torch.equal(pages.v.flatten(0, 1), want[1])
 
-    def test_packed_appends(self) -> None:
-        """New tokens of sequences of different lengths: ``flash_attn_varlen_func(k_new=..., v_new=...)``."""
-        lengths, before = [3, 0, 1, 5], [4, 2, -1, 0]  # -1: a sequence to skip
-        for tokens, pages in self.draw_tokens("append", sum(lengths)):
-            page_size = pages.k.shape[1]
-            table = torch.randperm(pages.k.shape[0], device=self.device).to(torch.int32)[:12].view(4, 3)
-            want = [pages.k.clone(), pages.v.clone()]
-            for b, (length, first) in enumerate(zip(lengths, before)):
-                for i in range(length if first >= 0 else 0):
-                    page, slot = table[b, (first + i) // page_size], (first + i) % page_size
-                    for cache, new in zip(want, tokens[:2]):
-                        cache[page, slot] = new[sum(lengths[:b]) + i]
-            offsets = torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
-            cached = torch.tensor(before, dtype=torch.int32, device=self.device)
-            write, keys = arguments.packed_append(*tokens[:2], pages.k, pages.v, offsets, None, cached, table, None, None)
-            self.backend.kv_write(write)
-            assert torch.equal(pages.k, want[0]) and torch.equal(pages.v, want[1])
-            assert keys.tolist() == [b + n if b >= 0 else b for b, n in zip(before, lengths)]
-
     def test_queries_keys_and_values_in_one_tensor(self) -> None:
         """Views of it, as ``flash_attn_qkvpacked_func`` makes them."""
         for tokens, _ in self.draw_tokens("qkvpacked", 30):
             qkv = torch.stack((tokens.k_new,) * 3, 1).view(2, 15, 3, *tokens.k_new.shape[1:])
-            problem, _ = arguments.dense(*qkv.unbind(2), 0.0, 0, None, True, (-1, -1), 0.0, None, None, None)
+            problem, _ = arguments.dense(*qkv.unbind(2), 0, None, True, (-1, -1), 0.0, None, None, None, 0.0)
             if self.supports(problem):
                 assert_matches_reference(problem, self.backend.attention)
 
@@ -186,7 +168,7 @@ class BackendConformance:
 
     def test_slots_that_no_sequence_owns_are_not_read(self) -> None:
         """They hold NaN, then numbers: the results have the same bits."""
-        for layout in (*APPENDING, "paged varlen"):
+        for layout in APPENDING:
             for problem in self.draw("poison", layout=layout):
                 other = copy_of(problem)
                 for cache in other.cache[:4]:
@@ -206,15 +188,17 @@ class BackendConformance:
         """Lengths of 0, before an append if there is one, and -1: a sequence to skip."""
         for layout in APPENDING:
             for problem in self.draw("no keys", layout=layout):
+                if problem.cache.seqused_k is None:
+                    continue
                 for length in (0, -1):
-                    lengths = torch.full_like(cast(Tensor, problem.cache.seqused_k), length)
+                    lengths = torch.full_like(problem.cache.seqused_k, length)
                     changed = copy_of(problem).replace(seqused_k=lengths, cache_leftpad=None)
                     if _has_right_values(changed):
                         assert_matches_reference(changed, self.backend.attention)
 
     def test_values_are_read_at_each_call(self) -> None:
         """Two problems of one signature, the sequences in another order: nothing of the first is used for the second."""
-        for layout in (*APPENDING, "paged varlen"):
+        for layout in APPENDING:
             for problem in self.draw("values", layout=layout):
                 cache = problem.cache
                 if cache.cu_seqlens_k is not None or (cache.block_table is None and cache.cache_batch_idx is None):
@@ -249,7 +233,6 @@ class BackendConformance:
         """Random problems within the backend's capabilities: of those that are drawn, the ones it supports, and that append
         if so asked."""
         capabilities = self.backend.CAPABILITIES
-        options.setdefault("head_dims", tuple(d for d in HEAD_DIMS if self.takes_head_dim(d)))
         for i in range(count or self.problems):
             rng = random.Random(f"{self.seed} {purpose} {options} {i}")
             dtype = options.get("dtype") or rng.choice(self.dtypes)
@@ -267,8 +250,8 @@ class BackendConformance:
             yield Append(*new), KVCache(*pages)
 
     def takes_head_dim(self, head_dim: int) -> bool:
-        _, _, largest, multiple, _ = self.backend.CAPABILITIES
-        return head_dim <= largest and head_dim % multiple == 0
+        capabilities = self.backend.CAPABILITIES
+        return head_dim <= capabilities.max_head_dim and head_dim % capabilities.head_dim_multiple == 0
 
     def supports(self, problem: AttentionProblem) -> bool:
         return self.backend.supports(signature_of(problem)).ok

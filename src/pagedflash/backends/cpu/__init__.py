@@ -9,12 +9,18 @@ import torch
 
 from ...problem import QUANTIZED, AttentionProblem
 from ..protocol import Capabilities, Support
-from .launch import Unavailable, attention, kv_write, library
+from .launch import Unavailable, attention, backward, kv_write, library
 
-__all__ = ["CAPABILITIES", "NAME", "attention", "available", "kv_write", "supports"]
+__all__ = ["CAPABILITIES", "NAME", "attention", "available", "backward", "kv_write", "supports"]
 
 NAME = "cpu"
-CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED), checks_values=True)
+CAPABILITIES = Capabilities(
+    cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED),
+    max_head_dim=1024,
+    max_v_head_dim=1024,
+    dropout=True,
+    checks_values=True,
+)
 
 
 def available() -> Support:

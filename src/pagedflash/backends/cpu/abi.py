@@ -81,10 +81,13 @@ _ADDRESSES = {
     "WriteAddresses": _WRITE_TENSORS,
     "ScoreAddresses": _TENSORS[_FIRST_OF_WRITE + len(_WRITE_TENSORS) :],
     "OutputAddresses": ["out", "lse"],
+    "GradientAddresses": ["d_out", "d_lse", "d_q", "d_k", "d_v", "delta"],
 }
-"""Struct -> its tensors: those of a problem, in their order, then the outputs."""
+"""Struct -> its tensors: those of a problem, in their order, then the outputs, then the gradients."""
 
-_POINTERS = {count: Struct(f"{count}P") for count in (len(_WRITE_TENSORS), len(_TENSORS) + 2)}
+_POINTERS = {
+    count: Struct(f"{count}P") for count in (len(_WRITE_TENSORS), len(_TENSORS) + 2, sum(map(len, _ADDRESSES.values())))
+}
 
 
 def pack_shape(record: WriteShape | AttentionShape) -> bytes:
@@ -93,7 +96,8 @@ def pack_shape(record: WriteShape | AttentionShape) -> bytes:
 
 
 def pack_addresses(*tensors: Tensor | None) -> bytes:
-    """``WriteAddresses`` of the tensors of a write, or ``AttentionAddresses`` of those of a problem, out and LSE."""
+    """``WriteAddresses`` of the tensors of a write, ``AttentionAddresses`` of those of a problem, out and LSE, or
+    ``BackwardAddresses`` of these and those of ``GradientAddresses``."""
     return _POINTERS[len(tensors)].pack(*[0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
@@ -116,6 +120,7 @@ def _structs() -> dict[str, list[str]]:
     structs["AttentionAddresses"] = [
         f"{field}:{struct}" for field, struct in zip(("queries", "write", "scores", "outputs"), _ADDRESSES)
     ]
+    structs["BackwardAddresses"] = ["attention:AttentionAddresses", "gradients:GradientAddresses"]
     for record in (Strides, ScaleStrides, QueryShape, WriteShape, ScoreParams, AttentionShape):
         structs[record.__name__] = [
             f"{field}:{_NUMBERS[kind][0] if kind in _NUMBERS else kind.__name__}"

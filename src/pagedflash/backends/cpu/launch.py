@@ -17,6 +17,7 @@ from ...geometry import scale_strides, strides
 from ...problem import Append, AttentionProblem, CacheWrite, KVCache, fold_scores, is_per_token
 from ...scoped import Scoped
 from ...validate_values import check_values, check_write_values
+from ..backward import Gradients, empty_gradients
 from .abi import AttentionShape, QueryShape, ScaleStrides, Strides, WriteShape, mismatch, pack_addresses, pack_shape
 
 ISA_VARIABLE = "PAGEDFLASH_CPU_ISA"
@@ -73,7 +74,8 @@ class Library:
         native.pagedflash_use_pool.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self.run_attention = native.pagedflash_attention
         self.run_write = native.pagedflash_kv_write
-        for run in (self.run_attention, self.run_write):
+        self.run_backward = native.pagedflash_backward
+        for run in (self.run_attention, self.run_write, self.run_backward):
             run.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64]
             run.restype = ctypes.c_int64
         native.pagedflash_use_pool(parallel_for, num_threads)
@@ -149,6 +151,25 @@ def kv_write(write: CacheWrite) -> None:
         _fail(status)
 
 
+def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> Gradients:
+    """The gradients of a problem without an append, a block table and scales. See ``backends/backward.py``."""
+    native = library()
+    plan = problem.plan("cpu", make_plan)
+    results = tuple(tensor.contiguous() for tensor in (out, lse, d_out, d_lse))
+    gradients, delta = empty_gradients(problem), torch.empty_like(results[1])
+    addresses = pack_addresses(*problem.tensors, *results, *gradients[:3], delta)
+    status = native.run_backward(plan.shape, addresses, _isa(native))
+    if status != _OK:
+        if status == _INVALID_VALUES:
+            check_values(problem)
+        _fail(status)
+    if problem.scores.sinks is not None:
+        sinks = problem.scores.sinks.view(-1, 1)
+        per_row = torch.exp(sinks - results[1]) * delta  # (B, Hq, Sq), or packed (Hq, total_q)
+        gradients.sinks.copy_(per_row.sum(-1).reshape(-1, sinks.shape[0]).sum(0).neg_())
+    return gradients
+
+
 def _fail(status: int) -> NoReturn:
     if status == _OUT_OF_MEMORY:
         raise MemoryError("pagedflash: out of memory for the scratch space of a call; nothing was written")
@@ -185,7 +206,7 @@ def _write_shape(cache: KVCache, append: Append | None, batch_size: int, dtype: 
     num_new_tokens, rotary_rows, rotary_pairs, rotary_interleaved = 0, 0, 0, False
     if append is not None:
         k_new_stride, v_new_stride = Strides(*strides(append.k_new)), Strides(*strides(append.v_new))
-        num_new_tokens, rotary_interleaved = append.k_new.shape[1], append.rotary_interleaved
+        num_new_tokens, rotary_interleaved = append.k_new.shape[-3], append.rotary_interleaved
         if append.rotary_cos is not None:
             rotary_rows, rotary_pairs = append.rotary_cos.shape
     return WriteShape(

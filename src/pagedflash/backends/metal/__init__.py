@@ -15,4 +15,4 @@ from .tuning import Tuning
 __all__ = ["CAPABILITIES", "NAME", "Tuning", "attention", "available", "kv_write", "supports", "use_compiler"]
 
 NAME = "metal"
-CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, torch.int8), head_dim_multiple=1)
+CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, torch.int8), max_head_dim=256, max_v_head_dim=256)

@@ -15,8 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...errors import reject
 from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides
-from ...problem import QUANTIZED, Append, AttentionProblem, CacheWrite, KVCache, fold_scores, is_per_token
+from ...problem import (
+    K_NEW,
+    QUANTIZED,
+    WRITE,
+    Append,
+    AttentionProblem,
+    CacheWrite,
+    KVCache,
+    Tensors,
+    fold_scores,
+    is_per_token,
+)
 from ..protocol import Support
 from .compiler import ELEMENT_TYPES, Target, buffers_of, compiled, current_target, source_of
 from .params import Params, packed
@@ -82,6 +94,8 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     target = current_target()
     tensors: tuple[Any, ...] = problem.tensors
     q = tensors[_Q]
+    if tensors[K_NEW] is not None:
+        _reject_shared_scales(tensors[WRITE])
     # A signature holds no storage offsets, and wide loads need them to be multiples of a chunk.
     offset = (q.storage_offset() | tensors[_K].storage_offset() | tensors[_V].storage_offset()) % LOAD_BYTES
     plan = problem.plan(("metal", target, offset), lambda signature: _plan_attention(signature, target, offset))
@@ -95,7 +109,21 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
 def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot: one dispatch."""
     target = current_target()
+    _reject_shared_scales(write.tensors)
     _run(write.plan(("metal", target), lambda signature: _plan_write(signature, target)), write.tensors)
+
+
+def _reject_shared_scales(tensors: Tensors) -> None:
+    """Values that are a part of their keys share the scales of these: written after them, they would write others."""
+    _, _, k_descale, v_descale, *_ = tensors
+    if k_descale is None or v_descale is None or k_descale.data_ptr() != v_descale.data_ptr():
+        return
+    if is_per_token(k_descale):
+        reject(
+            "v_descale",
+            "the memory of {k_descale}",
+            "memory of its own: Metal appends no values that are part of their keys",
+        )
 
 
 def _run(plan: Plan, tensors: tuple[Any, ...]) -> None:
@@ -169,14 +197,14 @@ def _plan_attention(problem: AttentionProblem, target: Target, offset: int) -> P
 
 
 def _add_write(planner: _Planner, cache: KVCache, append: Append) -> None:
-    batch_size, num_new_tokens, kv_heads, _ = append.k_new.shape
+    *batch, num_new_tokens, kv_heads, _ = append.k_new.shape
     if not append.k_new.numel():
         return
     heads_together = next(n for n in (8, 4, 2, 1) if kv_heads % n == 0)
     planner.dispatch(
         "kv_write",
-        _cache_definitions(cache) | {"ALIGNED": 1},
-        (LANES * kv_heads, num_new_tokens, batch_size),
+        _cache_definitions(cache, append.slot_mapping is not None) | {"ALIGNED": 1},
+        (LANES * kv_heads, num_new_tokens, batch[0] if batch else 1),
         (LANES * heads_together, 1, 1),
     )
 
@@ -200,7 +228,7 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int, decod
     )
     planned = choose_num_splits(sequences * row_tiles, tiling, split_keys, max_keys, planner.target.simdgroups)
     num_splits = min(problem.num_splits or planned, MAX_SPLITS)
-    appends = append is not None and row_tiles == 1 and not decode_limit
+    appends = append is not None and append.cu_seqlens_new is None and row_tiles == 1 and not decode_limit
     planner.constants["params"] = packed(
         _params(problem)._replace(num_splits=num_splits, appends=int(appends), decode_limit=decode_limit)
     )
@@ -255,7 +283,6 @@ def _params(problem: AttentionProblem) -> Params:
     """The integers of a problem, for all its kernels."""
     q, slopes = problem.queries.q, problem.scores.alibi_slopes
     return _write_params(problem)._replace(
-        batch_size=problem.batch_size,
         num_tokens_q=q.shape[-3],
         num_heads=q.shape[-2],
         num_splits=1,
@@ -269,14 +296,16 @@ def _write_params(problem: AttentionProblem | CacheWrite) -> Params:
     """Those of its cache and its append."""
     fields, append = problem.named_fields(), problem.append
     return _NO_PARAMS._replace(
+        batch_size=problem.batch_size,
         **{flag: int(fields.get(flag.removeprefix("has_")) is not None) for flag in _FLAGS},
-        **_cache_params(problem.cache),
+        **_cache_params(problem.cache, append is not None and append.slot_mapping is not None),
         **({} if append is None else _append_params(append)),
     )
 
 
-def _cache_params(cache: KVCache) -> dict[str, int]:
+def _cache_params(cache: KVCache, by_slot: bool) -> dict[str, int]:
     """Unpaged keys are pages of ``PSEUDO_PAGE`` tokens that follow each other."""
+    is_paged = by_slot or cache.block_table is not None
     max_pages = 0 if cache.block_table is None else cache.block_table.shape[1]
     page_size = cache.k.shape[-3] if cache.k.shape[0] else 0
     params = {
@@ -286,7 +315,7 @@ def _cache_params(cache: KVCache) -> dict[str, int]:
     }
     for name, tensor in (("k", cache.k), ("v", cache.v)):
         outer, token, head = strides(tensor)
-        if cache.block_table is not None:
+        if is_paged:
             batch, page = 0, outer
         else:
             batch, page = token if tensor.dim() == 3 else outer, PSEUDO_PAGE * token  # packed sequences begin at any token
@@ -296,7 +325,7 @@ def _cache_params(cache: KVCache) -> dict[str, int]:
         )
     for name, descale in (("k", cache.k_descale), ("v", cache.v_descale)):
         sequence, outer, token, head = scale_strides(descale)
-        batch, page = (0, outer) if cache.block_table is not None else (outer, PSEUDO_PAGE * token)
+        batch, page = (0, outer) if is_paged else (outer, PSEUDO_PAGE * token)
         axes = ("sequence", "batch", "page", "token", "head")
         params |= zip((f"{name}_descale_{axis}_stride" for axis in axes), (sequence, batch, page, token, head))
         params[f"writes_{name}_descale"] = int(is_per_token(descale))
@@ -306,7 +335,7 @@ def _cache_params(cache: KVCache) -> dict[str, int]:
 def _append_params(append: Append) -> dict[str, int]:
     cos = append.rotary_cos
     return {
-        "num_new_tokens": append.k_new.shape[1],
+        "num_new_tokens": append.k_new.shape[-3],
         "rotary_half": 0 if cos is None else cos.shape[1],
         "rotary_positions": 0 if cos is None else cos.shape[0],
         "rotary_interleaved": int(append.rotary_interleaved),
@@ -331,7 +360,7 @@ def _definitions(problem: AttentionProblem, tiling: DecodeTiling | PrefillTiling
     }
 
 
-def _cache_definitions(cache: KVCache) -> dict[str, int | str]:
+def _cache_definitions(cache: KVCache, by_slot: bool = False) -> dict[str, int | str]:
     return {
         "K_T": ELEMENT_TYPES[cache.k.dtype],
         "V_T": ELEMENT_TYPES[cache.v.dtype],
@@ -339,8 +368,8 @@ def _cache_definitions(cache: KVCache) -> dict[str, int | str]:
         "V_QUANTIZED": int(cache.v.dtype in QUANTIZED),
         "HEAD_DIM": cache.k.shape[-1],
         "V_HEAD_DIM": cache.v.shape[-1],
-        "PAGED": int(cache.block_table is not None),
-        "PAGE_SIZE": _page_size(cache),
+        "PAGED": int(by_slot or cache.block_table is not None),
+        "PAGE_SIZE": cache.k.shape[1] if by_slot else _page_size(cache),
     }
 
 

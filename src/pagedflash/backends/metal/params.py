@@ -17,7 +17,9 @@ class Params(NamedTuple):
     num_tokens_q: int  # queries of each sequence; of all together where they are packed
     num_heads: int
     capacity: int  # keys that a sequence can have; all, where they are packed
-    num_new_tokens: int  # of each sequence, behind those its length counts
+    num_new_tokens: int  # of each sequence, behind those its length counts; of all together where they are packed
+    has_cu_seqlens_new: int
+    has_slot_mapping: int
     appends: int  # whether decode writes them to the cache
     decode_limit: (
         int  # in a mixed batch, sequences of up to so many queries are decode's, the others prefill's; 0 = not mixed

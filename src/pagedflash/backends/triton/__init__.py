@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from ...problem import QUANTIZED, AttentionProblem, CacheWrite
+from ..backward import Gradients
 from ..protocol import Capabilities, Support
 
 NAME = "triton"
+OLDEST = "3.6.0"  # what torch 2.10 brings
 CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED))
 
 
@@ -25,9 +28,13 @@ CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, *QUANTI
 def available() -> Support:
     """Whether Triton can be imported and has a device, or its interpreter, to run on."""
     try:
+        import triton
+
         from .compiled import INTERPRETED
     except ImportError as error:
         return Support(False, f"Triton cannot be imported: {error}")
+    if TorchVersion(triton.__version__) < OLDEST:
+        return Support(False, f"Triton {triton.__version__} is too old: install {OLDEST} or newer")
     if INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
         return Support(True)
     return Support(False, "there is no CUDA or XPU device (TRITON_INTERPRET=1 runs the kernels without one)")
@@ -42,6 +49,13 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     """Append (if asked), then attend: ``(out, lse)`` of the problem's ``out_shape`` and ``lse_shape``."""
     results: tuple[Tensor, Tensor] = _launch().attention(problem, out)
     return results
+
+
+def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> Gradients:
+    """The gradients of a problem, as :func:`pagedflash.backends.backward.backward` gives them."""
+    from . import gradients
+
+    return gradients.backward(problem, out, lse, d_out, d_lse)
 
 
 def kv_write(write: CacheWrite) -> None:

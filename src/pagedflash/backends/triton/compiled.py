@@ -59,11 +59,12 @@ class CompiledLaunch:
 
     def __call__(self, tensors: Tensors, addresses: Addresses) -> None:
         """Launch on the current stream. ``addresses`` are those of ``tensors``, which come in the order of the kernel's."""
+        descriptors = self.descriptors(tensors)
         if self._launcher is not None:
             stream = self._current_stream(self._device_index)
-            self._launcher(*self.grid, stream, *self._compiled, addresses, *self._plain_records)
+            self._launcher(*self.grid, stream, *self._compiled, addresses, *self._plain_records, *descriptors)
             return
-        compiled = self.kernel[self.grid](*self.arguments(tensors), **self.options)
+        compiled = self.kernel[self.grid](*self.arguments(tensors), *descriptors, **self.options)
         if self._reusable:
             self._reuse(compiled)
 
@@ -75,6 +76,10 @@ class CompiledLaunch:
             self._compiled = (compiled.function, compiled.packed_metadata, no_metadata, *no_hooks)
             self._current_stream = triton.runtime.driver.active.get_current_stream
             self._launcher = launcher  # last: other threads look for it
+
+    def descriptors(self, tensors: Tensors) -> tuple[Any, ...]:
+        """Tensor descriptors that the kernel takes behind its records."""
+        return ()
 
     def arguments(self, tensors: Tensors) -> list[Any]:
         """What Triton's own launch takes: the kernel's records, with tensors and marked constants."""
@@ -142,6 +147,23 @@ def num_sms(device: torch.device) -> int:
 
 
 @cache
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a CUDA device. None for any other, and in the interpreter."""
+    return None if INTERPRETED or device.type != "cuda" else torch.cuda.get_device_capability(device)
+
+
 def has_pdl(device: torch.device) -> bool:
     """Programmatic dependent launch: a kernel is set up while the one before it still runs (Hopper and later)."""
-    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return (compute_capability(device) or (0, 0)) >= (9, 0)
+
+
+@cache
+def has_hopper_prefill(device: torch.device) -> bool:
+    """Whether the GPU is a Hopper and Triton's Gluon has what ``prefill_hopper`` is written with."""
+    if compute_capability(device) != (9, 0):
+        return False
+    try:
+        from .kernels import prefill_hopper  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides
-from ...problem import WRITE, Append, AttentionProblem, CacheWrite, fold_scores, is_per_token
-from .compiled import CompiledLaunch, addresses_of, has_pdl, num_sms
+from ...errors import reject_type
+from ...geometry import max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides, v_fits_in_k
+from ...problem import WRITE, Append, AttentionProblem, CacheWrite, K, V, fold_scores, is_per_token
+from .compiled import CompiledLaunch, addresses_of, compute_capability, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
@@ -23,6 +24,7 @@ from .kernels.params import (
     AppendParams,
     CacheParams,
     DecodeTile,
+    HopperTile,
     PrefillTile,
     ProblemParams,
     QueryParams,
@@ -34,10 +36,19 @@ from .kernels.params import (
 from .kernels.prefill import prefill
 from .kernels.score import ScoreParams
 from .semaphores import semaphores
-from .tiling import block_width, decode_tiling, power_of_two, prefill_tiling, stride_factor
+from .tiling import (
+    decode_tiling,
+    hopper_tile,
+    max_decode_rows,
+    power_of_two,
+    prefill_tiling,
+    stride_factor,
+    tile_widths,
+    widest,
+)
 
-MAX_DECODE_ROWS = 64
-"""Packed-GQA rows up to which a call goes to ``decode``, which holds them all in one tile."""
+FEW_QUERIES = 4
+"""Queries of a sequence up to which a call goes to ``decode`` even if the query heads of a KV head take several tiles."""
 
 MIXED_DECODE_ROWS = 16
 """The same of each sequence of a mixed batch, unless one query has more: what the matrix units take at least, so that decode
@@ -45,6 +56,11 @@ is as fast as in a call of its own."""
 
 MAX_FUSED_TOKENS = 64
 """New tokens of a sequence up to which ``decode`` appends them itself."""
+
+E4M3_CAPABILITY = (8, 9)
+
+MAX_WRITTEN_TOKENS = 16
+"""New tokens that a CTA of ``kv_write`` takes together: fewer where packed ones would not give all SMs a CTA."""
 
 MAX_UNSPLIT_TILES = 4
 """KV tiles of a sequence up to which ``decode`` splits no work tile: too few to be worth it."""
@@ -89,12 +105,15 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     tensors = problem.tensors
     q = cast(Tensor, tensors[0])
     dtype, device = q.dtype, q.device
-    if _is_elsewhere(device):
+    if is_elsewhere(device):
         with torch.cuda.device(device):
             return attention(problem, out)
     addresses, aligned = addresses_of(tensors)
-    precision = _precision(dtype)
-    plan = problem.plan(("triton", aligned, precision), lambda signature: _plan_attention(signature, aligned, precision))
+    precision = precision_of(dtype)
+    same = addresses[K] == addresses[V]
+    plan = problem.plan(
+        ("triton", aligned, precision, same), lambda signature: _plan_attention(signature, aligned, precision, same)
+    )
 
     if out is None:
         out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
@@ -121,11 +140,12 @@ def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot."""
     tensors = write.tensors
     device = cast(Tensor, tensors[0]).device
-    if _is_elsewhere(device):
+    if is_elsewhere(device):
         with torch.cuda.device(device):
             return kv_write(write)
     addresses, aligned = addresses_of(tensors)
-    launch = write.plan(("triton", aligned), lambda signature: _plan_write(signature, aligned))
+    same = addresses[0] == addresses[1]
+    launch = write.plan(("triton", aligned, same), lambda signature: _plan_write(signature, aligned, same))
     if launch is not None:
         launch(tensors, addresses)
 
@@ -135,33 +155,51 @@ def kv_write(write: CacheWrite) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str) -> _Plan:
-    is_decode = decode_rows(problem) <= MAX_DECODE_ROWS
-    is_mixed = not is_decode and problem.group <= MAX_DECODE_ROWS and may_be_mixed(problem)
+def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, same: bool) -> _Plan:
+    """``same``: whether k and v have the same address."""
+    max_seqlen_q, group = problem.queries.max_seqlen_q, problem.group
+    heads_together = _heads_together(problem, max_seqlen_q, same)
+    is_decode = heads_together == group or (heads_together > 0 and max_seqlen_q <= FEW_QUERIES)
+    is_mixed = not is_decode and may_be_mixed(problem)
     is_empty = problem.batch_size == 0 or 0 in problem.out_shape
     plan = _Plan(
         problem.out_shape, _contiguous_strides(problem.out_shape), problem.lse_shape, _contiguous_strides(problem.lse_shape)
     )
-    fused_tokens = problem.num_new_tokens
-    if problem.append is not None and (is_empty or not is_decode or fused_tokens > MAX_FUSED_TOKENS):
+    append, fused_tokens = problem.append, problem.num_new_tokens
+    is_packed = append is not None and append.cu_seqlens_new is not None
+    if append is not None and (is_empty or is_packed or not is_decode or fused_tokens > MAX_FUSED_TOKENS):
         fused_tokens = 0
-        plan = plan._replace(write=_plan_write(problem.write, aligned))
+        plan = plan._replace(write=_plan_write(problem.write, aligned, same))
     if is_empty:
         return plan
-    decode_limit = max(1, MIXED_DECODE_ROWS // problem.group) if is_mixed else None
-    params = _params(problem, aligned, precision, decode_limit)
+    decode_limit = max(1, MIXED_DECODE_ROWS // group) if is_mixed else None
+    if is_mixed:
+        heads_together = _heads_together(problem, cast(int, decode_limit), same)
     if is_decode or is_mixed:
+        params = problem_params(problem, aligned, precision, decode_limit, same, group // heads_together)
         plan = _with_decode(plan, problem, params, aligned, fused_tokens)
     if not is_decode:
+        params = problem_params(problem, aligned, precision, decode_limit, same)
         plan = plan._replace(attend=(*plan.attend, _plan_prefill(problem, params, aligned)))
     return plan
 
 
+def _heads_together(problem: AttentionProblem, queries: int, same: bool) -> int:
+    """Query heads of a KV head that share a tile of ``decode``, of so many queries each: all, or a part; 0 if none fits."""
+    widths = tile_widths(problem.cache, same)
+    width = widest(widths.block_d, widths.block_dv, widths.block_tail)
+    most = max_decode_rows(width, problem.queries.q.element_size())
+    return max((n for n in range(1, problem.group + 1) if problem.group % n == 0 and n * queries <= most), default=0)
+
+
 def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: bool) -> CompiledLaunch:
+    hopper = hopper_tile(problem, params)
+    if hopper is not None:
+        return _plan_prefill_hopper(problem, params, hopper, aligned)
     q, _, _, max_seqlen_q = problem.queries
     batch_size, heads, decode_limit = problem.batch_size, q.shape[-2], params.queries.DECODE_LIMIT
-    tiling = prefill_tiling(max_seqlen_q, block_width(q.shape[-1]), q.element_size())
-    tile = PrefillTile(tiling.block_m, tiling.block_n, _lengths_together(batch_size))
+    tiling = prefill_tiling(max_seqlen_q, _widest(params.cache), q.element_size())
+    tile = PrefillTile(tiling.block_m, tiling.block_n, lengths_together(batch_size))
     grid = (heads, batch_size, max(1, -(-max_seqlen_q // tiling.block_m)))
     if decode_limit is not None:
         # CTAs for full blocks, or for all SMs; no more than there may be blocks, each sequence's last one not full.
@@ -172,15 +210,30 @@ def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: boo
     return CompiledLaunch(prefill, grid, params, tile, q.device, aligned, **tiling.options)
 
 
-def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, aligned: bool, fused_tokens: int) -> _Plan:
+def _plan_prefill_hopper(
+    problem: AttentionProblem, params: ProblemParams, tile: HopperTile, aligned: bool
+) -> CompiledLaunch:
+    from .descriptors import DescribedLaunch, TileDescriptor  # these two need Gluon
+    from .kernels.prefill_hopper import BLOCK_M, prefill_hopper
+
     q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
-    device, batch_size, kv_heads = q.device, problem.batch_size, k.shape[-2]
-    block_dv = block_width(v.shape[-1])
+    k_tiles = TileDescriptor(k, tile.BOX_N, params.cache.BLOCK_D)
+    v_tiles = TileDescriptor(v, tile.BOX_N, params.cache.BLOCK_DV)
+    most_blocks = problem.batch_size * k.shape[-2] * -(-problem.queries.max_seqlen_q * problem.group // BLOCK_M.value)
+    grid = (max(1, min(num_sms(q.device), most_blocks)), 1, 1)
+    options = dict(num_warps=4, num_stages=1)
+    return DescribedLaunch(k_tiles, v_tiles, prefill_hopper, grid, params, tile, q.device, aligned, **options)
+
+
+def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, aligned: bool, fused_tokens: int) -> _Plan:
+    q, cache = problem.queries.q, params.cache
+    device, batch_size, kv_heads, block_dv = q.device, problem.batch_size, cache.HEADS, cache.BLOCK_DV
     work_tiles = batch_size * kv_heads
     decode_limit = params.queries.DECODE_LIMIT
     longest = problem.queries.max_seqlen_q if decode_limit is None else decode_limit
-    rows = power_of_two(max(longest, 1) * problem.group)
-    tiling = decode_tiling(rows, block_width(q.shape[-1]), q.element_size())
+    rows = power_of_two(max(longest, 1) * params.queries.GROUP)
+    cache_element_size = min(problem.cache.k.element_size(), problem.cache.v.element_size())
+    tiling = decode_tiling(rows, _widest(cache), q.element_size(), cache_element_size, cache.V_IN_K)
 
     few_keys = MAX_UNSPLIT_TILES * tiling.block_n
     if 2 * work_tiles >= num_sms(device):
@@ -194,14 +247,15 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     pdl = split_kv and not reduces_itself and has_pdl(device)
 
     # ``combine`` takes rows together where there are enough work tiles to fill the device, else one by one.
-    reduce_rows = rows if reduces_itself or work_tiles >= num_sms(device) else 1
+    together = rows if reduces_itself else min(rows, COMBINE_VALUES // block_dv)
+    reduce_rows = together if reduces_itself or work_tiles >= num_sms(device) else 1
     splits, values = (DECODE_SPLITS, DECODE_VALUES) if reduces_itself else (COMBINE_SPLITS, COMBINE_VALUES)
     tile = DecodeTile(
         ROWS=rows,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         BLOCK_NEW=max(16, power_of_two(fused_tokens)) if fused_tokens else 0,
-        BLOCK_B=_lengths_together(batch_size),
+        BLOCK_B=lengths_together(batch_size),
         SPLIT_KV=split_kv,
         REDUCE_ROWS=reduce_rows,
         REDUCE_SPLITS=max(1, min(splits, values // (reduce_rows * block_dv))),
@@ -220,21 +274,29 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     return plan._replace(attend=(launch, CompiledLaunch(combine, grid, params, tile, device, aligned, **options)))
 
 
-def _lengths_together(batch_size: int) -> int:
+def _widest(cache: CacheParams) -> int:
+    return widest(cache.BLOCK_D, cache.BLOCK_DV, cache.BLOCK_TAIL)
+
+
+def lengths_together(batch_size: int) -> int:
     """BLOCK_B for a batch."""
     return FEW_SEQUENCES if batch_size <= FEW_SEQUENCES else MANY_SEQUENCES
 
 
-def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
+def _plan_write(write: CacheWrite, aligned: bool, same: bool) -> CompiledLaunch | None:
     """None where there is nothing to write."""
-    k_new, v_new = write.append[:2]
+    cache, append = write.cache, write.append
+    k_new, v_new = append[:2]
     if 0 in k_new.shape:
         return None
-    align = stride_factor((k_new, v_new, write.cache.k, write.cache.v), aligned)
-    params = WriteParams(_cache_params(write, align), _append_params(write.append, align))
-    batch_size, seqlen_new, kv_heads, _ = k_new.shape
-    tile = WriteTile(BLOCK_NEW=min(16, power_of_two(seqlen_new)))
-    grid = (kv_heads, batch_size, -(-seqlen_new // tile.BLOCK_NEW))
+    align = stride_factor((k_new, v_new, cache.k, cache.v), aligned)
+    params = WriteParams(_cache_params(write, align, same), _append_params(append, align), write.batch_size)
+    if append.slot_mapping is not None:
+        params = params._replace(cache=params.cache._replace(PAGE_SIZE=write.page_size))
+    *batch, seqlen_new, kv_heads, _ = k_new.shape
+    tokens_of_cta = seqlen_new if batch else seqlen_new * kv_heads // num_sms(k_new.device)
+    tile = WriteTile(min(MAX_WRITTEN_TOKENS, power_of_two(tokens_of_cta)), lengths_together(write.batch_size))
+    grid = (kv_heads, batch[0] if batch else 1, -(-seqlen_new // tile.BLOCK_NEW))
     num_warps = 1 if tile.BLOCK_NEW == 1 else 4
     return CompiledLaunch(kv_write_kernel, grid, params, tile, k_new.device, aligned, num_warps=num_warps, num_stages=1)
 
@@ -244,7 +306,10 @@ def _plan_write(write: CacheWrite, aligned: bool) -> CompiledLaunch | None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _params(problem: AttentionProblem, aligned: bool, precision: str, decode_limit: int | None) -> ProblemParams:
+def problem_params(
+    problem: AttentionProblem, aligned: bool, precision: str, decode_limit: int | None, same: bool, share: int = 1
+) -> ProblemParams:
+    """``same``: whether k and v have the same address; ``share``: blocks of the query heads of a KV head."""
     q, _, _, max_seqlen_q = problem.queries
     new_tokens = [] if problem.append is None else list(problem.append[:2])
     align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
@@ -253,6 +318,8 @@ def _params(problem: AttentionProblem, aligned: bool, precision: str, decode_lim
         softcap=folded.softcap if folded.softcap > 0 else None,
         window_left=folded.window_left if folded.window_left >= 0 else None,
         window_right=folded.window_right if folded.window_right >= 0 else None,
+        dropout_threshold=folded.dropout_threshold or None,
+        dropout_scale=folded.dropout_scale if folded.dropout_threshold else None,
     )
     return ProblemParams(
         QueryParams(
@@ -260,10 +327,10 @@ def _params(problem: AttentionProblem, aligned: bool, precision: str, decode_lim
             batch_size=problem.batch_size,
             total_q=q.shape[0],
             max_seqlen_q=max_seqlen_q,
-            GROUP=problem.group,
+            GROUP=problem.group // share,
             DECODE_LIMIT=decode_limit,
         ),
-        _cache_params(problem, align),
+        _cache_params(problem, align, same, share),
         _append_params(problem.append, align, queries_rotate_by_position(problem)),
         ScoreParams(
             **used,
@@ -273,8 +340,10 @@ def _params(problem: AttentionProblem, aligned: bool, precision: str, decode_lim
     )
 
 
-def _cache_params(problem: AttentionProblem | CacheWrite, align: int) -> CacheParams:
+def _cache_params(problem: AttentionProblem | CacheWrite, align: int, same: bool, share: int = 1) -> CacheParams:
     k, v, k_descale, v_descale, block_table = problem.cache[:5]
+    _reject_missing_formats(k, v)
+    widths = tile_widths(problem.cache, same)
     return CacheParams(
         k_strides=_divided(k, align),
         v_strides=None if strides(v) == strides(k) else _divided(v, align),
@@ -283,13 +352,27 @@ def _cache_params(problem: AttentionProblem | CacheWrite, align: int) -> CachePa
         capacity=problem.capacity if k.shape[0] else 0,
         num_pages=k.shape[0],
         table_width=None if block_table is None else block_table.shape[1],
-        HEADS=k.shape[-2],
+        HEADS=k.shape[-2] * share,
+        SHARE=share,
         D=k.shape[-1],
         DV=v.shape[-1],
-        BLOCK_D=block_width(k.shape[-1]),
-        BLOCK_DV=block_width(v.shape[-1]),
+        BLOCK_D=widths.block_d,
+        BLOCK_DV=widths.block_dv,
+        TAIL=widths.tail,
+        BLOCK_TAIL=widths.block_tail,
+        V_IN_K=same and v_fits_in_k(k, v),
         PAGE_SIZE=None if block_table is None else problem.page_size,
     )
+
+
+def _reject_missing_formats(k: Tensor, v: Tensor) -> None:
+    """Triton has float8_e4m3fn from compute capability 8.9 on (Ada, Hopper)."""
+    capability = compute_capability(k.device)
+    for field, keys in (("k", k), ("v", v)):
+        if keys.dtype == torch.float8_e4m3fn and capability is not None and capability < E4M3_CAPABILITY:
+            came = "of dtype torch.float8_e4m3fn on a GPU of compute capability {major}.{minor}"
+            expected = "torch.int8 or torch.float8_e5m2 there: it has that format from 8.9 on"
+            reject_type(field, came, expected, major=capability[0], minor=capability[1])
 
 
 def _append_params(append: Append | None, align: int, queries_by_position: bool = True) -> AppendParams:
@@ -299,7 +382,7 @@ def _append_params(append: Append | None, align: int, queries_by_position: bool 
     return AppendParams(
         k_strides=_divided(append.k_new, align),
         v_strides=_divided(append.v_new, align),
-        seqlen_new=append.k_new.shape[1],
+        seqlen_new=append.k_new.shape[-3],
         rotary_len=None if cos is None else cos.shape[0],
         ROTARY_DIM=None if cos is None else 2 * cos.shape[1],
         INTERLEAVED=append.rotary_interleaved,
@@ -320,7 +403,7 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _is_elsewhere(device: torch.device) -> bool:
+def is_elsewhere(device: torch.device) -> bool:
     """Whether Triton would launch on another device than the tensors'."""
     return _cuda_devices() > 1 and device.type == "cuda" and device.index != torch.cuda.current_device()
 
@@ -330,6 +413,6 @@ def _cuda_devices() -> int:
     return torch.cuda.device_count()
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     """float32 products are exact unless torch's own may use tf32."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ...geometry import strides
+from ...geometry import max_visible_keys, strides, v_fits_in_k
+from ...problem import AttentionProblem, KVCache
+from .compiled import has_hopper_prefill
+from .kernels.params import HopperTile, ProblemParams
 
 
 class Tiling(NamedTuple):
@@ -25,9 +29,61 @@ class Tiling(NamedTuple):
         return dict(num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-def decode_tiling(rows: int, block_d: int, element_size: int) -> Tiling:
-    """Decode needs bytes in flight: about 64 KiB an SM, in two CTAs or more."""
+WIDE = 512
+"""The largest width of a tile. Such tiles fill registers and shared memory: there are fewer rows and keys of them."""
+
+MAX_DECODE_ROWS = 64
+"""Packed-GQA rows of one tile of ``decode``."""
+
+
+class Widths(NamedTuple):
+    """Of tiles of keys and values (:class:`.kernels.params.CacheParams`)."""
+
+    block_d: int
+    block_dv: int
+    tail: int
+    block_tail: int
+
+
+def tile_widths(cache: KVCache, same: bool) -> Widths:
+    """Powers of two. What a key has behind WIDE elements, or behind its value if that is a part of it, is its tail.
+
+    ``same``: whether k and v have the same address.
+    """
+    head_dim = cache.k.shape[-1]
+    block_d, block_dv = min(block_width(head_dim), WIDE), block_width(cache.v.shape[-1])
+    if same and v_fits_in_k(cache.k, cache.v):
+        if head_dim - block_dv <= block_dv:  # else the tail would be the wider part
+            block_d = block_dv
+        block_dv = block_d
+    elif cache.v_descale is not None:  # with narrower tiles than keys have, Triton 3.6 gives wrong values on Hopper
+        block_dv = max(block_dv, block_d)
+    tail = max(head_dim - block_d, 0)
+    return Widths(block_d, block_dv, tail, block_width(tail) if tail else 0)
+
+
+def widest(block_d: int, block_dv: int, block_tail: int) -> int:
+    """The width that tile shapes are chosen for."""
+    return max(min(power_of_two(block_d + block_tail), WIDE), block_dv)
+
+
+def max_decode_rows(block_d: int, element_size: int) -> int:
+    """MAX_DECODE_ROWS, or less where they would not fit."""
+    return 16 if block_d == WIDE and element_size == 4 else MAX_DECODE_ROWS
+
+
+def decode_tiling(rows: int, block_d: int, element_size: int, cache_element_size: int, v_in_k: bool) -> Tiling:
+    """Decode needs bytes in flight: about 64 KiB an SM, in two CTAs or more. Elements of one byte take longer to convert
+    than to load: there larger tiles are what helps."""
+    if cache_element_size == 1 and element_size == 2 and rows <= 16 and block_d >= 128:
+        return Tiling(16, 16384 // block_d, 4, 2, ctas_per_sm=2)
     row_bytes = block_d * element_size
+    if block_d == WIDE and element_size == 4:
+        return Tiling(16, 16, 4, 2, ctas_per_sm=1)
+    if block_d == WIDE and rows > 16:
+        return Tiling(rows, 64 if v_in_k else 32, 8, 2, ctas_per_sm=1)
+    if block_d == WIDE and v_in_k:
+        return Tiling(16, 32, 4, 2, ctas_per_sm=2)
     block_n = max(16, min(128, 16384 // row_bytes))
     if rows > 32 and element_size == 4:
         block_n = min(block_n, 32)
@@ -38,11 +94,63 @@ def decode_tiling(rows: int, block_d: int, element_size: int) -> Tiling:
 
 def prefill_tiling(max_seqlen_q: int, block_d: int, element_size: int) -> Tiling:
     """Prefill needs tiles that feed the matrix units; float32 runs without them and only needs to fit."""
+    if block_d == WIDE and element_size < 4:
+        return Tiling(64, 32, 8, 2)
     if element_size == 4:
         return Tiling(32 if block_d <= 128 else 16, 16, 4, 2)
     if max_seqlen_q <= 64:
         return Tiling(64, 64, 4, 3 if block_d <= 128 else 2)
     return Tiling(128, 64, 8, 4 if block_d <= 128 else 2)
+
+
+def backward_tilings(block_d: int, element_size: int) -> tuple[Tiling, Tiling]:
+    """Of ``keys_backward`` and ``queries_backward``: two accumulators in registers, and one."""
+    if element_size == 4:
+        return Tiling(16, 32 if block_d <= 128 else 16, 4, 2), Tiling(32 if block_d <= 128 else 16, 16, 4, 2)
+    if block_d <= 64:
+        return Tiling(32, 128, 4, 3), Tiling(64, 64, 4, 3)
+    if block_d <= 128:
+        return Tiling(64, 128, 8, 3), Tiling(128, 64, 8, 3)
+    return Tiling(32, 64, 8, 2), Tiling(64, 32, 8, 2)
+
+
+HOPPER_TILES = {64: (128, 3, 2), 128: (128, 2, 2), 256: (64, 2, 1)}
+"""Of each width that ``prefill_hopper`` takes: BLOCK_N, STAGES, Q_SLOTS; about what shared memory holds."""
+
+SHORT_KEYS = 512
+"""Keys up to which its KV tiles have 64: of larger ones, a causal block would skip too few."""
+
+
+def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile | None:
+    """The tile of ``prefill_hopper`` where it takes a prefill; None leaves it to ``prefill``.
+
+    It takes 16-bit keys and values of q's dtype, contiguous or in pages of a multiple of 16 tokens, aligned to 16 bytes.
+    Left padding, rotary embedding of queries, softcap and ALiBi are ``prefill``'s.
+    """
+    cache, score = params.cache, params.score
+    q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
+    if cache.BLOCK_D not in HOPPER_TILES or not has_hopper_prefill(q.device):
+        return None
+    block_n, stages, q_slots = HOPPER_TILES[cache.BLOCK_D]
+    if max_visible_keys(problem) <= SHORT_KEYS:
+        block_n, stages = 64, max(stages, 3) if cache.BLOCK_D <= 128 else stages
+    box_n = block_n if cache.PAGE_SIZE is None else math.gcd(cache.PAGE_SIZE, block_n)
+    takes = (
+        q.element_size() == 2
+        and k.dtype == v.dtype == q.dtype
+        and cache.BLOCK_D == cache.BLOCK_DV
+        and cache.SHARE == 1
+        and cache.TAIL == 0
+        and not cache.V_IN_K
+        and params.queries.strides.ALIGN > 1
+        and box_n >= 16
+        and problem.cache.cache_leftpad is None
+        and params.append.ROTARY_DIM is None
+        and score.softcap is None
+        and score.SLOPES_STRIDE is None
+        and all(0 not in tensor.shape and 0 not in tensor.stride() for tensor in (k, v))
+    )
+    return HopperTile(block_n, box_n, stages, q_slots) if takes else None
 
 
 def power_of_two(number: int) -> int:
@@ -58,11 +166,11 @@ def block_width(head_dim: int) -> int:
 def stride_factor(tensors: Sequence[Tensor], aligned: bool) -> int:
     """ALIGN of the strides of ``tensors`` (:class:`.kernels.params.Strides`).
 
-    Where addresses are ``aligned`` to 16 bytes, the first of 16 (if there are elements of one byte) and 8 that divides all
-    strides, so that rows are loaded in pieces of those; else 1.
+    Where addresses are ``aligned`` to 16 bytes, the first of 16 (if there are elements of one byte), 8, 4 and 2 that divides
+    all strides, so that rows are loaded in pieces of those; else 1.
     """
     bits = 0 if any(tensor.element_size() == 1 for tensor in tensors) else 8
     for tensor in tensors:
         for stride in strides(tensor):
             bits |= stride
-    return next((align for align in (16, 8) if aligned and bits % align == 0), 1)
+    return next((align for align in (16, 8, 4, 2) if aligned and bits % align == 0), 1)

@@ -1,8 +1,9 @@
-"""Hugging Face transformers on pagedflash, for ``generate()`` and for continuous batching (``generate_batch()``).
+"""Hugging Face transformers on pagedflash, for ``generate()`` and for continuous batching (``generate_batch()``)::
 
->>> import pagedflash.transformers
->>> pagedflash.transformers.enable()
->>> model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="pagedflash")
+    import pagedflash.transformers
+
+    pagedflash.transformers.enable()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="pagedflash")
 
 On the way to an attention kernel transformers (5.17 to 5.24 read) asks four questions. :func:`enable` answers them for the
 name "pagedflash", leaves every other name to transformers, and needs no ``kernels`` library:
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from ... import interface
-from . import engine, gate, hooks, models, tensor_parallel
+from . import engine, formats, gate, hooks, models, tensor_parallel
 from .gate import is_open as decode_fast_path_is_open
 from .hooks import NAME
 
@@ -46,8 +47,9 @@ def enable(decode_fast_path_for: Iterable[str] = (), kv_cache_dtype: str | None 
         decode_fast_path_for: further implementations that continuous batching shall decode through block tables with, on
             any device: Hub names, such as ``"kernels-community/metal-flash-sdpa"`` loaded from what ``pagedflash hub``
             writes. One without ``flash_attn_with_kvcache`` still gets no fast path. Names of several calls add up.
-        kv_cache_dtype: the format that ``generate_batch()`` keeps keys and values in: ``"float16"`` or ``"bfloat16"`` (for
-            models in float32) or ``"fp8_e4m3"``. None: the model's dtype. Once enabled it stays, until :func:`disable`.
+        kv_cache_dtype: the format that ``generate_batch()`` and ``generate()`` keep keys and values in: ``"float16"`` or
+            ``"bfloat16"`` (for models in float32), ``"int8"`` or ``"fp8_e4m3"`` (a scale for each token and head). None: the
+            model's dtype. Once enabled it stays, until ``disable``.
 
     Warns:
         RuntimeWarning: this transformers decides elsewhere whether to decode through block tables. Generation works, but
@@ -56,6 +58,14 @@ def enable(decode_fast_path_for: Iterable[str] = (), kv_cache_dtype: str | None 
     Raises:
         ImportError: transformers is not installed.
         RuntimeError: this transformers has no place left where an attention implementation can be added.
+
+    Examples:
+        >>> enable()
+        >>> is_enabled()
+        True
+        >>> disable()
+        >>> is_enabled()
+        False
     """
     if isinstance(decode_fast_path_for, str):
         raise TypeError("pagedflash: decode_fast_path_for is of type str, expected several names, as a list or tuple")
@@ -70,9 +80,14 @@ def enable(decode_fast_path_for: Iterable[str] = (), kv_cache_dtype: str | None 
         except (AttributeError, ImportError, KeyError) as error:
             disable()
             _refuse_version(error)
-        gate.open_gate(seen=engine.install())
         if kv_cache_dtype is not None:
-            _keep_in_format(kv_cache_dtype)
+            formats.install(kv_cache_dtype)
+        try:
+            seen = engine.install()
+        except RuntimeError:
+            disable()
+            raise
+        gate.open_gate(seen)
     gate.allow((*decode_fast_path_for, NAME))
 
 
@@ -86,23 +101,17 @@ def _check_kv_cache_dtype(name: str) -> None:
         raise RuntimeError("pagedflash: kv_cache_dtype is given, but enabled already; call disable() first")
     if hooks.version_numbers() < engine.FIRST_VERSION:
         raise RuntimeError(f"pagedflash: kv_cache_dtype is given, but transformers {hooks.version()} is older than 5.19")
-    if name not in engine.KV_CACHE_DTYPES:
-        raise ValueError(f"pagedflash: kv_cache_dtype is {name!r}, expected one of {', '.join(engine.KV_CACHE_DTYPES)}")
-
-
-def _keep_in_format(name: str) -> None:
-    from .engine import formats
-
-    formats.install(name)
+    if name not in formats.KV_CACHE_DTYPES:
+        raise ValueError(f"pagedflash: kv_cache_dtype is {name!r}, expected one of {', '.join(formats.KV_CACHE_DTYPES)}")
 
 
 def disable() -> None:
-    """Put everything in transformers back as it was before :func:`enable`."""
+    """Put everything in transformers back as it was before ``enable``."""
     hooks.undo_all()
 
 
 def is_enabled() -> bool:
-    """Whether :func:`enable` is in force."""
+    """Whether ``enable`` is in force."""
     return hooks.any_made()
 
 

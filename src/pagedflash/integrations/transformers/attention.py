@@ -10,7 +10,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ...errors import InvalidArgument
 from ...interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from . import engine, masks
+from . import engine, formats, masks
 from .refusals import refuse
 
 _CHANGES_SCORES = ("position_bias", "attention_bias", "head_mask", "indices", "block_indices")
@@ -57,24 +57,33 @@ def forward(
             refuse(f"{name} of {type(module).__name__}", "flash attention has no place for it")
     if kwargs.get("output_attentions"):
         refuse("output_attentions", "flash attention never has the weights", instead='"eager"')
-    if dropout:
-        refuse(
-            f"dropout of {dropout}",
-            "there is none; set attention_dropout (BERT: attention_probs_dropout_prob) to 0, or call model.eval()",
-        )
     if isinstance(cache, PagedAttentionCache) and isinstance(kwargs.get("cu_seq_lens_k"), dict):
         key, value = cache.update(key, value, module.layer_idx, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    query, key, value = _of_one_dtype(query, key, value)
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     options: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0, "s_aux": s_aux, "causal": causal}
+    if dropout:
+        options["dropout_p"] = dropout
     if sliding_window:
         options["window_size"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
 
     try:
+        if isinstance(key, formats.Stored) and isinstance(value, formats.Stored):
+            if kwargs.get(_PACKED[0]) is not None:
+                refuse("a cache in a format of its own under packed sequences", "these are attended to without a cache")
+            if dropout:
+                refuse("a cache in a format of its own under dropout", "it has no gradient; train with use_cache=False")
+            return _attend_to_stored(query, key, value, attention_mask, sliding_window or None, options), None
+        query, key, value = _of_one_dtype(query, key, value)
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return _attend(q, k, v, attention_mask, sliding_window or None, options, kwargs), None
     except InvalidArgument as error:  # a head dim or dtype that no kernel takes
         refuse(type(module).__name__, str(error).removeprefix("pagedflash: "))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _paged(q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """Not compiled. Decorated here, not in the engine: the decorator imports torch's compiler, which takes half a second."""
+    return engine.paged_attention(q, k, v, kwargs, **options)
 
 
 def _attend(
@@ -82,7 +91,7 @@ def _attend(
 ) -> Tensor:
     """The call that the layer's arguments are for: pages, packed sequences, or dense queries over keys where they lie."""
     if engine.is_paged(kwargs):
-        return cast(Tensor, engine.paged_attention(q, k, v, kwargs, **options))
+        return cast(Tensor, _paged(q, k, v, kwargs, options))
     if kwargs.get("block_table") is not None:
         return _decode_from_pages(q, k, v, options, kwargs)
     if kwargs.get(_PACKED[0]) is not None and all(kwargs.get(name) is not None for name in _PACKED):
@@ -103,14 +112,41 @@ def _attend(
     return cast(Tensor, out)
 
 
+def _attend_to_stored(
+    query: Tensor,
+    key: formats.Stored,
+    value: formats.Stored,
+    mask: Tensor | None,
+    window: int | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Dense queries over a cache in the format in force, read where it lies."""
+    q, k, v = query.to(_common_dtype(query, value.model_dtype)).transpose(1, 2), key.in_format, value.in_format
+    keys: dict[str, Any] = {"cache_seqlens": k.elements.shape[1]}
+    if mask is not None:
+        key_mask = masks.key_mask_of(mask, options["causal"], window, q.shape[1], k.elements.shape[1])
+        options = {**options, "causal": key_mask.causal, "window_size": key_mask.window_size}
+        where = key_mask.where(q.shape[0], q.device)
+        if isinstance(where, masks.Packing):
+            refuse("padding between tokens", "keys of a format of their own cannot be packed")
+        if where is not None:
+            keys = {"cache_seqlens": where.ends, "cache_leftpad": where.starts}
+    scales = formats.descales(k, v)
+    return cast(Tensor, flash_attn_with_kvcache(q, k.elements, v.elements, **keys, **scales, **options))
+
+
 def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast its dtype; where a norm or rotary embedding left float32 behind, that of the values."""
-    dtype = value.dtype
-    if query.dtype is torch.float32 and torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = _common_dtype(query, value.dtype)
     if query.dtype is key.dtype is value.dtype is dtype:
         return query, key, value
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _common_dtype(query: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Under autocast its dtype; where a norm or rotary embedding left float32 behind, that of the values."""
+    if query.dtype is torch.float32 and torch.is_autocast_enabled(query.device.type):
+        return torch.get_autocast_dtype(query.device.type)
+    return dtype
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, packing: masks.Packing, options: dict[str, Any]) -> Tensor:

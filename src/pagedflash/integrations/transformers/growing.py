@@ -1,15 +1,18 @@
-"""A cache layer that grows in place. transformers' own copies all keys and values of a sequence for each new token."""
+"""The cache of ``generate()``: it grows in place, and keeps keys and values in the format in force.
+
+transformers' own copies all keys and values of a sequence for each new token.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 
-from . import hooks
+from . import formats, hooks
 
 _SLACK = 64
 """Tokens that there is room for at the least, when a layer grows; or a quarter of what it holds."""
@@ -71,16 +74,61 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return one.dtype is other.dtype and one.device == other.device
 
 
+class _InFormat(DynamicLayer):  # type: ignore[misc]
+    """A layer that keeps keys and values as :func:`.formats.store` returns them. Models see :class:`.formats.Stored`."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(*formats.store(key_states, value_states), *args, **kwargs)
+        return formats.Stored.of(keys, key_states), formats.Stored.of(values, value_states)
+
+
+class GrowingLayerInFormat(_InFormat, GrowingLayer):
+    pass
+
+
+class SlidingWindowLayerInFormat(_InFormat, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    pass
+
+
 def install() -> None:
     """Give caches that are made for a model with "pagedflash" such layers, until the changes are taken back."""
-    make_elsewhere = DynamicCache.__init__
+    make_elsewhere, make_static_elsewhere = DynamicCache.__init__, StaticCache.__init__
 
     @functools.wraps(make_elsewhere)
     def make(self: Any, *args: Any, **kwargs: Any) -> None:
         make_elsewhere(self, *args, **kwargs)
         config = kwargs.get("config")
-        if config is not None and hooks.base_name(config.get_text_config(decoder=True)._attn_implementation) == hooks.NAME:
-            fresh = [type(layer) is DynamicLayer and not layer.is_initialized for layer in self.layers]
-            self.layers = [GrowingLayer() if new else layer for layer, new in zip(self.layers, fresh)]
+        if config is not None and _is_ours(config):
+            if formats.kv_cache_dtype is not None and config.is_encoder_decoder:
+                _refuse_format("the caches of encoders and decoders")
+            self.layers = [layer if layer.is_initialized else _ours(layer) for layer in self.layers]
+
+    @functools.wraps(make_static_elsewhere)
+    def make_static(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        if formats.kv_cache_dtype is not None and _is_ours(config):
+            _refuse_format("static caches")
+        make_static_elsewhere(self, config, *args, **kwargs)
 
     hooks.replace(DynamicCache, "__init__", make)
+    hooks.replace(StaticCache, "__init__", make_static)
+
+
+def _is_ours(config: Any) -> bool:
+    return hooks.base_name(config.get_text_config(decoder=True)._attn_implementation) == hooks.NAME
+
+
+def _ours(layer: Any) -> Any:
+    """The layer to have in place of one of transformers' that holds nothing yet."""
+    in_format = formats.kv_cache_dtype is not None
+    if type(layer) is DynamicLayer:
+        return GrowingLayerInFormat() if in_format else GrowingLayer()
+    if type(layer) is DynamicSlidingWindowLayer and in_format:
+        return SlidingWindowLayerInFormat(layer.sliding_window)
+    return layer
+
+
+def _refuse_format(what: str) -> NoReturn:
+    raise ValueError(
+        f"pagedflash: kv_cache_dtype is {formats.kv_cache_dtype_name()!r}, but {what} are kept in the model's dtype; call "
+        "disable(), and enable() without it"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -38,7 +39,7 @@ def on_undo(action: Callable[[], None]) -> None:
 
 def replace(owner: Any, name: str, value: object) -> None:
     """``owner.name`` becomes ``value``."""
-    original = getattr(owner, name)
+    original = inspect.getattr_static(owner, name)  # class methods as they are, not bound
     setattr(owner, name, value)
     on_undo(lambda: setattr(owner, name, original))
 

@@ -24,11 +24,24 @@ enum Status : int64_t { OK = 0, INVALID_VALUES = 1, OUT_OF_MEMORY = 2 };
 struct CacheWrite : WriteAddresses, WriteShape {
   PAGEDFLASH_INLINE bool paged() const { return table_width >= 0; }
   PAGEDFLASH_INLINE bool packed() const { return cu_seqlens_k && !paged(); }
+  // Whether new tokens are packed: those of one sequence behind those of another, or each a sequence of its own.
+  PAGEDFLASH_INLINE bool appends_packed() const { return cu_seqlens_new || slot_mapping; }
+  PAGEDFLASH_INLINE int64_t total_new_tokens() const { return appends_packed() ? num_new_tokens : batch_size * num_new_tokens; }
+  // New tokens of a sequence.
+  PAGEDFLASH_INLINE int64_t new_tokens_of(int64_t b) const {
+    return cu_seqlens_new ? cu_seqlens_new[b + 1] - cu_seqlens_new[b] : num_new_tokens;
+  }
   // Tokens that the cache holds for one sequence.
   PAGEDFLASH_INLINE int64_t capacity() const { return paged() ? table_width * page_size : page_size; }
+  // Each value is the first part of its key, in the same memory, as in MLA: an append writes keys only.
+  PAGEDFLASH_INLINE bool v_is_in_k() const {
+    return v == k && v_dtype == k_dtype && v_head_dim <= head_dim && v_stride.batch == k_stride.batch &&
+           v_stride.token == k_stride.token && v_stride.head == k_stride.head;
+  }
   // Bytes of a token in the cache.
   PAGEDFLASH_INLINE int64_t token_bytes() const {
-    return kv_heads * (head_dim * element_size(k_dtype) + v_head_dim * element_size(v_dtype));
+    const int64_t v_bytes = v_is_in_k() ? 0 : v_head_dim * element_size(v_dtype);
+    return kv_heads * (head_dim * element_size(k_dtype) + v_bytes);
   }
 };
 
@@ -42,6 +55,11 @@ struct AttentionProblem : QueryAddresses, ScoreAddresses, OutputAddresses, Query
         num_splits(shape.num_splits) {}
 
   PAGEDFLASH_INLINE int64_t group() const { return q_heads / write.kv_heads; }  // query heads of a KV head
+};
+
+struct BackwardProblem : AttentionProblem, GradientAddresses {
+  BackwardProblem(const BackwardAddresses& at, const AttentionShape& shape)
+      : AttentionProblem(at.attention, shape), GradientAddresses(at.gradients) {}
 };
 
 }  // namespace pagedflash

@@ -28,6 +28,7 @@ namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
 constexpr int64_t DECODE_TILE = 64;        // tokens
+static_assert(DECODE_TILE <= MAX_TILE);
 constexpr int64_t BLOCK_TOKENS = 8;        // tokens that pass together, all heads of them before the next
 constexpr int64_t QUERY_BYTES = 64 << 10;  // queries (or accumulators) of the heads that pass together: should stay cached
 constexpr int ROW_BLOCK = 4;               // rows that share each loaded key
@@ -106,7 +107,8 @@ class Decode {
     with_dot_product(write.dtype, write.k_dtype, [&](auto dot_product) {
       using Dot = decltype(dot_product);
       with_dtype(write.dtype, [&](auto element) { load_queries<decltype(element), Dot>(); });
-      heads_at_once = max<int64_t>(1, QUERY_BYTES / (rows_ * query_size_ * (int64_t)sizeof(typename Dot::Query)));
+      const int64_t head_bytes = max(query_size_, out_size_) * sizeof(typename Dot::Query);
+      heads_at_once = max<int64_t>(1, QUERY_BYTES / (rows_ * head_bytes));
     });
     for (int64_t first = task_.keys.begin; first < task_.keys.end; first += DECODE_TILE) {
       const int64_t tokens = min(DECODE_TILE, task_.keys.end - first);
@@ -116,9 +118,9 @@ class Decode {
         with_dot_product(write.dtype, write.k_dtype, [&](auto dot_product) {
           with_row_count(rows_, [&](auto rows) { score_tile<decltype(dot_product), decltype(rows)::value>(heads, tokens); });
         });
-        if (write.k_descale) scale(heads, tokens, scratch_.tokens.k_descale, write.k_descale_stride.head);
+        if (write.k_descale) scale(heads, tokens, write.k_dtype, scratch_.tokens.k_descale, write.k_descale_stride.head);
         softmax(heads, first, tokens);
-        if (write.v_descale) scale(heads, tokens, scratch_.tokens.v_descale, write.v_descale_stride.head);
+        if (write.v_descale) scale(heads, tokens, write.v_dtype, scratch_.tokens.v_descale, write.v_descale_stride.head);
         with_format(write.v_dtype, [&](auto element) {
           with_row_count(rows_, [&](auto rows) { accumulate_tile<decltype(element), decltype(rows)::value>(heads, tokens); });
         });
@@ -185,11 +187,14 @@ class Decode {
     repeat_last(tokens.k), repeat_last(tokens.v);
   }
 
-  // Scores, or probabilities, of all rows of some heads times the scale of each token.
-  void scale(Range heads, int64_t tokens, const float* const* descales, int64_t head_stride) {
+  // Scores, or probabilities, of all rows of some heads times the scale of each token, and that of chunks of the format.
+  void scale(Range heads, int64_t tokens, int64_t dtype, const float* const* descales, int64_t head_stride) {
+    float chunk_scale = 1.0f;
+    with_format(dtype, [&](auto element) { chunk_scale = CHUNK_SCALE<decltype(element)>; });
     for (int64_t head = heads.begin; head < heads.end; head++) {
       float scales[DECODE_TILE];
-      for (int64_t t = 0; t < tokens; t++) scales[t] = descales[t][(task_.kv_heads.begin + head) * head_stride];
+      for (int64_t t = 0; t < tokens; t++)
+        scales[t] = chunk_scale * descales[t][(task_.kv_heads.begin + head) * head_stride];
       for (int64_t row = 0; row < rows_; row++) {
         float* scores = scratch_.scores + (head * rows_ + row) * DECODE_TILE;
         for (int64_t t = 0; t < tokens; t++) scores[t] *= scales[t];
@@ -207,6 +212,7 @@ class Decode {
     const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, query_size = query_size_;
     const int64_t k_head = problem_.write.k_stride.head;
     const int64_t lines = prefetches_ ? TOKENS * STEP * sizeof(Element) / CACHE_LINE : 0;
+    const int64_t all_lines = prefetches_ ? TOKENS * divide_up(head_dim_ * sizeof(Element), CACHE_LINE) : 0;
     const char* const* k = scratch_.tokens.k;
     const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
     for (int64_t begin = 0; begin < tokens; begin += BLOCK_TOKENS) {
@@ -218,12 +224,12 @@ class Decode {
           const Element* key[TOKENS];
           for (int j = 0; j < TOKENS; j++) key[j] = reinterpret_cast<const Element*>(k[t + j]) + offset;
           float* scores = scratch_.scores + head * rows * DECODE_TILE + t;
-          score_block<Dot, ROWS, TOKENS, true>(key, query, rows, scores, prefetcher, lines);
+          score_block<Dot, ROWS, TOKENS, true>(key, query, rows, scores, prefetcher, lines, all_lines);
           if (ROWS < ROW_BLOCK) continue;
           for (int64_t row = ROWS; row < rows; row += ROWS)
             with_row_count(rows - row, [&](auto count) {
               score_block<Dot, decltype(count)::value, TOKENS, false>(key, query + row * CHUNK, rows,
-                                                                      scores + row * DECODE_TILE, prefetcher, 0);
+                                                                      scores + row * DECODE_TILE, prefetcher, 0, 0);
             });
         }
       }
@@ -238,7 +244,7 @@ class Decode {
   //   row 1    accumulator  accumulator
   template <class Dot, int ROWS, int TOKENS, bool PREFETCHES>
   PAGEDFLASH_INLINE void score_block(const typename Dot::Element* const* key, const typename Dot::Query* query, int64_t rows,
-                                     float* scores, Prefetcher& prefetcher, int64_t lines) {
+                                     float* scores, Prefetcher& prefetcher, int64_t lines, int64_t all_lines) {
     constexpr int COUNT = (ROWS * TOKENS + LANES - 1) / LANES * LANES;
     constexpr int CHAINS = ROWS * TOKENS * 2 <= ACCUMULATORS ? 2 : 1;
     const int64_t head_dim = head_dim_, whole = head_dim / STEP * STEP;
@@ -251,6 +257,7 @@ class Decode {
         score_chunk<Dot, ROWS, TOKENS>([&](int j) { return Dot::load_key(key[j] + d + c); }, query + (d + c) * rows,
                                        accumulator[c / CHUNK % CHAINS]);
     }
+    if (PREFETCHES && whole < head_dim) prefetcher.next(all_lines - whole / STEP * lines);
     for (int64_t d = whole; d < head_dim; d += CHUNK)
       score_chunk<Dot, ROWS, TOKENS>([&](int j) { return Dot::load_key_part(key[j] + d, head_dim - d); }, query + d * rows,
                                      accumulator[0]);
@@ -311,7 +318,9 @@ class Decode {
     const int64_t v_head = problem_.write.v_stride.head, v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
     const char* const* v = scratch_.tokens.v;
     const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
-    const int64_t lines = prefetches_ ? BLOCK_TOKENS * CHUNKS * CHUNK * sizeof(Element) / CACHE_LINE : 0;
+    const bool prefetches = prefetches_ && !problem_.write.v_is_in_k();  // else scores have brought them near
+    const int64_t lines = prefetches ? BLOCK_TOKENS * CHUNK * sizeof(Element) / CACHE_LINE : 0;  // for each chunk
+    const int64_t all_lines = prefetches ? BLOCK_TOKENS * divide_up(v_head_dim * sizeof(Element), CACHE_LINE) : 0;
     for (int64_t t = 0; t < tokens; t += BLOCK_TOKENS) {
       const int64_t count = min(BLOCK_TOKENS, tokens - t);
       Prefetcher prefetcher(v + t + BLOCK_TOKENS, all_heads, v_head * sizeof(Element), v_head_dim * sizeof(Element));
@@ -322,14 +331,20 @@ class Decode {
         const Element* value[BLOCK_TOKENS];
         for (int j = 0; j < BLOCK_TOKENS; j++) value[j] = reinterpret_cast<const Element*>(v[t + j]) + offset;
         int64_t d = 0;
-        if (count == BLOCK_TOKENS) {
-          for (; d + CHUNKS * CHUNK <= whole; d += CHUNKS * CHUNK) {
-            prefetcher.next(lines);
-            accumulate_chunks<ROWS, CHUNKS, BLOCK_TOKENS>(value, count, d, weights, rows, accumulators + d * rows);
+        // As many chunks at once as a row still has.
+        const auto pass = [&](auto chunks) {
+          constexpr int64_t N = decltype(chunks)::value;
+          for (; d + N * CHUNK <= whole; d += N * CHUNK) {
+            prefetcher.next(N * lines);
+            accumulate_chunks<ROWS, N, BLOCK_TOKENS>(value, count, d, weights, rows, accumulators + d * rows);
           }
-          for (; d < whole; d += CHUNK)
-            accumulate_chunks<ROWS, 1, BLOCK_TOKENS>(value, count, d, weights, rows, accumulators + d * rows);
+        };
+        if (count == BLOCK_TOKENS) {
+          pass(Int<CHUNKS>());
+          if constexpr (CHUNKS > 2) pass(Int<2>());
+          if constexpr (CHUNKS > 1) pass(Int<1>());
         }
+        if (d < v_head_dim) prefetcher.next(all_lines - d / CHUNK * lines);
         for (; d < v_head_dim; d += CHUNK)
           accumulate_chunks<ROWS, 1, 0>(value, count, d, weights, rows, accumulators + d * rows);
       }

@@ -10,6 +10,7 @@
 // Gemm<T>, for queries of T, offers
 //
 //   GROUP                               elements of a group
+//   Element                             what it is made of
 //   ROWS                                rows of a block
 //   TILE_KEYS                           keys of a tile
 //   PASS_ROWS                           rows that see a tile before the next ones do
@@ -20,7 +21,7 @@
 //   load_groups(p, n)                   LANES groups: the first n elements of a cache, zeros beyond them
 //   load_groups(p, n, scale)            the same times a scale
 //   interleave(v[GROUP])                LANES groups of GROUP tokens; then each group has one element of every token
-//   store_probabilities(row, i, p)      probabilities i to i + LANES of a row, in place of its scores
+//   store_elements(row, i, v)           elements i to i + LANES of a row of a, from floats, which may have lain at its start
 //   multiply_block(a, a_stride, b, depth, c, c_stride, alpha)
 //                                       a block: c = a x b, or with alpha c = c * alpha[row] + a x b
 #pragma once
@@ -70,6 +71,7 @@ struct FloatDot {
 
 template <class T>
 struct Gemm : RegisterGemm<FloatDot> {
+  using Element = float;
   static constexpr int64_t GROUP = 1;
   static PAGEDFLASH_INLINE void store_query(float* to, const T* row, int64_t n) { convert(to, row, n); }
   template <class E>
@@ -81,7 +83,7 @@ struct Gemm : RegisterGemm<FloatDot> {
     return mul(load_part(p, n), scale);
   }
   static PAGEDFLASH_INLINE void interleave(Vec[GROUP]) {}
-  static PAGEDFLASH_INLINE void store_probabilities(float* row, int64_t i, Vec p) { store(row + i, p); }
+  static PAGEDFLASH_INLINE void store_elements(float* row, int64_t i, Vec v) { store(row + i, v); }
 };
 
 #if PAGEDFLASH_BF16_PAIRS
@@ -99,6 +101,7 @@ using PairGemm = RegisterGemm<PairDot>;
 // bfloat16 as it is; probabilities are rounded to it.
 template <>
 struct Gemm<bf16> : PairGemm {
+  using Element = bf16;
   static constexpr int64_t GROUP = 2;
   static PAGEDFLASH_INLINE void store_query(float* to, const bf16* row, int64_t n) { memcpy(to, row, n * sizeof(bf16)); }
   static PAGEDFLASH_INLINE Vec load_groups(const bf16* p, int64_t n) { return load_pairs(p, n); }
@@ -112,8 +115,8 @@ struct Gemm<bf16> : PairGemm {
     return round_pairs(mul(load_part(p, n), scale), mul(high, scale));
   }
   static PAGEDFLASH_INLINE void interleave(Vec v[GROUP]) { interleave_pairs(v); }
-  static PAGEDFLASH_INLINE void store_probabilities(float* row, int64_t i, Vec p) {
-    store_rounded(reinterpret_cast<bf16*>(row) + i, p);
+  static PAGEDFLASH_INLINE void store_elements(float* row, int64_t i, Vec v) {
+    store_rounded(reinterpret_cast<bf16*>(row) + i, v);
   }
 };
 #endif

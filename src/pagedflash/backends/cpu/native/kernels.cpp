@@ -1,6 +1,7 @@
 // The kernels for one instruction set (see CMakeLists.txt), for all dtypes and formats of a cache.
 #include "kernels.h"
 
+#include "backward.h"
 #include "combine.h"
 #include "decode.h"
 #include "kv_write.h"
@@ -35,10 +36,22 @@ int64_t scratch_bytes(const AttentionProblem& problem) {
   return bytes;
 }
 
+void backward(const BackwardPlan& plan, const BackwardTask& task, void* scratch) {
+  with_dtype(plan.problem.write.dtype, [&](auto element) { Backward<decltype(element)>(plan, task, scratch).run(); });
+}
+
+int64_t backward_scratch_bytes(const BackwardProblem& problem) {
+  int64_t bytes = 0;
+  with_dtype(problem.write.dtype, [&](auto element) {
+    bytes = BackwardScratch<decltype(element)>(ScratchArena(nullptr), problem).bytes;
+  });
+  return bytes;
+}
+
 }  // namespace
 
 extern const Kernels KERNELS;
-const Kernels KERNELS = {kv_write, decode, prefill, scratch_bytes, combine};
+const Kernels KERNELS = {kv_write, decode, prefill, scratch_bytes, combine, backward, backward_scratch_bytes, reduce_keys};
 
 }  // namespace PAGEDFLASH_ISA
 }  // namespace pagedflash

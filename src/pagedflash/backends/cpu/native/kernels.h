@@ -6,7 +6,7 @@
 namespace pagedflash {
 
 struct Kernels {
-  // Writes new tokens `tokens` of batch_size * num_new_tokens into the cache.
+  // Writes new tokens `tokens` of total_new_tokens() into the cache.
   void (*kv_write)(const CacheWrite& write, Range tokens);
   // Attends one task. `scratch` holds what scratch_bytes(problem) says, aligned to 64 bytes.
   void (*decode)(const Plan& plan, const Task& task, void* scratch);
@@ -14,6 +14,12 @@ struct Kernels {
   int64_t (*scratch_bytes)(const AttentionProblem& problem);
   // Reduces the splits of rows `rows` of plan.reduced_rows. Overwrites their partials.
   void (*combine)(const Plan& plan, Range rows);
+
+  // Writes d_q and delta of one task, and its partial d_k and d_v.
+  void (*backward)(const BackwardPlan& plan, const BackwardTask& task, void* scratch);
+  int64_t (*backward_scratch_bytes)(const BackwardProblem& problem);
+  // Writes d_k and d_v of keys `keys` of plan.keys.
+  void (*reduce_keys)(const BackwardPlan& plan, Range keys);
 };
 
 // Null if this processor lacks the instructions. Instruction sets are numbered from 0 on, the newest first.

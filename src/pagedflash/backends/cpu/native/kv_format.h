@@ -104,11 +104,15 @@ PAGEDFLASH_INLINE void round_to(e5m2* to, float x) { to->bits = round_to_float8<
 
 constexpr float SMALLEST_SCALE = 0x1p-126f;  // one below it counts as 0: what is quantized with it is 0
 
+// The largest of `largest` and the magnitudes of some values, NaN aside.
+PAGEDFLASH_INLINE float largest_of(const float* values, int64_t size, float largest) {
+  for (int64_t i = 0; i < size; i++) largest = fabsf(values[i]) > largest ? fabsf(values[i]) : largest;
+  return largest;
+}
+
 // The scale of a token and head: its largest magnitude becomes the largest value of the format.
 template <class E>
-PAGEDFLASH_INLINE float scale_of(const float* values, int64_t size) {
-  float largest = 0;
-  for (int64_t i = 0; i < size; i++) largest = fabsf(values[i]) > largest ? fabsf(values[i]) : largest;  // NaN aside
+PAGEDFLASH_INLINE float scale_of(float largest) {
   const float scale = largest / LARGEST<E>;
   return scale < SMALLEST_SCALE ? 0.0f : scale;
 }

@@ -10,6 +10,7 @@ constexpr int64_t MIN_DECODE_KEYS = 256;
 constexpr int64_t TARGET_PREFILL_TASKS = 64;
 constexpr int64_t MIN_PREFILL_KEYS = 512;
 constexpr int64_t SPLIT_MULTIPLE = 64;
+constexpr int64_t TARGET_BACKWARD_TASKS = 32;
 // Short sequences are divided by KV heads instead, where there are fewer of them than this for each thread: into groups with
 // at least so many bytes of keys and values. No more than needed, since a task skips the memory of the other heads.
 constexpr int64_t SHORT_TASKS_PER_THREAD = 2;
@@ -122,6 +123,69 @@ bool Plan::add_reduction(int64_t s, int64_t splits, int64_t* partial_row) {
   if (!reductions.append({s, splits, partial_rows, reduced_rows})) return false;
   partial_rows += splits * rows;
   reduced_rows += rows;
+  return true;
+}
+
+namespace {
+
+int64_t rows_of(const AttentionProblem& problem, const Sequence& sequence) { return sequence.seqlen_q * problem.group(); }
+
+// Keys that some rows of a sequence see.
+Range keys_of(const AttentionProblem& problem, const Sequence& sequence, Range rows) {
+  const int64_t group = problem.group();
+  return sequence.kv_range(problem, Range{rows.begin / group, (rows.end - 1) / group + 1});
+}
+
+// The rows of a block of PREFILL_ROWS.
+Range block_rows(const AttentionProblem& problem, const Sequence& sequence, int64_t block) {
+  return {block * PREFILL_ROWS, min(rows_of(problem, sequence), (block + 1) * PREFILL_ROWS)};
+}
+
+// Scores of a KV head of a sequence, in whole blocks.
+int64_t work_of(const AttentionProblem& problem, const Sequence& sequence) {
+  int64_t work = 0;
+  for (int64_t block = 0; block * PREFILL_ROWS < rows_of(problem, sequence); block++) {
+    const Range rows = block_rows(problem, sequence, block);
+    work += rows.size() * keys_of(problem, sequence, rows).size();
+  }
+  return work;
+}
+
+}  // namespace
+
+// Rows are divided so that no task has much more than its share of all scores.
+bool BackwardPlan::build() {
+  const int64_t kv_heads = problem.write.kv_heads;
+  int64_t total = 0;
+  for (int64_t b = 0; b < problem.write.batch_size; b++) {
+    const Sequence sequence = sequence_of(problem, b);
+    const bool used = sequence.seqused_k >= 0 && sequence.seqlen_q;
+    const Range seen = used ? sequence.kv_range(problem, Range{0, sequence.seqlen_q}) : Range{0, 0};
+    if (!seen.size()) continue;
+    if (!sequences.append({sequence, 0, 0, seen, keys})) return false;
+    keys += seen.size();
+    total += kv_heads * work_of(problem, sequence);
+  }
+  for (int64_t s = 0; s < sequences.size(); s++) {
+    BackwardSequence& sequence = sequences[s];
+    const int64_t work = work_of(problem, sequence), rows = rows_of(problem, sequence);
+    const int64_t most = divide_up(work * TARGET_BACKWARD_TASKS, total);
+    sequence.first_task = tasks.size();
+    for (int64_t head = 0; head < kv_heads; head++) {
+      int64_t done = 0, begin = 0, task = 1;
+      for (int64_t block = 0; begin < rows; block++) {
+        const Range of_block = block_rows(problem, sequence, block);
+        done += of_block.size() * keys_of(problem, sequence, of_block).size();
+        if (of_block.end < rows && done * most < work * task) continue;
+        const Range of_task = {begin, of_block.end}, seen = keys_of(problem, sequence, of_task);
+        if (!tasks.append({s, head, of_task, seen, partial_keys})) return false;
+        partial_keys += seen.size() + PARTIAL_MULTIPLE;
+        begin = of_block.end;
+        task++;
+      }
+    }
+    sequence.tasks = (tasks.size() - sequence.first_task) / kv_heads;
+  }
   return true;
 }
 

@@ -53,6 +53,7 @@ class Array {
   }
   PAGEDFLASH_INLINE int64_t size() const { return size_; }
   PAGEDFLASH_INLINE const T& operator[](int64_t i) const { return items_[i]; }
+  PAGEDFLASH_INLINE T& operator[](int64_t i) { return items_[i]; }
 
  private:
   T* items_ = nullptr;
@@ -78,6 +79,41 @@ struct Plan {
   bool add_decode(int64_t sequence, Range keys, int64_t split_keys, int64_t head_groups);
   bool add_prefill(int64_t sequence, Range keys, int64_t split_keys);
   bool add_reduction(int64_t sequence, int64_t splits, int64_t* partial_row);
+};
+
+// The backward pass: a task takes some rows of a KV head, and has d_k and d_v of the keys that they see to itself: partial
+// ones, which are reduced over the tasks of a head.
+struct BackwardTask {
+  int64_t sequence;  // which of BackwardPlan::sequences
+  int64_t kv_head;
+  Range rows;
+  Range keys;        // that these rows see
+  int64_t partial_key;  // where in BackwardPlan's partials they begin
+};
+
+struct BackwardSequence : Sequence {
+  int64_t first_task;  // of KV head 0; those of the others follow
+  int64_t tasks;       // of each KV head
+  Range keys;          // that its rows see
+  int64_t first_key;   // keys of the sequences before this one
+};
+
+struct BackwardPlan {
+  explicit BackwardPlan(const BackwardProblem& of)
+      : problem(of), d_v_offset(round_up(of.write.head_dim, PARTIAL_MULTIPLE)),
+        partial_size(d_v_offset + round_up(of.write.v_head_dim, PARTIAL_MULTIPLE) + PARTIAL_PADDING) {}
+
+  static constexpr int64_t PARTIAL_MULTIPLE = 32;  // at least the columns, and the rows, of a block of the matrix product
+  static constexpr int64_t PARTIAL_PADDING = 16;   // partial keys should not lie a power of two apart
+
+  const BackwardProblem& problem;
+  Array<BackwardSequence> sequences;
+  Array<BackwardTask> tasks;
+  const int64_t d_v_offset, partial_size;  // floats of a partial key: d_k, then d_v from d_v_offset on
+  int64_t partial_keys = 0, keys = 0;
+  float* partials = nullptr;  // (partial_keys, partial_size)
+
+  bool build();  // false if memory ran out
 };
 
 }  // namespace pagedflash

@@ -22,7 +22,7 @@
 // the processor, and what is prefetched too early is evicted by rows that lie a power of two apart.
 #pragma once
 
-#include "gemm.h"
+#include "pack.h"
 #include "paging.h"
 #include "rows.h"
 #include "scratch.h"
@@ -110,6 +110,7 @@ class Prefill {
   static constexpr int64_t TILE_KEYS = Product::TILE_KEYS, PASS_ROWS = Product::PASS_ROWS;
   static constexpr bool ONE_PASS = PrefillScratch<T>::ONE_PASS;
   static constexpr int64_t SCORE_STRIDE = TILE_KEYS + Product::PADDING;
+  static_assert(TILE_KEYS <= MAX_TILE);
 
   // Prefetches one head of keys or values, in so many `steps`.
   class Prefetcher {
@@ -178,7 +179,8 @@ class Prefill {
     const int64_t k_head = kv_head_ * write.k_stride.head * k_bytes, v_head = kv_head_ * write.v_stride.head * v_bytes;
     const int64_t blocks = rows.size() / ROWS;
     const bool packs = rows.begin == 0;
-    Prefetcher values(tile.v, packs ? tokens : 0, v_head, v_head_dim_ * v_bytes, blocks * divide_up(tokens, PANEL));
+    const int64_t value_tokens = packs && !write.v_is_in_k() ? tokens : 0;
+    Prefetcher values(tile.v, value_tokens, v_head, v_head_dim_ * v_bytes, blocks * divide_up(tokens, PANEL));
     for (int64_t t = 0; t < tokens; t += PANEL) {
       float* panel = scratch_.k_panels + (ONE_PASS ? 0 : t * query_size_ / GROUP);
       if (packs)
@@ -197,23 +199,11 @@ class Prefill {
     }
   }
 
-  // Keys become columns: LANES keys x LANES groups are transposed in registers. Behind the last key it is repeated.
   template <class E>
   void pack_keys(float* panel, const char* const* k, int64_t tokens) {
     const int64_t offset = kv_head_ * problem_.write.k_stride.head;
-    for (int64_t t = 0; t < PANEL; t += LANES) {
-      for (int64_t d = 0; d < query_size_; d += LANES * GROUP) {
-        Vec block[LANES];
-        for (int i = 0; i < LANES; i++) {
-          const E* key = reinterpret_cast<const E*>(k[min(t + i, tokens - 1)]) + offset;
-          block[i] = Product::load_groups(key + d, head_dim_ - d);
-        }
-        transpose(block);
-        const int64_t group = d / GROUP;
-        for (int i = 0; i < LANES && group + i < query_size_ / GROUP; i++)
-          store(panel + (group + i) * PANEL + t, block[i]);
-      }
-    }
+    pack_columns<Product>(panel, tokens, head_dim_,
+                          [&](int64_t t) { return reinterpret_cast<const E*>(k[t]) + offset; });
   }
 
   void scale_scores(Range rows, const float* const* descales, int64_t tokens) {
@@ -231,9 +221,9 @@ class Prefill {
       const Range seen = scratch_.seen[row / ROWS];
       float* scores = scratch_.scores + (row - rows.begin) * SCORE_STRIDE + seen.begin;
       scratch_.alpha[row] = softmax_tile(scores, score_, scratch_.score_rows[row], first + seen.begin, seen.size(),
-                                         scratch_.states[row], Product::store_probabilities);
+                                         scratch_.states[row], Product::store_elements);
       for (int64_t i = round_up(seen.size(), LANES); i < round_up(seen.size(), STEP); i += LANES)
-        Product::store_probabilities(scores, i, zero());
+        Product::store_elements(scores, i, zero());
     }
   }
 
@@ -249,7 +239,7 @@ class Prefill {
     Prefetcher keys(next.k, min(PANEL, next_tokens), kv_head_ * write.k_stride.head * k_bytes, head_dim_ * k_bytes,
                     blocks * (out_size_ / PANEL));
     for (int64_t column = 0; column < out_size_; column += PANEL) {
-      const float* panel = value_panel(column);
+      const float* panel = scratch_.v_panels + column * TILE_KEYS / GROUP;
       for (int64_t row = rows.begin; row < rows.end; row += ROWS) {
         keys.step();
         const Range seen = scratch_.seen[row / ROWS];
@@ -261,32 +251,17 @@ class Prefill {
     }
   }
 
-  float* value_panel(int64_t column) const { return scratch_.v_panels + column * TILE_KEYS / GROUP; }
-
-  // Behind the last token come zeros: their probabilities are zero too.
   template <class E>
   void pack_values(const TokenAddresses& tile, int64_t tokens) {
     const int64_t descale = kv_head_ * problem_.write.v_descale_stride.head;
     const int64_t offset = kv_head_ * problem_.write.v_stride.head;
-    for (int64_t t = 0; t < round_up(tokens, STEP); t += GROUP) {
-      for (int64_t d = 0; d < out_size_; d += LANES * GROUP) {
-        Vec values[GROUP];
-        for (int64_t i = 0; i < GROUP; i++) {
-          values[i] = zero();
-          if (t + i >= tokens || d >= v_head_dim_) continue;
-          const E* value = reinterpret_cast<const E*>(tile.v[t + i]) + offset + d;
-          if constexpr (LARGEST<E> > 0)
-            values[i] = Product::load_groups(value, v_head_dim_ - d, splat(tile.v_descale[t + i][descale]));
-          else
-            values[i] = Product::load_groups(value, v_head_dim_ - d);
-        }
-        Product::interleave(values);
-        for (int64_t i = 0; i < GROUP; i++) {
-          const int64_t column = d + i * LANES;
-          store(value_panel(column / PANEL * PANEL) + t / GROUP * PANEL + column % PANEL, values[i]);
-        }
-      }
-    }
+    pack_rows<Product>(scratch_.v_panels, TILE_KEYS / GROUP * PANEL, tokens, v_head_dim_, [&](int64_t t, int64_t d) {
+      const E* value = reinterpret_cast<const E*>(tile.v[t]) + offset + d;
+      if constexpr (LARGEST<E> > 0)
+        return Product::load_groups(value, v_head_dim_ - d, splat(tile.v_descale[t][descale]));
+      else
+        return Product::load_groups(value, v_head_dim_ - d);
+    });
   }
 
   const Plan& plan_;

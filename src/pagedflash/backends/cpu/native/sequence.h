@@ -53,7 +53,7 @@ PAGEDFLASH_INLINE Sequence sequence_of(const AttentionProblem& problem, int64_t 
     sequence.seqused_k = write.capacity();
   }
   sequence.seqlen_k = sequence.seqused_k;
-  if (write.k_new && sequence.seqused_k >= 0) sequence.seqlen_k += write.num_new_tokens;
+  if (write.k_new && sequence.seqused_k >= 0) sequence.seqlen_k += write.new_tokens_of(b);
   sequence.leftpad = write.cache_leftpad ? write.cache_leftpad[b] : 0;
   return sequence;
 }

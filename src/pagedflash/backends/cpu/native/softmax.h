@@ -6,17 +6,20 @@
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
+constexpr int64_t MAX_TILE = 256;  // keys
+
 struct SoftmaxState {
   float max = -INFINITY;  // score
   float sum = 0;          // of 2^(score - max)
 };
 
 // One row against keys `first` to `first + count`, in place: products q.k in, 2^(score - max) out, zeros where the row does
-// not see the key, up to the next multiple of LANES behind `count`. store_probabilities(scores, i, p) stores LANES of them,
-// from i on, over scores of this index or less. Returns alpha, which rescales earlier sums to the new maximum.
+// not see the key, up to the next multiple of LANES behind `count`. store_elements(scores, i, p) stores LANES of them,
+// from i on, over scores of this index or less. Dropout takes them out of what is stored, not out of the sum. Returns alpha, which
+// rescales earlier sums to the new maximum.
 template <class Store>
 PAGEDFLASH_INLINE float softmax_tile(float* scores, const Score& score, const ScoreRow& row, int64_t first, int64_t count,
-                                     SoftmaxState& state, const Store& store_probabilities) {
+                                     SoftmaxState& state, const Store& store_elements) {
   // Where scores are only scaled, the scaling waits for the exponent.
   const bool is_scale = count % LANES == 0 && score.is_scale(row, first, count);
   const float scale = is_scale ? score.scale() : 1.0f;
@@ -28,10 +31,13 @@ PAGEDFLASH_INLINE float softmax_tile(float* scores, const Score& score, const Sc
   state.max = max(scale * reduce_max(top), before);
   const float base = state.max == -INFINITY ? 0.0f : state.max;  // -inf - -inf would be NaN
 
+  float buffer[Dropout::factors_size(MAX_TILE)];
+  const bool drops = score.dropout.drops();
+  const float* factors = drops ? score.dropout.factors(buffer, row.dropout, first, count) : nullptr;
   Vec sum = zero();
   for (int64_t i = 0; i < count; i += LANES) {
     const Vec p = exp2(fma(load(scores + i), splat(scale), splat(-base)));
-    store_probabilities(scores, i, p);
+    store_elements(scores, i, drops ? mul(p, load(factors + i)) : p);
     sum = add(sum, p);
   }
   const float alpha = before == state.max ? 1.0f : exp2f(before - base);

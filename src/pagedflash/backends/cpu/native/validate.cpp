@@ -30,6 +30,10 @@ bool queries_are_valid(const AttentionProblem& problem) {
   return used_is_valid(problem.seqused_q, problem.cu_seqlens_q, batch_size, 0);
 }
 
+bool new_tokens_are_valid(const CacheWrite& write) {
+  return !write.cu_seqlens_new || offsets_are_valid(write.cu_seqlens_new, write.batch_size, write.num_new_tokens);
+}
+
 bool packed_keys_are_valid(const CacheWrite& write) {
   if (!write.cu_seqlens_k) return true;
   const int64_t total = write.packed() ? write.page_size : INT32_MAX;
@@ -90,14 +94,18 @@ int by_page_and_slot(const void* a, const void* b) {
 Status validate_slots(const CacheWrite& write) {
   constexpr int64_t ON_STACK = 64;
   WrittenSlots on_stack[ON_STACK], *written = on_stack;
-  const int64_t most = write.batch_size * (write.num_new_tokens / write.page_size + 2);
+  const int64_t most = write.slot_mapping ? write.num_new_tokens : 2 * write.batch_size + write.total_new_tokens() / write.page_size;
   if (most > ON_STACK) {
     written = static_cast<WrittenSlots*>(malloc(most * sizeof(WrittenSlots)));
     if (!written) return OUT_OF_MEMORY;
   }
   int64_t count = 0;
-  for (int64_t b = 0; b < write.batch_size; b++) {
-    const int64_t first = write.seqused_k[b], end = first + write.num_new_tokens;
+  for (int64_t t = 0; write.slot_mapping && t < write.num_new_tokens; t++) {
+    const int64_t slot = write.slot_mapping[t];
+    if (slot >= 0) written[count++] = {0, slot, slot + 1};
+  }
+  for (int64_t b = 0; !write.slot_mapping && b < write.batch_size; b++) {
+    const int64_t first = write.seqused_k[b], end = first + write.new_tokens_of(b);
     if (first < 0) continue;
     if (!write.paged()) {
       written[count++] = {write.cache_batch_idx ? write.cache_batch_idx[b] : b, 0, write.page_size};
@@ -121,9 +129,12 @@ Status validate_slots(const CacheWrite& write) {
 }  // namespace
 
 Status validate(const CacheWrite& write) {
-  if (!rows_are_valid(write)) return INVALID_VALUES;
+  for (int64_t t = 0; write.slot_mapping && t < write.num_new_tokens; t++)
+    if (write.slot_mapping[t] < -1 || write.slot_mapping[t] >= write.num_pages * write.page_size) return INVALID_VALUES;
+  if (write.slot_mapping) return validate_slots(write);
+  if (!rows_are_valid(write) || !new_tokens_are_valid(write)) return INVALID_VALUES;
   for (int64_t b = 0; b < write.batch_size; b++) {
-    const int64_t first = write.seqused_k[b], end = first + write.num_new_tokens;
+    const int64_t first = write.seqused_k[b], end = first + write.new_tokens_of(b);
     if (first < -1 || (first >= 0 && end > write.capacity())) return INVALID_VALUES;
     if (write.paged() && first >= 0 && !table_row_is_valid(write, b, first, end)) return INVALID_VALUES;
   }
@@ -134,6 +145,7 @@ Status validate(const AttentionProblem& problem) {
   const CacheWrite& write = problem.write;
   const bool appends = write.k_new && write.num_new_tokens;
   if (!queries_are_valid(problem) || !packed_keys_are_valid(write) || !rows_are_valid(write)) return INVALID_VALUES;
+  if (!new_tokens_are_valid(write)) return INVALID_VALUES;
   if (appends && !rows_are_distinct(write)) return INVALID_VALUES;
   for (int64_t b = 0; b < write.batch_size; b++)
     if (!sequence_is_valid(problem, b)) return INVALID_VALUES;

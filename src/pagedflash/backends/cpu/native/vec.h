@@ -14,9 +14,10 @@
 //   mul_pow2(v, n)                     v * 2^n for whole n from -127 (gives 0) to 127
 //   transpose(v[LANES])                in place, LANES x LANES
 //   load(T*) store(T*)                 also for f16 and bf16, rounding to nearest even; load for i8, e4m3 and e5m2 too
-//   load_part store_part(T*, n)        the first n elements, n a multiple of 8; zeros beyond them
+//   load_part store_part(T*, n)        the first n > 0 elements; zeros beyond them
 //   load_chunk(T*)                     2 * LANES elements as two registers; of bf16 first the even ones, then the odd ones
-//   load_chunk_part(T*, n)             the first n elements of a chunk
+//   load_chunk_part(T*, n)             the first n > 0 elements of a chunk; zeros beyond them
+//   CHUNK_SCALE<T>                     how many times too small the elements of a chunk are
 //   restore_order<T>(chunk)            that order back to the order in memory
 //
 // and, where PAGEDFLASH_BF16_PAIRS is defined, on LANES pairs of bfloat16:
@@ -55,6 +56,10 @@ struct e4m3 {  // no infinity; NaN is all ones
 struct e5m2 {  // the upper half of an f16
   uint8_t bits;
 };
+
+template <class T>
+constexpr float CHUNK_SCALE = 1;
+constexpr float E4M3_SCALE = 256;  // of the bits of an e4m3, read as those of a float16
 
 PAGEDFLASH_INLINE float float_of_bits(uint32_t bits) {
   float x;
@@ -116,17 +121,10 @@ PAGEDFLASH_INLINE void convert(T* to, const T* from, int64_t n) {
   memcpy(to, from, n * sizeof(T));
 }
 
-// n elements, n any number, from one type to another. Nothing behind them is touched.
+// n elements from one type to another. Nothing behind them is touched.
 template <class To, class From>
 PAGEDFLASH_INLINE void convert(To* to, const From* from, int64_t n) {
-  const int64_t whole = n / 8 * 8, rest = n % 8;
-  for (int64_t i = 0; i < whole; i += LANES) store_part(to + i, load_part(from + i, whole - i), whole - i);
-  if (!rest) return;
-  From padded[8] = {};
-  To converted[8];
-  memcpy(padded, from + whole, rest * sizeof(From));
-  for (int64_t i = 0; i < 8; i += LANES) store_part(converted + i, load_part(padded + i, 8), 8);
-  memcpy(to + whole, converted, rest * sizeof(To));
+  for (int64_t i = 0; i < n; i += LANES) store_part(to + i, load_part(from + i, n - i), n - i);
 }
 
 }  // namespace PAGEDFLASH_ISA

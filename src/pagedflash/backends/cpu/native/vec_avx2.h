@@ -95,30 +95,69 @@ PAGEDFLASH_INLINE Vec load(const i8* p) {
 PAGEDFLASH_INLINE Vec load(const e5m2* p) {
   return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 8));
 }
-// As float16 first, whose exponent has another bias: 2^8 times too small. NaN, the one magnitude of all ones, is carried over.
-PAGEDFLASH_INLINE Vec load(const e4m3* p) {
-  const __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
-  __m128i magnitude = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(0x3F80));
-  const __m128i carry = _mm_add_epi16(magnitude, _mm_set1_epi16(0x80));
-  magnitude = _mm_add_epi16(magnitude, _mm_and_si128(carry, _mm_set1_epi16(0x4000)));
-  const __m128i sign = _mm_and_si128(x, _mm_set1_epi16((short)0x8000));
-  return mul(_mm256_cvtph_ps(_mm_or_si128(magnitude, sign)), splat(256.0f));
+// e4m3 as float16, whose exponent has another bias: E4M3_SCALE times too small. The sign comes twice, as the two highest bits.
+// Of these the lower one is cleared, but where the element is NaN, all ones: there the addition carries into it.
+PAGEDFLASH_INLINE __m256i e4m3_to_f16(__m128i bytes) {
+  const __m256i x = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), carried = _mm256_add_epi16(x, _mm256_set1_epi16(0x80));
+  return _mm256_xor_si256(x, _mm256_and_si256(carried, _mm256_set1_epi16(0x4000)));
 }
-// Parts are multiples of 8 = LANES: there are no others.
+PAGEDFLASH_INLINE Vec load(const e4m3* p) {
+  const __m256i halves = e4m3_to_f16(_mm_loadl_epi64((const __m128i*)p));
+  return mul(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), splat(E4M3_SCALE));
+}
+PAGEDFLASH_INLINE __m256i indices() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+PAGEDFLASH_INLINE __m256i first_lanes(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(n < 8 ? n : 8)), indices()); }
+// The first n < 16 of 16 elements of 16 bits: pairs, and the last one if n is odd.
+PAGEDFLASH_INLINE __m256i load_first_pairs(const void* p, int64_t n) {
+  const __m256i pairs = _mm256_maskload_epi32(static_cast<const int*>(p), first_lanes(n / 2));
+  if (n % 2 == 0) return pairs;
+  const __m256i last = _mm256_set1_epi32(static_cast<const uint16_t*>(p)[n - 1]);
+  return _mm256_or_si256(pairs, _mm256_and_si256(last, _mm256_cmpeq_epi32(_mm256_set1_epi32((int)(n / 2)), indices())));
+}
 template <class T>
-PAGEDFLASH_INLINE Vec load_part(const T* p, int64_t) { return load(p); }
+PAGEDFLASH_INLINE Vec load_part(const T* p, int64_t n) {
+  if (n >= LANES) return load(p);
+  T part[LANES] = {};
+  if constexpr (sizeof(T) == 2)
+    _mm_storeu_si128((__m128i*)part, _mm256_castsi256_si128(load_first_pairs(p, n)));
+  else
+    for (int64_t i = 0; i < n; i++) part[i] = p[i];
+  return load(part);
+}
+PAGEDFLASH_INLINE Vec load_part(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 template <class T>
-PAGEDFLASH_INLINE void store_part(T* p, Vec a, int64_t) { store(p, a); }
+PAGEDFLASH_INLINE void store_part(T* p, Vec a, int64_t n) {
+  if (n >= LANES) return store(p, a);
+  T part[LANES];
+  store(part, a);
+  for (int64_t i = 0; i < n; i++) p[i] = part[i];
+}
+PAGEDFLASH_INLINE void store_part(float* p, Vec a, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), a); }
 
 struct Chunk {
   Vec a, b;
 };
+template <>
+constexpr float CHUNK_SCALE<e4m3> = E4M3_SCALE;
 template <class T>
 PAGEDFLASH_INLINE Chunk load_chunk(const T* p) { return {load(p), load(p + LANES)}; }
 template <class T>
-PAGEDFLASH_INLINE Chunk load_chunk_part(const T* p, int64_t n) { return {load(p), n > LANES ? load(p + LANES) : zero()}; }
+PAGEDFLASH_INLINE Chunk load_chunk_part(const T* p, int64_t n) {
+  return {load_part(p, n), n > LANES ? load_part(p + LANES, n - LANES) : zero()};
+}
 template <class T>
 PAGEDFLASH_INLINE void restore_order(Chunk&) {}
+
+PAGEDFLASH_INLINE Chunk load_halves(__m128i bytes) {
+  const __m256i halves = e4m3_to_f16(bytes);
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+}
+template <>
+PAGEDFLASH_INLINE Chunk load_chunk(const e4m3* p) { return load_halves(_mm_loadu_si128((const __m128i*)p)); }
+template <>
+PAGEDFLASH_INLINE Chunk load_chunk_part(const e4m3* p, int64_t n) {
+  return n > LANES ? load_chunk(p) : load_halves(_mm_loadl_epi64((const __m128i*)p));
+}
 
 // bfloat16: the even and the odd elements, two instructions for 16.
 PAGEDFLASH_INLINE Chunk even_and_odd(__m256i pairs) {
@@ -129,7 +168,7 @@ template <>
 PAGEDFLASH_INLINE Chunk load_chunk(const bf16* p) { return even_and_odd(_mm256_loadu_si256((const __m256i*)p)); }
 template <>
 PAGEDFLASH_INLINE Chunk load_chunk_part(const bf16* p, int64_t n) {
-  return n > LANES ? load_chunk(p) : even_and_odd(_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)p)));
+  return n >= 2 * LANES ? load_chunk(p) : even_and_odd(load_first_pairs(p, n));
 }
 template <>
 PAGEDFLASH_INLINE void restore_order<bf16>(Chunk& chunk) {

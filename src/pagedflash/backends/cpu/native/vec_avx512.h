@@ -82,13 +82,15 @@ PAGEDFLASH_INLINE Vec widen(const e5m2*, __m128i bits) {
   return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bits), 8));
 }
 // As float16 first, whose exponent has another bias: 2^8 times too small. NaN, the one magnitude of all ones, is carried over.
+// e4m3 as float16, whose exponent has another bias: E4M3_SCALE times too small. The sign comes twice, as the two highest bits.
+// Of these the lower one is cleared, but where the element is NaN, all ones: there the addition carries into it.
+PAGEDFLASH_INLINE __m512i e4m3_to_f16(__m256i bytes) {
+  const __m512i x = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7), carried = _mm512_add_epi16(x, _mm512_set1_epi16(0x80));
+  return _mm512_ternarylogic_epi32(x, carried, _mm512_set1_epi16(0x4000), 0x78);  // x ^ (carried & 0x4000)
+}
 PAGEDFLASH_INLINE Vec widen(const e4m3*, __m128i bits) {
-  const __m256i x = _mm256_cvtepi8_epi16(bits);
-  __m256i magnitude = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(0x3F80));
-  const __m256i carry = _mm256_add_epi16(magnitude, _mm256_set1_epi16(0x80));
-  magnitude = _mm256_add_epi16(magnitude, _mm256_and_si256(carry, _mm256_set1_epi16(0x4000)));
-  const __m256i sign = _mm256_and_si256(x, _mm256_set1_epi16((short)0x8000));
-  return mul(_mm512_cvtph_ps(_mm256_or_si256(magnitude, sign)), splat(256.0f));
+  const __m512i halves = e4m3_to_f16(_mm256_zextsi128_si256(bits));
+  return mul(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), splat(E4M3_SCALE));
 }
 PAGEDFLASH_INLINE __m256i narrow(const f16*, Vec a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
 PAGEDFLASH_INLINE __m256i narrow(const bf16*, Vec a) {
@@ -122,6 +124,8 @@ PAGEDFLASH_INLINE void store_part(T* p, Vec a, int64_t n) { _mm256_mask_storeu_e
 struct Chunk {
   Vec a, b;
 };
+template <>
+constexpr float CHUNK_SCALE<e4m3> = E4M3_SCALE;
 template <class T>
 PAGEDFLASH_INLINE Chunk load_chunk(const T* p) { return {load(p), load(p + LANES)}; }
 template <class T>
@@ -130,6 +134,16 @@ PAGEDFLASH_INLINE Chunk load_chunk_part(const T* p, int64_t n) {
 }
 template <class T>
 PAGEDFLASH_INLINE void restore_order(Chunk&) {}
+
+PAGEDFLASH_INLINE Chunk chunk_of_halves(__m512i halves) {
+  return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+}
+template <>
+PAGEDFLASH_INLINE Chunk load_chunk(const e4m3* p) { return chunk_of_halves(e4m3_to_f16(_mm256_loadu_si256((const __m256i*)p))); }
+template <>
+PAGEDFLASH_INLINE Chunk load_chunk_part(const e4m3* p, int64_t n) {
+  return chunk_of_halves(e4m3_to_f16(_mm256_maskz_loadu_epi8(first_lanes32(n), p)));
+}
 
 // bfloat16: the even and the odd elements, two instructions for 32.
 PAGEDFLASH_INLINE Chunk even_and_odd(__m512i pairs) {

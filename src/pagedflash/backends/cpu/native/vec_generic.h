@@ -96,11 +96,20 @@ PAGEDFLASH_INLINE void store(f16* p, Vec a) {
 PAGEDFLASH_INLINE void store(bf16* p, Vec a) {
   for (int i = 0; i < LANES; i++) p[i] = narrow_to_bf16(a[i]);
 }
-// Parts are multiples of 8, so of LANES: there are no others.
 template <class T>
-PAGEDFLASH_INLINE Vec load_part(const T* p, int64_t) { return load(p); }
+PAGEDFLASH_INLINE Vec load_part(const T* p, int64_t n) {
+  if (n >= LANES) return load(p);
+  T part[LANES] = {};
+  for (int64_t i = 0; i < n; i++) part[i] = p[i];
+  return load(part);
+}
 template <class T>
-PAGEDFLASH_INLINE void store_part(T* p, Vec a, int64_t) { store(p, a); }
+PAGEDFLASH_INLINE void store_part(T* p, Vec a, int64_t n) {
+  if (n >= LANES) return store(p, a);
+  T part[LANES];
+  store(part, a);
+  for (int64_t i = 0; i < n; i++) p[i] = part[i];
+}
 
 struct Chunk {
   Vec a, b;
@@ -123,7 +132,12 @@ PAGEDFLASH_INLINE void restore_order<bf16>(Chunk& chunk) {
   chunk = {Vec{a[0], b[0], a[1], b[1]}, Vec{a[2], b[2], a[3], b[3]}};
 }
 template <class T>
-PAGEDFLASH_INLINE Chunk load_chunk_part(const T* p, int64_t) { return load_chunk(p); }
+PAGEDFLASH_INLINE Chunk load_chunk_part(const T* p, int64_t n) {
+  if (n >= 2 * LANES) return load_chunk(p);
+  T part[2 * LANES] = {};
+  for (int64_t i = 0; i < n; i++) part[i] = p[i];
+  return load_chunk(part);
+}
 
 }  // namespace PAGEDFLASH_ISA
 }  // namespace pagedflash

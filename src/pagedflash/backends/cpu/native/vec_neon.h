@@ -72,11 +72,20 @@ PAGEDFLASH_INLINE Vec load(const e4m3* p) {
   const uint16x4_t sign = vshl_n_u16(vand_u16(x, vdup_n_u16(0x80)), 8);
   return mul(vcvt_f32_f16(vreinterpret_f16_u16(vorr_u16(magnitude, sign))), splat(256.0f));
 }
-// Parts are multiples of 8, so of LANES: there are no others.
 template <class T>
-PAGEDFLASH_INLINE Vec load_part(const T* p, int64_t) { return load(p); }
+PAGEDFLASH_INLINE Vec load_part(const T* p, int64_t n) {
+  if (n >= LANES) return load(p);
+  T part[LANES] = {};
+  for (int64_t i = 0; i < n; i++) part[i] = p[i];
+  return load(part);
+}
 template <class T>
-PAGEDFLASH_INLINE void store_part(T* p, Vec a, int64_t) { store(p, a); }
+PAGEDFLASH_INLINE void store_part(T* p, Vec a, int64_t n) {
+  if (n >= LANES) return store(p, a);
+  T part[LANES];
+  store(part, a);
+  for (int64_t i = 0; i < n; i++) p[i] = part[i];
+}
 
 struct Chunk {
   Vec a, b;
@@ -98,7 +107,12 @@ PAGEDFLASH_INLINE void restore_order<bf16>(Chunk& chunk) {
   chunk = {vzip1q_f32(chunk.a, chunk.b), vzip2q_f32(chunk.a, chunk.b)};
 }
 template <class T>
-PAGEDFLASH_INLINE Chunk load_chunk_part(const T* p, int64_t) { return load_chunk(p); }
+PAGEDFLASH_INLINE Chunk load_chunk_part(const T* p, int64_t n) {
+  if (n >= 2 * LANES) return load_chunk(p);
+  T part[2 * LANES] = {};
+  for (int64_t i = 0; i < n; i++) part[i] = p[i];
+  return load_chunk(part);
+}
 
 }  // namespace PAGEDFLASH_ISA
 }  // namespace pagedflash

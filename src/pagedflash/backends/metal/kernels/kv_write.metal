@@ -1,4 +1,6 @@
 // kv_write: new keys (rotated) and values into their slots. One simdgroup writes one token of one head.
+//
+// Packed tokens lie one sequence behind the other, or each has a slot of its own.
 
 kernel void kv_write(
     device const T* k_new [[buffer(0)]],
@@ -13,17 +15,33 @@ kernel void kv_write(
     constant Params& params [[buffer(9)]],
     device float* k_descale [[buffer(10)]],
     device float* v_descale [[buffer(11)]],
+    device const int* cu_seqlens_new [[buffer(12)]],
+    device const long* slot_mapping [[buffer(13)]],
     uint3 position [[thread_position_in_grid]],
     uint lane [[thread_index_in_simdgroup]]
 ) {
     const int head = int(position.x) / 32;
     const int token = int(position.y);
-    const int b = int(position.z);
-
-    const int first = min(seqused_k[b], int(params.capacity));  // then adding to it does not overflow
-    const int slot = first + token;
-    if (first < 0 || slot >= int(params.capacity)) return;
-    const int page = table_entry(block_table + long(b) * params.max_pages, slot);
+    int b = int(position.z);
+    int page, slot;
+    if (params.has_slot_mapping) {
+        const long where = slot_mapping[token];
+        if (where < 0 || where >= params.num_pages * PAGE_SIZE) return;
+        b = token;
+        page = int(where / PAGE_SIZE);
+        slot = int(where % PAGE_SIZE);
+    } else {
+        int first_token = 0;
+        if (params.has_cu_seqlens_new) {
+            while (b < params.batch_size && cu_seqlens_new[b + 1] <= token) b++;
+            if (b == params.batch_size) return;
+            first_token = clamp(cu_seqlens_new[b], 0, token);
+        }
+        const int first = min(seqused_k[b], int(params.capacity));  // then adding to it does not overflow
+        slot = first + token - first_token;
+        if (first < 0 || slot >= int(params.capacity)) return;
+        page = table_entry(block_table + long(b) * params.max_pages, slot);
+    }
     const long row = PAGED ? 0 : params.has_cache_batch_idx ? cache_batch_idx[b] : b;
     if (row < 0 || row >= params.num_pages || !is_page(page, int(params.num_pages))) return;
 

@@ -75,7 +75,8 @@ inline Sequence sequence_at(
     }
     const bool skipped = cached < 0;
     s.append_begin = skipped ? 0 : min(cached, capacity);
-    s.seqlen_k = skipped ? 0 : min(s.append_begin + int(params.num_new_tokens), capacity);
+    const int num_new_tokens = params.has_cu_seqlens_new ? s.rows : int(params.num_new_tokens);
+    s.seqlen_k = skipped ? 0 : min(s.append_begin + num_new_tokens, capacity);
 
     return s;
 }

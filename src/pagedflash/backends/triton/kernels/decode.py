@@ -102,7 +102,9 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
             if tile_index + count == work_end:
                 seqlen_cached = work.seqlen_k - problem.append.seqlen_new
                 token = tl.arange(0, tile.BLOCK_NEW)
-                new = append_tokens(tensors, problem, b, kv_head, token, tl.where(work.seqlen_k < 0, -1, seqlen_cached))
+                seqlen_cached = tl.where(work.seqlen_k < 0, -1, seqlen_cached)
+                is_new = token < problem.append.seqlen_new
+                new = append_tokens(tensors, problem, b, kv_head, token, token, seqlen_cached, is_new)
                 total = attend_tile(problem, total, q_tile, new, rows, True, False)
 
         # The output, or a split.

@@ -19,6 +19,7 @@ class KVTile(NamedTuple):
     """Keys and values as the cache holds them, and their scales, which mean nothing where it is not quantized."""
 
     k: Any  # (BLOCK_N, BLOCK_D)
+    k_tail: Any  # (BLOCK_N, BLOCK_TAIL); anything where there is none
     v: Any  # (BLOCK_N, BLOCK_DV)
     k_scales: Any  # (BLOCK_N,) float32
     v_scales: Any
@@ -34,11 +35,20 @@ def load_kv(problem, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.
     slots = tile_index * BLOCK_N + tl.arange(0, BLOCK_N)
     within = slots_in_page(problem, view, slots).to(tl.int64)
     inside = (slots >= view.begin) & (slots < view.end)
-    k = load_tile(view.k, view.k_strides, pages, within, inside, problem.cache.D, problem.cache.BLOCK_D, MASKED)
-    v = load_tile(view.v, view.v_strides, pages, within, inside, problem.cache.DV, problem.cache.BLOCK_DV, MASKED)
+    WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
+    k = load_tile(view.k, view.k_strides, pages, within, inside, WIDTH, problem.cache.BLOCK_D, MASKED)
+    k_tail = k
+    if problem.cache.TAIL > 0:
+        tail = view.k + WIDTH
+        k_tail = load_tile(
+            tail, view.k_strides, pages, within, inside, problem.cache.TAIL, problem.cache.BLOCK_TAIL, MASKED
+        )  # fmt: skip
+    v = k
+    if not problem.cache.V_IN_K:
+        v = load_tile(view.v, view.v_strides, pages, within, inside, problem.cache.DV, problem.cache.BLOCK_DV, MASKED)
     k_scales = load_scales(view.k_descale, problem.cache.k_descale_strides, pages, within, inside)
     v_scales = load_scales(view.v_descale, problem.cache.v_descale_strides, pages, within, inside)
-    return KVTile(k, v, k_scales, v_scales, slots)
+    return KVTile(k, k_tail, v, k_scales, v_scales, slots)
 
 
 @triton.jit
@@ -71,7 +81,11 @@ def load_scales(base, strides, pages, within, inside):
 @triton.jit
 def multiply_keys(problem, q_tile, kv):
     """``(rows, BLOCK_N)`` q.k. Elements become q's dtype exactly, so they are scaled behind the product."""
-    products = tl.dot(q_tile, tl.trans(kv.k.to(q_tile.dtype)), input_precision=problem.score.PRECISION)
+    dtype: tl.constexpr = q_tile.q.dtype
+    products = tl.dot(q_tile.q, tl.trans(kv.k.to(dtype)), input_precision=problem.score.PRECISION)
+    if problem.cache.TAIL > 0:
+        k_tail = tl.trans(kv.k_tail.to(dtype))
+        products = tl.dot(q_tile.tail, k_tail, products, input_precision=problem.score.PRECISION)
     if problem.cache.k_descale_strides is not None:
         products *= kv.k_scales[None, :]
     return products
@@ -87,21 +101,37 @@ def values_of(problem, kv, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_kv(tensors, problem, b, kv_head, page, slot, k, v, written):
+def store_kv(tensors, problem, b, kv_head, page, slot, k, k_tail, v, written):
     """Store new tokens, ``k`` and ``v`` a row each, at ``slot`` of ``page`` (vectors), where ``written``.
 
     Returns:
         Them as a KVTile without slots: as the cache holds them.
     """
+    WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
     k_strides = in_elements(problem.cache.k_strides)
     v_strides = k_strides
     if problem.cache.v_strides is not None:
         v_strides = in_elements(problem.cache.v_strides)
-    k, k_scales = quantize(tensors.k, tensors.k_descale, problem.cache.k_descale_strides, b, kv_head, page, slot, k, written)
-    v, v_scales = quantize(tensors.v, tensors.v_descale, problem.cache.v_descale_strides, b, kv_head, page, slot, v, written)
-    store_tile(tensors.k, k_strides, kv_head, page, slot, k, written, problem.cache.D, problem.cache.BLOCK_D)
-    store_tile(tensors.v, v_strides, kv_head, page, slot, v, written, problem.cache.DV, problem.cache.BLOCK_DV)
-    return k, v, k_scales, v_scales
+    largest = tl.maximum(largest_of(k), largest_of(k_tail))
+    k, k_scales = quantize(
+        tensors.k, tensors.k_descale, problem.cache.k_descale_strides, b, kv_head, page, slot, k, largest, written
+    )  # fmt: skip
+    store_tile(tensors.k, k_strides, kv_head, page, slot, k, written, WIDTH, problem.cache.BLOCK_D)
+    if problem.cache.TAIL > 0:
+        k_tail, k_scales = quantize(
+            tensors.k, tensors.k_descale, problem.cache.k_descale_strides, b, kv_head, page, slot, k_tail, largest, written
+        )  # fmt: skip
+        tail = tensors.k + WIDTH
+        store_tile(tail, k_strides, kv_head, page, slot, k_tail, written, problem.cache.TAIL, problem.cache.BLOCK_TAIL)
+    if problem.cache.V_IN_K:
+        v = k
+        v_scales = k_scales
+    else:
+        v, v_scales = quantize(
+            tensors.v, tensors.v_descale, problem.cache.v_descale_strides, b, kv_head, page, slot, v, largest_of(v), written
+        )  # fmt: skip
+        store_tile(tensors.v, v_strides, kv_head, page, slot, v, written, problem.cache.DV, problem.cache.BLOCK_DV)
+    return k, k_tail, v, k_scales, v_scales
 
 
 @triton.jit
@@ -114,28 +144,35 @@ def store_tile(
 
 
 @triton.jit
-def quantize(base, descale, strides, b, kv_head, page, slot, tile, written):
-    """``(tile in the format of the cache at base, its scales)``. Scales that are one a token and head are stored."""
+def largest_of(tile):
+    """The largest magnitude of each row, NaN aside."""
+    x = tile.to(tl.float32)
+    return tl.max(tl.where(x == x, tl.abs(x), 0.0), 1)
+
+
+@triton.jit
+def quantize(base, descale, strides, b, kv_head, page, slot, tile, largest, written):
+    """``(tile in the format of the cache at base, its scales)``. Scales that are one a token and head are made of the
+    ``largest`` magnitudes, and stored."""
     FORMAT: tl.constexpr = base.dtype.element_ty
     if strides is None:
         elements = tile.to(FORMAT)
         scales = slot.to(tl.float32)
     else:
         LARGEST: tl.constexpr = 127.0 if tl.int8 == FORMAT else 448.0 if tl.float8e4nv == FORMAT else 57344.0
-        x = tile.to(tl.float32)
         offsets = (
             b.to(tl.int64) * strides.sequence + kv_head * tl.cast(strides.head, tl.int64)
             + page.to(tl.int64) * strides.batch + slot.to(tl.int64) * strides.token
         )  # fmt: skip
         if strides.IS_WRITTEN:
-            scales = tl.math.div_rn(tl.max(tl.where(x == x, tl.abs(x), 0.0), 1), LARGEST)
+            scales = tl.math.div_rn(largest, LARGEST)
             scales = tl.where(scales < SMALLEST_SCALE, 0.0, scales)
             tl.store(descale + offsets, scales, written)
         else:
             scales = tl.load(descale + offsets, written, other=0.0)
         is_zero = tl.abs(scales) < SMALLEST_SCALE
         reciprocals = tl.where(is_zero, 0.0, tl.math.div_rn(1.0, tl.where(is_zero, 1.0, scales)))
-        x = x * reciprocals[:, None]
+        x = tile.to(tl.float32) * reciprocals[:, None]
         x = tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
         if tl.int8 == FORMAT:
             x = tl.where(x == x, x, 0.0)

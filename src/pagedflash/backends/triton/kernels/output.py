@@ -15,11 +15,18 @@ def store_output(tensors, problem, state, b, first_row, i, head, owned):
     d = tl.arange(0, problem.cache.BLOCK_DV)
     pointers = tensors.out + ((row * HEADS + head) * problem.cache.DV)[:, None] + d[None, :]
     tl.store(pointers, values.to(tensors.out.dtype.element_ty), owned[:, None] & (d < problem.cache.DV)[None, :])
+    tl.store(tensors.lse + lse_offsets(tensors, problem, b, row, i, head), lse, owned)
+
+
+@triton.jit
+def lse_offsets(tensors, problem, b, row, i, head):
+    """Where the LSE of query ``i`` of sequence ``b``, which is row ``row`` of the output, lies for query head ``head``."""
+    HEADS: tl.constexpr = problem.cache.HEADS * problem.queries.GROUP
     if tensors.cu_seqlens_q is None:  # (B, Hq, Sq)
-        lse_row = (b.to(tl.int64) * HEADS + head) * problem.queries.max_seqlen_q + i
+        offsets = (b.to(tl.int64) * HEADS + head) * problem.queries.max_seqlen_q + i
     else:  # (Hq, total_q)
-        lse_row = head * tl.cast(problem.queries.total_q, tl.int64) + row
-    tl.store(tensors.lse + lse_row, lse, owned)
+        offsets = head * tl.cast(problem.queries.total_q, tl.int64) + row
+    return offsets
 
 
 @triton.jit

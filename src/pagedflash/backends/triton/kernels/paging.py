@@ -42,6 +42,7 @@ def view_kv(tensors, problem, b, kv_head, begin, end):
         row = clamp(tl.load(tensors.cache_batch_idx + b), 0, problem.cache.num_pages - 1)
     else:
         row = b
+    kv_head = kv_head // problem.cache.SHARE
     k = tensors.k + kv_head * k_strides.head
     v = tensors.v + kv_head * v_strides.head
     k_descale = descale_of(tensors.k_descale, problem.cache.k_descale_strides, b, kv_head, k)

@@ -28,16 +28,53 @@ class Tensors(NamedTuple):
     cache_leftpad: Any
     seqused_k: Any
     cu_seqlens_k: Any
-    k_new: Any  # (B, S_new, Hkv, D)
+    k_new: Any  # (B, S_new, Hkv, D) | packed (total_new, Hkv, D)
     v_new: Any
     rotary_cos: Any  # (rotary_len, ROTARY_DIM / 2)
     rotary_sin: Any
+    cu_seqlens_new: Any
+    slot_mapping: Any
     alibi_slopes: Any
     sinks: Any
+    dropout_seed: Any
     out: Any  # (B, Sq, Hq, Dv) | (total_q, Hq, Dv), contiguous
     lse: Any  # (B, Hq, Sq) | (Hq, total_q) float32, contiguous
     partials: Any  # accumulators, maxima and sums of all splits, float32; None: no work tile is split
     semaphores: Any  # one int32 for each work tile; None: ``combine`` reduces the splits
+
+
+class BackwardTensors(NamedTuple):
+    """Those of a problem without an append, the results of its forward pass, and gradients, all contiguous."""
+
+    q: Any
+    cu_seqlens_q: Any
+    seqused_q: Any
+    k: Any
+    v: Any
+    k_descale: Any
+    v_descale: Any
+    block_table: Any
+    cache_batch_idx: Any
+    cache_leftpad: Any
+    seqused_k: Any
+    cu_seqlens_k: Any
+    k_new: Any
+    v_new: Any
+    rotary_cos: Any
+    rotary_sin: Any
+    cu_seqlens_new: Any
+    slot_mapping: Any
+    alibi_slopes: Any
+    sinks: Any
+    dropout_seed: Any
+    out: Any
+    lse: Any
+    d_out: Any
+    d_lse: Any
+    delta: Any  # float32, as the LSE: sum(out * d_out) - d_lse of each row
+    d_q: Any
+    d_k: Any  # as k, with a head for each part of a KV head's query heads
+    d_v: Any
 
 
 class WriteTensors(NamedTuple):
@@ -56,6 +93,8 @@ class WriteTensors(NamedTuple):
     v_new: Any
     rotary_cos: Any
     rotary_sin: Any
+    cu_seqlens_new: Any
+    slot_mapping: Any
 
 
 class Strides(NamedTuple):
@@ -107,18 +146,22 @@ class CacheParams(NamedTuple):
     capacity: int  # tokens that fit one sequence; 0 without pages
     num_pages: int  # or rows of a dense cache
     table_width: int | None
-    HEADS: int
+    HEADS: int  # KV heads, each SHARE times: so many blocks of its query heads read it
+    SHARE: int
     D: int
     DV: int
     BLOCK_D: int  # widths of the tiles, powers of two
     BLOCK_DV: int
+    TAIL: int  # the last elements of D, which have a tile of their own; 0: there is one tile
+    BLOCK_TAIL: int
+    V_IN_K: bool  # each value is the first part of its key, in the same memory: it is neither loaded nor stored
     PAGE_SIZE: int | None
 
 
 class AppendParams(NamedTuple):
     k_strides: Strides | None
     v_strides: Strides | None
-    seqlen_new: int  # 0 without an append
+    seqlen_new: int  # new tokens of each sequence, or of all where they are packed; 0 without an append
     rotary_len: int | None
     ROTARY_DIM: int | None
     INTERLEAVED: bool | None
@@ -135,6 +178,7 @@ class ProblemParams(NamedTuple):
 class WriteParams(NamedTuple):
     cache: CacheParams
     append: AppendParams
+    batch_size: int
 
 
 class DecodeTile(NamedTuple):
@@ -158,8 +202,25 @@ class PrefillTile(NamedTuple):
     BLOCK_B: int  # lengths looked at together
 
 
+class BackwardTile(NamedTuple):
+    BLOCK_M: int  # queries
+    BLOCK_N: int  # keys
+    HEADS: int  # query heads of a KV head that one CTA takes to its keys
+    BLOCK_B: int  # lengths looked at together
+
+
+class HopperTile(NamedTuple):
+    """How ``prefill_hopper`` divides the work."""
+
+    BLOCK_N: int  # keys of a KV tile
+    BOX_N: int  # keys that one TMA load brings: they lie within one page
+    STAGES: int  # KV tiles in each ring
+    Q_SLOTS: int  # blocks whose queries are held: 2 where there is room, so that they come early
+
+
 class WriteTile(NamedTuple):
     BLOCK_NEW: int  # new tokens
+    BLOCK_B: int  # offsets of packed tokens that are looked at together
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """Where the queries lie and how their rows are loaded. A row is one query of one query head."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -8,9 +10,14 @@ from .rotary import load_rotated
 from .sequence import load_cached
 
 
+class QueryTile(NamedTuple):
+    q: Any  # (rows, BLOCK_D)
+    tail: Any  # (rows, BLOCK_TAIL); anything where there is none
+
+
 @triton.jit
 def load_queries(tensors, problem, b, first_row, i, head, used):
-    """``(rows, BLOCK_D)``: query ``i`` of the sequence for query head ``head`` (each a vector, or one for all rows).
+    """Query ``i`` of the sequence for query head ``head`` (each a vector, or one for all rows).
 
     Rotated if there are tables; zeros where not ``used``.
     """
@@ -26,4 +33,11 @@ def load_queries(tensors, problem, b, first_row, i, head, used):
         if problem.append.QUERIES_BY_POSITION:
             position += i
         position = tl.minimum(position, problem.append.rotary_len - 1)
-    return load_rotated(tensors, problem, rows, used, position)
+    WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
+    q = load_rotated(tensors, problem, rows, used, position, 0, WIDTH, problem.cache.BLOCK_D)
+    tail = q
+    if problem.cache.TAIL > 0:
+        tail = load_rotated(
+            tensors, problem, rows, used, position, WIDTH, problem.cache.TAIL, problem.cache.BLOCK_TAIL
+        )  # fmt: skip
+    return QueryTile(q, tail)

@@ -5,14 +5,17 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rotated(tensors, problem, rows, used, position):
-    """Load ``(rows, BLOCK_D)`` values at the pointers ``rows``, rotated to ``position`` if there are tables.
+def load_rotated(
+    tensors, problem, rows, used, position, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):  # fmt: skip
+    """Load ``(rows, BLOCK_WIDTH)`` values, the WIDTH from FIRST on of the rows at the pointers ``rows``, rotated to
+    ``position`` if there are tables.
 
     Each element is loaded with its partner of the pair: ``(2i, 2i + 1)`` if INTERLEAVED, else ``(i, i + ROTARY_DIM / 2)``.
     Elements from ROTARY_DIM on are left as they are. Rounded to the type they come in. Zeros where not ``used``.
     """
-    d = tl.arange(0, problem.cache.BLOCK_D)
-    loaded = used[:, None] & (d < problem.cache.D)[None, :]
+    d = FIRST + tl.arange(0, BLOCK_WIDTH)
+    loaded = used[:, None] & (d < FIRST + WIDTH)[None, :]
     x = tl.load(rows[:, None] + d[None, :], loaded, other=0.0)
     if tensors.rotary_cos is not None:
         HALF: tl.constexpr = problem.append.ROTARY_DIM // 2
@@ -24,7 +27,7 @@ def load_rotated(tensors, problem, rows, used, position):
             is_first = d < HALF
             pair = tl.where(is_first, d, d - HALF)
             partner = tl.where(is_first, d + HALF, d - HALF)
-        rotated = used[:, None] & (d < problem.append.ROTARY_DIM)[None, :]
+        rotated = loaded & (d < problem.append.ROTARY_DIM)[None, :]
         y = tl.load(rows[:, None] + partner[None, :], rotated, other=0.0).to(tl.float32)
         angle = position.to(tl.int64)[:, None] * HALF + pair[None, :]
         cos = tl.load(tensors.rotary_cos + angle, rotated, other=1.0).to(tl.float32)

@@ -16,6 +16,8 @@ class ScoreParams(NamedTuple):
     softcap: float | None  # in base 2
     window_left: int | None
     window_right: int | None
+    dropout_threshold: int | None
+    dropout_scale: float | None
     SLOPES_STRIDE: int | None  # from one sequence's ALiBi slopes to the next; 0: all have the same; None: there are none
     PRECISION: str  # of products of float32
 
@@ -49,16 +51,44 @@ def row_scores(tensors, problem, b, head, i, used, seqlen_q, seqlen_k, begin, en
 @triton.jit
 def score_tile(problem, products, slots, rows, MASKED: tl.constexpr):
     """From q.k ``(rows, BLOCK_N)`` to scores; if MASKED, -inf at the slots that a row does not see."""
+    scores = cap_products(problem, products)
+    scores = score_distance(problem, scores, rows.position[:, None], slots[None, :], rows.slope[:, None])
+    if MASKED:
+        visible = is_visible(slots[None, :], rows.first[:, None], rows.last[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def cap_products(problem, products):
+    """From q.k to scores that know nothing of positions."""
     scores = products * problem.score.scale
     if problem.score.softcap is not None:
         # tanh(x) = 1 - 2 / (e^2x + 1), which is right at both ends: e^2x = inf gives 1, 0 gives -1
         scores = problem.score.softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E)) + 1.0))
-    if problem.score.SLOPES_STRIDE is not None:
-        scores -= rows.slope[:, None] * tl.abs(rows.position[:, None] - slots[None, :]).to(tl.float32)
-    if MASKED:
-        visible = (slots[None, :] >= rows.first[:, None]) & (slots[None, :] <= rows.last[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
     return scores
+
+
+@triton.jit
+def derive_cap(problem, capped):
+    """The derivative of :func:`cap_products` by what it scales q.k to; any numbers where that is 1 (no softcap)."""
+    if problem.score.softcap is not None:
+        tanh = capped / problem.score.softcap
+        capped = 1.0 - tanh * tanh
+    return capped
+
+
+@triton.jit
+def score_distance(problem, scores, position, slot, slope):
+    """Scores with ALiBi, if there are slopes. Positions, slots and slopes are broadcast to the scores."""
+    if problem.score.SLOPES_STRIDE is not None:
+        scores -= slope * tl.abs(position - slot).to(tl.float32)
+    return scores
+
+
+@triton.jit
+def is_visible(slot, first, last):
+    return (slot >= first) & (slot <= last)
 
 
 @triton.jit

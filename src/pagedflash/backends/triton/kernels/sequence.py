@@ -39,7 +39,7 @@ def load_seqlen_k(tensors, problem, b, inside):
     capacity = problem.cache.capacity - load_first_key(tensors, problem, b, inside)
     if tensors.seqused_k is not None:
         cached = load_cached(tensors, problem, b, inside)
-        seqlen_k = tl.where(cached < 0, -1, tl.minimum(cached + problem.append.seqlen_new, capacity))
+        seqlen_k = tl.where(cached < 0, -1, tl.minimum(cached + load_seqlen_new(tensors, problem, b, inside), capacity))
     elif tensors.cu_seqlens_k is not None:
         start = tl.load(tensors.cu_seqlens_k + b, inside, other=0)
         seqlen_k = clamp(tl.load(tensors.cu_seqlens_k + b + 1, inside, other=0) - start, -1, capacity)
@@ -52,6 +52,18 @@ def load_seqlen_k(tensors, problem, b, inside):
 def load_cached(tensors, problem, b, inside):
     """``seqused_k``: keys of sequence ``b`` before the append, less than 0 = skip it. Adding to them never overflows."""
     return tl.minimum(tl.load(tensors.seqused_k + b, inside, other=-1), problem.cache.capacity)
+
+
+@triton.jit
+def load_seqlen_new(tensors, problem, b, inside):
+    """New tokens of sequence ``b``."""
+    if tensors.cu_seqlens_new is None:
+        seqlen_new = b * 0 + problem.append.seqlen_new
+    else:
+        first = clamp(tl.load(tensors.cu_seqlens_new + b, inside, other=0), 0, problem.append.seqlen_new)
+        end = clamp(tl.load(tensors.cu_seqlens_new + b + 1, inside, other=0), first, problem.append.seqlen_new)
+        seqlen_new = end - first
+    return seqlen_new
 
 
 @triton.jit

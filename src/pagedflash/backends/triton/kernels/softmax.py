@@ -48,7 +48,7 @@ def attend_tile(problem, state, q_tile, kv, rows, MASKED: tl.constexpr, DEFER_SU
         row_sum = state.row_sum * alpha[:, None] + weights
     else:
         row_sum = state.row_sum * alpha + tl.sum(weights, 1)
-    v = values_of(problem, kv, q_tile.dtype)
+    v = values_of(problem, kv, q_tile.q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, state.acc * alpha[:, None], input_precision=problem.score.PRECISION)
     return SoftmaxState(acc, row_max, row_sum)
 

@@ -25,21 +25,10 @@ import torch
 from torch import Tensor
 
 from .... import interface
-from .. import hooks
+from .. import formats, hooks
 
 FIRST_VERSION = (5, 19)
 """Before it transformers keeps its batches elsewhere, and continuous batching stays as transformers does it."""
-
-
-KV_CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
-"""What ``enable(kv_cache_dtype=...)`` takes. Float8 has a scale of 1: no other one is kept with the pages."""
-
-
-class Slots(NamedTuple):
-    """Places of tokens, one by one, as :func:`~pagedflash.kv_paged_write` takes sequences of one token."""
-
-    pages: Tensor  # (total, 1) int32
-    offsets: Tensor  # (total,) int32
 
 
 class StepTables(NamedTuple):
@@ -47,7 +36,7 @@ class StepTables(NamedTuple):
 
     block_table: Tensor  # (B, max_pages) int32, in pages of each layer's own view; -1 behind the last page
     cache_seqlens: Tensor  # (B,) int32, tokens of each request before this step; -1 = a row of padding
-    slots: Slots | None  # where the new tokens go; None if each request has one: behind its others
+    decodes: bool  # each request has one new token
 
 
 def install() -> Mapping[str, Any]:
@@ -59,15 +48,23 @@ def install() -> Mapping[str, Any]:
 
     Warns:
         RuntimeWarning: a newer transformers has moved the places this needs; its own continuous batching goes on.
+
+    Raises:
+        RuntimeError: it has, and pages were to have a format.
     """
     if hooks.version_numbers() < FIRST_VERSION:
         return {}
     try:
-        from . import inputs, windows
+        from . import inputs, pages, windows
 
         for check in (_check_update, inputs.check_places, windows.check_places):
             check()
     except (AttributeError, ImportError, KeyError, TypeError) as error:
+        if formats.kv_cache_dtype is not None:
+            raise RuntimeError(
+                f"pagedflash: kv_cache_dtype is {formats.kv_cache_dtype_name()!r}, but transformers {hooks.version()} "
+                f"prepares its batches elsewhere ({error}); call enable() without it"
+            ) from error
         warnings.warn(
             f"pagedflash: transformers {hooks.version()} prepares its batches elsewhere ({error}), so continuous batching "
             "gathers keys and values in every step that does not only decode, which is slower.",
@@ -76,16 +73,13 @@ def install() -> Mapping[str, Any]:
         )
         return {}
     inputs.install()
+    if formats.kv_cache_dtype is not None:
+        pages.install()
     return windows.install()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], **options: Any) -> Tensor:
-    """One layer of a step: write the new keys and values into their pages, then attend through the block table.
-
-    Where each request has one token this is one call. Otherwise it is two: the slots of the new tokens are the same in every
-    layer and are worked out once a step, while ``k_new`` of the packed function works them out in each call, which takes
-    longer than the second call does.
+    """One layer of a step: new keys and values into their pages, then attention through the block table, in one call.
 
     Args:
         q: ``(1, total, Hq, D)``, the new tokens of all requests, one after another.
@@ -100,39 +94,30 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, kwargs: Mapping[str, Any], 
         ``(1, total, Hq, D)``.
     """
     tables: StepTables = kwargs["block_table"]
-    scales: dict[str, Any] = {}
     k_cache, v_cache = kwargs["k_cache"], kwargs["v_cache"]
-    if q.dtype is not k_cache.dtype:
-        from . import formats
-
-        q, k, v = formats.in_format((q, k, v), k_cache)
+    scales: dict[str, Any] = {}
+    if isinstance(k_cache, formats.InFormat):
         scales = formats.descales(k_cache, v_cache)
-    new_k, new_v = k.transpose(0, 1), v.transpose(0, 1)  # sequences of one token
-    if tables.slots is None:
-        out = interface.flash_attn_with_kvcache(
-            q.transpose(0, 1),
-            k_cache,
-            v_cache,
-            new_k,
-            new_v,
-            cache_seqlens=tables.cache_seqlens,
-            block_table=tables.block_table,
-            **scales,
-            **options,
-        )
+        k_cache, v_cache = k_cache.elements, v_cache.elements
+    elif q.dtype is not k_cache.dtype and formats.kv_cache_dtype is None:
+        q, k, v = (tensor.to(k_cache.dtype) for tensor in (q, k, v))
+    where = {"block_table": tables.block_table, **scales, **options}
+    if tables.decodes:
+        q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))  # sequences of one token
+        out = interface.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=tables.cache_seqlens, **where)
         return cast(Tensor, out).transpose(0, 1)
-    interface.kv_paged_write(new_k, new_v, k_cache, v_cache, *tables.slots, **scales)
     out = interface.flash_attn_varlen_func(
         q[0],
         k_cache,
         v_cache,
         kwargs["cu_seq_lens_q"],
-        kwargs["cu_seq_lens_k"],
+        None,
         kwargs["max_length_q"],
         kwargs["max_length_k"],
-        block_table=tables.block_table,
-        **scales,
-        **options,
+        seqused_k=tables.cache_seqlens,
+        k_new=k[0],
+        v_new=v[0],
+        **where,
     )
     return cast(Tensor, out).unsqueeze(0)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs, stream_context
 
 from .. import hooks
-from . import Slots, StepTables, check_methods
+from . import StepTables, check_methods
 
 PADDING = -1
 """The length of a row that is no request, and the entry of a table that is no page."""
@@ -54,9 +54,6 @@ class PagedInputs(ContinuousBatchingIOs):  # type: ignore[misc]  # no types ther
     """``(groups of layers, max_requests, max_pages)`` int32, static."""
     cache_seqlens: Tensor
     """``(max_requests,)`` int32, static: the tokens of each request before the step."""
-    slots: Tensor
-    """``(2, groups of layers, max_tokens)`` int32, static: page and offset of each new token."""
-    write_index_storage: Tensor
     read_index_storage: Tensor
     graphs: Any
 
@@ -64,7 +61,6 @@ class PagedInputs(ContinuousBatchingIOs):  # type: ignore[misc]  # no types ther
         super()._setup_static_tensors(logit_processor)
         self.read_index_storage = self.read_index_storage.new_empty(len(self.read_index_storage), 0)
         self.cache_seqlens = self._static(self.max_requests_per_batch)
-        self.slots = self._static(2, *self.write_index_storage.shape)
         self.cache.max_decode_fast_path_length = sys.maxsize  # the tables grow with the requests
 
     def prepare_batch_tensors(
@@ -90,18 +86,13 @@ class PagedInputs(ContinuousBatchingIOs):  # type: ignore[misc]  # no types ther
             self.block_table[:, :rows] = PADDING
             for row, state in enumerate(states):
                 self.cache.fill_block_table(state.request_id, 0, 0, self.block_table[:, row])
-            new, page_size = self.write_index_storage[:, :num_q_tokens], allocators[0].tokens_per_page
-            self.slots[0, :, :num_q_tokens] = new // page_size
-            self.slots[1, :, :num_q_tokens] = new % page_size
 
     def get_model_kwargs(self, use_padding: bool = False) -> Any:
         kwargs = super().get_model_kwargs(use_padding)
         rows, lengths = self._get_num_sequences(use_padding), self.cache_seqlens
-        tables = []
-        for table, pages, offsets in zip(self.block_table, *self.slots):
-            slots = Slots(pages[: self.num_q_tokens, None], offsets[: self.num_q_tokens])
-            tables.append(StepTables(table[:rows], lengths[:rows], None if self.use_block_table else slots))
-        kwargs["block_table"] = tuple(tables)
+        kwargs["block_table"] = tuple(
+            StepTables(table[:rows], lengths[:rows], self.use_block_table) for table in self.block_table
+        )
         return kwargs
 
     def _transfer_inputs(self, other: Any, stream: Any, non_blocking: bool = False) -> None:
@@ -111,7 +102,6 @@ class PagedInputs(ContinuousBatchingIOs):  # type: ignore[misc]  # no types ther
             other.cache_seqlens.copy_(self.cache_seqlens, non_blocking=non_blocking)
             if not self.use_block_table:
                 other.block_table.copy_(self.block_table, non_blocking=non_blocking)
-                other.slots.copy_(self.slots, non_blocking=non_blocking)
 
     def _make_room(self, pages: int) -> None:
         """Widen the tables to a power of two. What was captured in graphs reads the old ones: forget it."""

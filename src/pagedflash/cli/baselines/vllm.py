@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.problems import PackedProblem
-from pagedflash.cli.measure import Contender
+from ..measure import Contender
+from .packed import PackedProblem
 
 VARIANTS = ("FlashAttention", "Triton")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.suite import CannotRun
-from pagedflash.cli.measure import Contender
-from pagedflash.testing import PagedProblem
+from ...testing import PagedProblem
+from ..measure import Contender
+from . import CannotRun
 
 PAGE_SIZES = (32, 128)
 

@@ -1,9 +1,8 @@
-"""torch alone: SDPA over keys that are gathered from their pages, blocks of queries for a window, and single kernels of it.
-
-Decode and plain causal prompts are in :mod:`pagedflash.cli.bench`, which measures them for users.
-"""
+"""torch alone: SDPA over keys gathered from their pages, in blocks of queries for a window, and single kernels of it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +10,60 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.problems import PackedProblem
-from pagedflash.cli.measure import Contender
-from pagedflash.testing import PagedProblem
+from ...testing import PagedProblem
+from ..measure import Contender
+from .packed import PackedProblem
+
+
+def gather_decode(problem: PagedProblem, fold: bool) -> Contender:
+    """What to do without a paged kernel: index the pages into one tensor, then SDPA, sequence by sequence.
+
+    Query heads of a group share keys either through ``enable_gqa``, or folded into query rows (one query token only).
+    """
+    q, k_cache, v_cache, lengths, table = problem
+    num_queries, group = q.shape[1], q.shape[2] // k_cache.shape[2]
+    assert not fold or num_queries == 1
+    counts, page_size = lengths.tolist(), k_cache.shape[1]
+    rows = [row[: -(-count // page_size)].long() for row, count in zip(table, counts)]
+    masks: list[Tensor | None] = [None] * len(counts)
+    if num_queries > 1:
+        masks = [q.new_ones(num_queries, n, dtype=torch.bool).tril(n - num_queries) for n in counts]
+
+    def run() -> list[Tensor]:
+        outs = []
+        for b, (row, count, mask) in enumerate(zip(rows, counts, masks)):
+            k, v = (pages[row].flatten(0, 1)[:count].transpose(0, 1).unsqueeze(0) for pages in (k_cache, v_cache))
+            if fold:
+                outs.append(scaled_dot_product_attention(q[b].view(1, -1, group, q.shape[3]), k, v))
+            else:
+                queries = q[b].transpose(0, 1).unsqueeze(0)
+                outs.append(scaled_dot_product_attention(queries, k, v, attn_mask=mask, enable_gqa=group > 1))
+        return outs
+
+    def output(outs: list[Tensor]) -> Tensor:
+        # (1, Hkv, group, D) or (1, Hq, Sq, D) of each sequence
+        return torch.cat([out.reshape(q.shape[1:]) if fold else out[0].transpose(0, 1) for out in outs]).view(q.shape)
+
+    return Contender(run, output)
+
+
+def prompt(q: Tensor, k: Tensor, v: Tensor, repeat: bool, mask: Tensor | None = None) -> Contender:
+    """SDPA on ``(1, S, H, D)``; the heads of a group through enable_gqa, or with K and V repeated (once, not timed)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if repeat:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return Contender(
+        lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=not repeat),
+        lambda out: out.transpose(1, 2),
+    )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, repeat: bool = False, **options: Any) -> Tensor:
+    """SDPA of ``(B, S, H, D)``; where KV heads are shared, they are repeated, or it is told so."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if repeat:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return scaled_dot_product_attention(q, k, v, enable_gqa=not repeat, **options).transpose(1, 2)
 
 
 def gather_prefill(problem: PagedProblem, repeat: bool) -> Contender:

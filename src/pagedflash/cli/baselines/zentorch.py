@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pagedflash.cli.measure import Contender
+from ..measure import Contender
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor) -> Contender:

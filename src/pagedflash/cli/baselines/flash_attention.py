@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.problems import PackedProblem
-from benchmarks.suite import CannotRun
-from pagedflash.cli.measure import Contender
-from pagedflash.testing import PagedProblem
+from ...testing import PagedProblem
+from ..measure import Contender
+from . import CannotRun
+from .packed import PackedProblem
 
 
 def fa2_decode(problem: PagedProblem) -> Contender:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.suite import CannotRun
-from pagedflash.cli.measure import Contender
-from pagedflash.testing import PagedProblem
+from ...testing import PagedProblem
+from ..measure import Contender
+from . import CannotRun
 
 PAGE_SIZE = 32
 """The only one it has."""

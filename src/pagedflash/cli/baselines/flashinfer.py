@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.problems import PackedProblem
-from pagedflash.cli.measure import Contender
-from pagedflash.testing import PagedProblem
+from ...testing import PagedProblem
+from ..measure import Contender
+from .packed import PackedProblem
 
 WORKSPACE_BYTES = 512 << 20
 DECODE_VARIANTS = ("CUDA cores", "fa2", "fa3")

@@ -1,0 +1,9 @@
+#!/bin/sh
+# Wrong lengths, offsets and table entries on a GPU under compute-sanitizer: no kernel touches memory outside of its tensors.
+#
+#   tests/sanitize_cuda.sh [pytest arguments]
+set -eu
+cd "$(dirname "$0")/.."
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # each tensor is an allocation of its own
+exec compute-sanitizer --tool memcheck --error-exitcode 1 "${PYTHON:-python}" -m pytest --device cuda -q \
+  tests/test_cuda_wrong_calls.py tests/test_triton_backend.py -k "wrong" "$@"
