@@ -109,6 +109,7 @@ Status attention(const Kernels& kernels, const AttentionProblem& problem) {
 }
 
 void clear(void* memory, int64_t bytes) {
+  if (!bytes) return;  // then there is no memory
   advise_huge_pages(memory, bytes);
   parallel(bytes, GRAIN_BYTES, [&](Range mine) { memset(static_cast<char*>(memory) + mine.begin, 0, mine.size()); });
 }
