@@ -543,6 +543,16 @@ def test_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     assert set(run.stdout.split()) == kernels
 
 
+@pytest.mark.parametrize("row, taken", ((128, True), (136, True), (132, False), (130, False), (129, False)))
+def test_prefill_on_hopper_takes_only_the_strides_of_tma(monkeypatch: pytest.MonkeyPatch, row: int, taken: bool) -> None:
+    """Multiples of 16 bytes; in a cache of other strides rows are loaded in smaller pieces, which is the other kernel's."""
+    monkeypatch.setattr(tiling, "has_hopper_prefill", lambda device: True)
+    x = torch.zeros(1, 640, 2, row, dtype=torch.bfloat16)[..., :128]
+    problem = AttentionProblem.of_fields(q=x, k=x, v=x, max_seqlen_q=640, max_seqlen_k=640)
+    tile = tiling.hopper_tile(problem, launch.problem_params(problem, True, "ieee", None, False))
+    assert (tile is not None) == taken
+
+
 class _Kernel:
     """Stands for a Triton kernel and what it is compiled to."""
 

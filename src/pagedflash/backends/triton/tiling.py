@@ -142,7 +142,7 @@ def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile 
         and cache.SHARE == 1
         and cache.TAIL == 0
         and not cache.V_IN_K
-        and params.queries.strides.ALIGN > 1
+        and params.queries.strides.ALIGN % 8 == 0  # TMA takes strides of a multiple of 16 bytes
         and box_n >= 16
         and problem.cache.cache_leftpad is None
         and params.append.ROTARY_DIM is None
