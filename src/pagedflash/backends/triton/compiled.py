@@ -157,13 +157,15 @@ def has_pdl(device: torch.device) -> bool:
     return (compute_capability(device) or (0, 0)) >= (9, 0)
 
 
+GLUON = "3.6."
+"""Gluon changes from one Triton to the next: the version that ``prefill_hopper`` is written for."""
+
+
+def knows_gluon() -> bool:
+    return triton.__version__.startswith(GLUON)
+
+
 @cache
 def has_hopper_prefill(device: torch.device) -> bool:
-    """Whether the GPU is a Hopper and Triton's Gluon has what ``prefill_hopper`` is written with."""
-    if compute_capability(device) != (9, 0):
-        return False
-    try:
-        from .kernels import prefill_hopper  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """Whether the GPU is a Hopper, and Gluon the one that ``prefill_hopper`` is written for."""
+    return compute_capability(device) == (9, 0) and knows_gluon()
