@@ -361,7 +361,7 @@ def test_wrong_calls_of_any_shape_and_dtype(data: st.DataObject):
     arguments = build(*shape, data.draw(st.sampled_from((torch.float32, torch.float16, torch.bfloat16))))
     arguments[wrong.argument] = wrong.spoil(arguments.get(wrong.argument))
     second = data.draw(st.sampled_from([w for place, w in PAIRS if place == where]))
-    # (Lengths that are all one entry short make a valid call of one sequence less, an int8 cache and its scale a valid cache.)
+    # (Lengths that are all one entry short make a valid call of one sequence less, an int8 cache and its scale a cache.)
     agree = {second.label, wrong.label} in ({"one entry short"}, {"of int8 without scales", "given to float32 keys"})
     if second.argument != wrong.argument and not agree and data.draw(st.booleans()):
         arguments[second.argument] = second.spoil(arguments.get(second.argument))
