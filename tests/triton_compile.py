@@ -1,10 +1,12 @@
 """Compiles the kernels for an H100, on a machine without one: what Triton's interpreter takes, its compiler may reject.
 
-TRITON_INTERPRET=0 python tests/triton_compile.py
+TRITON_INTERPRET=0 python tests/triton_compile.py          each kernel with all its options, and the widest tiles
+TRITON_INTERPRET=0 python tests/triton_compile.py --all    wide tiles of every kind too, which takes minutes
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -131,6 +133,12 @@ if __name__ == "__main__":
     formats = ((torch.bfloat16, torch.int8, torch.float8_e4m3fn), (torch.float16, torch.float8_e5m2, torch.float8_e5m2),
                (torch.float32, torch.float16, torch.int8))  # fmt: skip
     with_formats = [everything(queries, *of_formats) for of_formats in formats for queries in (1, 70)]
+    every_width = [
+        wide(queries, heads, dtype, *dims)
+        for dtype in (torch.bfloat16, torch.float32)
+        for dims in ((576, 512, True), (500, 250, True), (512, 512), (64, 512))
+        for queries, heads in ((1, 8), (1, 128), (4, 16), (70, 2))
+    ]
     for problem in (
         everything(1, torch.bfloat16),
         everything(70, torch.float16),
@@ -142,12 +150,9 @@ if __name__ == "__main__":
         long(128, 16),
         long(256, 64, torch.float16),
         *with_formats,
-        *[
-            wide(queries, heads, dtype, *dims)
-            for dtype in (torch.bfloat16, torch.float32)
-            for dims in ((576, 512, True), (500, 250, True), (512, 512), (64, 512))
-            for queries, heads in ((1, 8), (1, 128), (4, 16), (70, 2))
-        ],
+        wide(1, 128, torch.bfloat16, 576, 512, True),
+        wide(70, 2, torch.float32, 512, 512),
+        *(every_width if "--all" in sys.argv else ()),
     ):
         launch.attention(problem)
     for problem in (trained(everything(70, torch.bfloat16)), trained(everything(70, torch.float32)), packed(all_ones(70))):
