@@ -85,8 +85,11 @@ def idle_backend() -> Iterator[None]:
     )
     sys.modules[module.__name__] = module
     dispatch.BACKEND_MODULES["idle"] = module.__name__
-    with use_backend("idle"):
-        yield
+    try:
+        with use_backend("idle"):
+            yield
+    finally:
+        del dispatch.BACKEND_MODULES["idle"]
 
 
 @contextmanager

@@ -42,6 +42,7 @@ MODULES = (
     "validate_values.py",
     "backends/__init__.py",
     "backends/backward.py",
+    "backends/dropout.py",
     "backends/protocol.py",
     "backends/reference.py",
     "integrations/__init__.py",

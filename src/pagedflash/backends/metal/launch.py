@@ -116,7 +116,7 @@ def kv_write(write: CacheWrite) -> None:
 def _reject_shared_scales(tensors: Tensors) -> None:
     """Values that are a part of their keys share the scales of these: written after them, they would write others."""
     _, _, k_descale, v_descale, *_ = tensors
-    if k_descale is None or v_descale is None or k_descale.data_ptr() != v_descale.data_ptr():
+    if k_descale is None or v_descale is None or not k_descale.numel() or k_descale.data_ptr() != v_descale.data_ptr():
         return
     if is_per_token(k_descale):
         reject(

@@ -101,7 +101,7 @@ def install() -> None:
         if config is not None and _is_ours(config):
             if formats.kv_cache_dtype is not None and config.is_encoder_decoder:
                 _refuse_format("the caches of encoders and decoders")
-            self.layers = [layer if layer.is_initialized else _ours(layer) for layer in self.layers]
+            self.layers = [_ours(layer) for layer in self.layers]
 
     @functools.wraps(make_static_elsewhere)
     def make_static(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -118,13 +118,13 @@ def _is_ours(config: Any) -> bool:
 
 
 def _ours(layer: Any) -> Any:
-    """The layer to have in place of one of transformers' that holds nothing yet."""
+    """The layer to have in place of one of transformers': another for keys and values, where it holds nothing yet."""
     in_format = formats.kv_cache_dtype is not None
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.is_initialized:
+        return layer
     if type(layer) is DynamicLayer:
         return GrowingLayerInFormat() if in_format else GrowingLayer()
-    if type(layer) is DynamicSlidingWindowLayer and in_format:
-        return SlidingWindowLayerInFormat(layer.sliding_window)
-    return layer
+    return SlidingWindowLayerInFormat(layer.sliding_window) if in_format else layer
 
 
 def _refuse_format(what: str) -> NoReturn:

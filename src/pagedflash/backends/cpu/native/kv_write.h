@@ -86,21 +86,21 @@ void kv_write_tokens(const CacheWrite& write, Range tokens) {
   const bool v_is_in_k = write.v_is_in_k();
   NewTokens new_tokens(write, tokens.begin);
   for (int64_t t = tokens.begin; t < tokens.end; t++) {
-    const auto [b, batch, row, position, page, slot] = new_tokens.next();
-    if (page < 0) continue;
+    const NewToken token = new_tokens.next();
+    if (token.page < 0) continue;
     for (int64_t head = 0; head < write.kv_heads; head++) {
-      const T* k_new = static_cast<const T*>(write.k_new) + offset(write.k_new_stride, batch, row, head);
-      const T* v_new = static_cast<const T*>(write.v_new) + offset(write.v_new_stride, batch, row, head);
-      const int64_t k_scale = offset(write.k_descale_stride, b, page, slot, head);
-      const int64_t v_scale = offset(write.v_descale_stride, b, page, slot, head);
+      const T* k_new = static_cast<const T*>(write.k_new) + offset(write.k_new_stride, token.batch, token.row, head);
+      const T* v_new = static_cast<const T*>(write.v_new) + offset(write.v_new_stride, token.batch, token.row, head);
+      const int64_t k_scale = offset(write.k_descale_stride, token.sequence, token.page, token.slot, head);
+      const int64_t v_scale = offset(write.v_descale_stride, token.sequence, token.page, token.slot, head);
       with_format(write.k_dtype, [&](auto element) {
-        auto* k = static_cast<decltype(element)*>(write.k) + offset(write.k_stride, page, slot, head);
-        store_row(write, k_new, write.head_dim, write.rotary_cos ? position : -1, k, write.k_descale + k_scale,
+        auto* k = static_cast<decltype(element)*>(write.k) + offset(write.k_stride, token.page, token.slot, head);
+        store_row(write, k_new, write.head_dim, write.rotary_cos ? token.position : -1, k, write.k_descale + k_scale,
                   write.writes_k_descale);
       });
       if (v_is_in_k) continue;
       with_format(write.v_dtype, [&](auto element) {
-        auto* v = static_cast<decltype(element)*>(write.v) + offset(write.v_stride, page, slot, head);
+        auto* v = static_cast<decltype(element)*>(write.v) + offset(write.v_stride, token.page, token.slot, head);
         store_row(write, v_new, write.v_head_dim, -1, v, write.v_descale + v_scale, write.writes_v_descale);
       });
     }
