@@ -162,7 +162,7 @@ GLUON = "3.6."
 
 
 def knows_gluon() -> bool:
-    return triton.__version__.startswith(GLUON)
+    return str(triton.__version__).startswith(GLUON)
 
 
 @cache
