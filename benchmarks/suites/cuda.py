@@ -157,12 +157,7 @@ def quantized(options: Options) -> Iterator[Row]:
         torch.cuda.empty_cache()
         problem = paged(case, [options.size(4096, 64)] * batch)
         contenders = {OURS: pagedflash_decode(problem)}
-        for dtype, per_token in (
-            (torch.int8, False),
-            (torch.int8, True),
-            (torch.float8_e4m3fn, False),
-            (torch.float8_e5m2, False),
-        ):
+        for dtype, per_token in FORMATS:
             name = str(dtype).removeprefix("torch.") + (", a scale a token and head" if per_token else "")
             contenders[name] = quantized_decode(in_format(problem, dtype), per_token)
         e4m3 = in_format(problem, torch.float8_e4m3fn)
