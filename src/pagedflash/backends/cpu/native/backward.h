@@ -108,7 +108,7 @@ class Backward {
       const Range keys = {scratch_.score_rows[0].kv_range.begin, scratch_.score_rows[rows_ - 1].kv_range.end};
       for (int64_t first = keys.begin; first < keys.end; first += TILE) {
         const int64_t tokens = min(TILE, keys.end - first);
-        find_seen(first, tokens);
+        find_seen<Product>(scratch_.score_rows, rows_, first, tokens, scratch_.seen);
         pack_tile(first, tokens);
         for (int64_t pass = 0; pass < padded_rows_; pass += TILE) {
           const Range rows = {pass, min(padded_rows_, pass + TILE)};
@@ -176,21 +176,6 @@ class Backward {
     pack_rows<Product>(panels, BLOCK_PANEL, padded_rows_, size, [&](int64_t r, int64_t d) {
       return Product::load_groups(reinterpret_cast<const typename Product::Element*>(rows + r * stride) + d, size - d);
     });
-  }
-
-  // The keys of the tile that the rows of each block of ROWS see, from a multiple of LANES and STEP on.
-  void find_seen(int64_t first, int64_t tokens) {
-    constexpr int64_t MULTIPLE = max<int64_t>(LANES, STEP);
-    for (int64_t block = 0; block < rows_; block += ROWS) {
-      Range seen = {tokens, 0};
-      for (int64_t r = block; r < min(block + ROWS, rows_); r++) {
-        const Range of_row = scratch_.score_rows[r].kv_range;
-        if (!of_row.size()) continue;
-        seen.begin = min(seen.begin, max<int64_t>(0, of_row.begin - first) / MULTIPLE * MULTIPLE);
-        seen.end = max(seen.end, min(tokens, of_row.end - first));
-      }
-      scratch_.seen[block / ROWS] = seen;
-    }
   }
 
   void pack_tile(int64_t first, int64_t tokens) {

@@ -89,7 +89,7 @@ class Prefill {
     for (int64_t first = task_.keys.begin; first < task_.keys.end; first += TILE_KEYS, now ^= 1) {
       const int64_t tokens = tile_size(first);
       locate_tile(now ^ 1, first + TILE_KEYS);
-      find_seen(first, tokens);
+      find_seen<Product>(scratch_.score_rows, rows_, first, tokens, scratch_.seen);
       const TokenAddresses &tile = scratch_.tokens[now], &next = scratch_.tokens[now ^ 1];
       for (int64_t begin = 0; begin < padded_rows_; begin += PASS_ROWS) {
         const Range rows = {begin, min(padded_rows_, begin + PASS_ROWS)};
@@ -156,21 +156,6 @@ class Prefill {
   }
 
   float* row_queries(int64_t row) const { return scratch_.queries + row * query_stride_; }
-
-  // The keys of the tile that the rows of each block see, from a multiple of LANES and STEP on.
-  void find_seen(int64_t first, int64_t tokens) {
-    constexpr int64_t MULTIPLE = max<int64_t>(LANES, STEP);
-    for (int64_t block = 0; block < rows_; block += ROWS) {
-      Range seen = {tokens, 0};
-      for (int64_t row = block; row < min(block + ROWS, rows_); row++) {
-        const Range of_row = scratch_.score_rows[row].kv_range;
-        if (!of_row.size()) continue;
-        seen.begin = min(seen.begin, max<int64_t>(0, of_row.begin - first) / MULTIPLE * MULTIPLE);
-        seen.end = max(seen.end, min(tokens, of_row.end - first));
-      }
-      scratch_.seen[block / ROWS] = seen;
-    }
-  }
 
   // The first rows pack the keys. Meanwhile the next panel's keys and the tile's values are prefetched.
   void score(Range rows, const TokenAddresses& tile, int64_t tokens) {

@@ -79,5 +79,21 @@ void finish_row(const Plan& plan, const Task& task, int64_t kv_head, int64_t row
   }
 }
 
+// The keys of a tile that the rows of each block of Product::ROWS see, from a multiple of LANES and Product::STEP on.
+template <class Product>
+void find_seen(const ScoreRow* rows, int64_t count, int64_t first, int64_t tokens, Range* seen_by_block) {
+  constexpr int64_t MULTIPLE = max<int64_t>(LANES, Product::STEP);
+  for (int64_t block = 0; block < count; block += Product::ROWS) {
+    Range seen = {tokens, 0};
+    for (int64_t row = block; row < min<int64_t>(block + Product::ROWS, count); row++) {
+      const Range of_row = rows[row].kv_range;
+      if (!of_row.size()) continue;
+      seen.begin = min(seen.begin, max<int64_t>(0, of_row.begin - first) / MULTIPLE * MULTIPLE);
+      seen.end = max(seen.end, min(tokens, of_row.end - first));
+    }
+    seen_by_block[block / Product::ROWS] = seen;
+  }
+}
+
 }  // namespace PAGEDFLASH_ISA
 }  // namespace pagedflash

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .kv_format import KVTile, store_kv
 from .params import WriteParams, WriteTensors, WriteTile, in_elements
-from .rotary import load_rotated
+from .rotary import load_rotated_parts
 from .sequence import clamp
 
 
@@ -38,13 +38,7 @@ def write_tokens(tensors, problem, b, kv_head, row, position, page, slot, valid)
     rows = row.to(tl.int64)
     new = in_elements(problem.append.k_strides)
     source = tensors.k_new + b.to(tl.int64) * new.batch + kv_head.to(tl.int64) * new.head + rows * new.token
-    WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
-    k = load_rotated(tensors, problem, source, valid, position, 0, WIDTH, problem.cache.BLOCK_D)
-    k_tail = k
-    if problem.cache.TAIL > 0:
-        k_tail = load_rotated(
-            tensors, problem, source, valid, position, WIDTH, problem.cache.TAIL, problem.cache.BLOCK_TAIL
-        )  # fmt: skip
+    k, k_tail = load_rotated_parts(tensors, problem, source, valid, position)
 
     new = in_elements(problem.append.v_strides)
     d = tl.arange(0, problem.cache.BLOCK_DV)

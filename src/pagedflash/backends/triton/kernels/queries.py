@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .params import in_elements
-from .rotary import load_rotated
+from .rotary import load_rotated_parts
 from .sequence import load_cached
 
 
@@ -33,11 +33,5 @@ def load_queries(tensors, problem, b, first_row, i, head, used):
         if problem.append.QUERIES_BY_POSITION:
             position += i
         position = tl.minimum(position, problem.append.rotary_len - 1)
-    WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
-    q = load_rotated(tensors, problem, rows, used, position, 0, WIDTH, problem.cache.BLOCK_D)
-    tail = q
-    if problem.cache.TAIL > 0:
-        tail = load_rotated(
-            tensors, problem, rows, used, position, WIDTH, problem.cache.TAIL, problem.cache.BLOCK_TAIL
-        )  # fmt: skip
+    q, tail = load_rotated_parts(tensors, problem, rows, used, position)
     return QueryTile(q, tail)

@@ -34,3 +34,16 @@ def load_rotated(
         sin = tl.load(tensors.rotary_sin + angle, rotated, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) * cos + tl.where(is_first[None, :], -y, y) * sin).to(x.dtype)
     return x
+
+
+@triton.jit
+def load_rotated_parts(tensors, problem, rows, used, position):
+    """:func:`load_rotated` of whole rows as (what tiles hold of D, their TAIL). Without a TAIL the two are the same."""
+    WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
+    x = load_rotated(tensors, problem, rows, used, position, 0, WIDTH, problem.cache.BLOCK_D)
+    tail = x
+    if problem.cache.TAIL > 0:
+        tail = load_rotated(
+            tensors, problem, rows, used, position, WIDTH, problem.cache.TAIL, problem.cache.BLOCK_TAIL
+        )  # fmt: skip
+    return x, tail
