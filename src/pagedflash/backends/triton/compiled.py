@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on the CPU's memory or a device's."""
@@ -157,15 +158,15 @@ def has_pdl(device: torch.device) -> bool:
     return (compute_capability(device) or (0, 0)) >= (9, 0)
 
 
-GLUON = "3.6."
-"""Gluon changes from one Triton to the next: the version that ``prefill_hopper`` is written for."""
+GLUON_SINCE, GLUON_BEFORE = TorchVersion("3.6"), TorchVersion("3.10")
+"""Gluon changes from one Triton to the next: the versions whose Gluon ``prefill_hopper`` is known to be right under."""
 
 
 def knows_gluon() -> bool:
-    return str(triton.__version__).startswith(GLUON)
+    return GLUON_SINCE <= TorchVersion(triton.__version__) < GLUON_BEFORE
 
 
 @cache
 def has_hopper_prefill(device: torch.device) -> bool:
-    """Whether the GPU is a Hopper, and Gluon the one that ``prefill_hopper`` is written for."""
+    """Whether the GPU is a Hopper, and Gluon one that ``prefill_hopper`` is written for."""
     return compute_capability(device) == (9, 0) and knows_gluon()

@@ -38,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .gluon_names import barrier, load_async, load_box, reinterpret
 from .params import HopperTile, ProblemParams, Tensors, in_elements
 from .score import LN2, LOG2E
 from .sequence import clamp, load_first_key, load_rows, load_seqlen_k, load_seqlen_q
@@ -249,7 +250,7 @@ def clear_values(problem, tile, values, first_slot, begin, end):
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     COLUMNS: gl.constexpr = problem.cache.BLOCK_DV // 64
-    lines = values._reinterpret(values.dtype, [COLUMNS * tile.BLOCK_N, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    lines = reinterpret(values, [COLUMNS * tile.BLOCK_N, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     zeros = gl.full([64], 0.0, values.dtype, LAYOUT)
     for row in range(0, tile.BLOCK_N):
         slot = first_slot + row
@@ -286,7 +287,7 @@ def load_tile(problem, tile, work, tiles, ring, signal, free, stage, phase, page
             page = clamp(page, 0, problem.cache.num_pages - 1)
             slot = slot % problem.cache.PAGE_SIZE
         target = ring.index(stage).slice(box * tile.BOX_N, tile.BOX_N, 2)
-        tma.async_copy_global_to_shared(tiles, [page, work.kv_head, slot, 0], signal, target)
+        load_box(tiles, [page, work.kv_head, slot, 0], signal, target)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ def load_q(tensors, problem, tile, work, q_rows, WHICH: gl.constexpr):
     d = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     pointers = start + (i.to(gl.int64) * strides.token + head * strides.head)[:, None] + d[None, :]
     used = (i < work.seqlen_q)[:, None] & (d < problem.cache.D)[None, :]
-    async_copy.async_copy_global_to_shared(q_rows, pointers, used)
+    load_async(q_rows, pointers, used)
     async_copy.commit_group()
 
 
@@ -430,7 +431,7 @@ def wait_for_q():
     """Until this consumer's rows of q are there, for the tensor cores too."""
     async_copy.wait_group(0)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
 
 @gluon.jit
