@@ -1,7 +1,7 @@
 """How a model runs in transformers' continuous batching: all requests decode, or a chunk of a prompt comes beside them.
 
-Decoding is measured from the moment the last request has its first token to the moment the first request has its last; what
-comes before is the prefill.
+Decoding is the median step between the moment the last request has its first token and the moment the first request has its
+last; what comes before is the prefill.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def run(model: Any, prompts: list[list[int]], new_tokens: int) -> Run:
     start = min(output.created_time for output in outputs)
     begin = max(output.timestamps[0] for output in outputs)
     end = min(output.timestamps[-1] for output in outputs)
-    decoded = sum(begin < stamp <= end for output in outputs for stamp in output.timestamps)
-    return Run(begin - start, (end - begin) / decoded, [output.generated_tokens for output in outputs])
+    stamps = [stamp for stamp in next(iter(outputs)).timestamps if begin <= stamp <= end]
+    return Run(begin - start, median_step(stamps) / len(outputs), [output.generated_tokens for output in outputs])
 
 
 def run_mixed(model: Any, prompts: list[list[int]], steps: int) -> Run:
@@ -80,8 +80,12 @@ def run_mixed(model: Any, prompts: list[list[int]], steps: int) -> Run:
             manager.cancel_request(request)
     stamps = sorted(output.timestamps[0] for output in done.values())
     prefill = max(output.timestamps[0] for output in first) - min(output.created_time for output in first)
-    step = statistics.median(b - a for a, b in zip(stamps, stamps[1:]))
-    return Run(prefill, step / len(prompts), [done[request].generated_tokens for request in short])
+    return Run(prefill, median_step(stamps) / len(prompts), [done[request].generated_tokens for request in short])
+
+
+def median_step(stamps: list[float]) -> float:
+    """Of the moments at which one request got its tokens: a step in which the machine did something else does not count."""
+    return statistics.median(later - sooner for sooner, later in zip(stamps, stamps[1:]))
 
 
 def generation(new_tokens: int) -> GenerationConfig:

@@ -9,7 +9,9 @@ HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # since 3.7
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # since 3.8
-load_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared  # since 3.9
+load_async = (  # since 3.9
+    async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+)
 
 
 @gluon.jit
