@@ -5,6 +5,7 @@ That every backend drops the same, forward and backward, is checked by the confo
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -15,15 +16,20 @@ import pagedflash
 from pagedflash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from pagedflash.backends import backward, cpu, dropout
 from pagedflash.backends.protocol import Capabilities
+from pagedflash.problem import Scores
 
-BACKENDS = ("reference", "cpu")
+if importlib.util.find_spec("triton"):
+    import triton_interpreter  # noqa: F401
+
+BACKENDS = ("reference", "cpu", "triton")
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request: pytest.FixtureRequest) -> Any:
+def backend(request: pytest.FixtureRequest, device: str) -> Any:
     if not pagedflash.availability()[request.param].ok:
         pytest.skip(pagedflash.availability()[request.param].reason)
-    with pagedflash.use_backend(request.param):
+    on_gpu = device == "cuda" and request.param == "triton"
+    with torch.device("cuda" if on_gpu else "cpu"), pagedflash.use_backend(request.param):
         yield request.param
 
 
@@ -56,6 +62,29 @@ def test_philox_gives_the_known_answers(counter: tuple[int, ...], key: tuple[int
     assert " ".join(f"{int(word):08x}" for word in got) == words
 
 
+@pytest.mark.parametrize("queries, num_splits", [(3, 1), (3, 4), (70, 1)])
+def test_which_are_dropped(queries: int, num_splits: int) -> None:
+    """To the bit those of the definition: forward, and in the gradient of values, which shows them transposed."""
+    batch, heads, keys = 2, 2, 72
+    q, k = torch.zeros(batch, queries, heads, 16), torch.zeros(batch, keys, heads, 16)
+    v = torch.eye(keys).view(1, keys, 1, keys).repeat(batch, 1, heads, 1).requires_grad_()
+    torch.manual_seed(5)
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
+    b, h, i, j = (
+        torch.arange(size).view([-1 if axis == at else 1 for at in range(4)])
+        for axis, size in enumerate((batch, heads, queries, keys))
+    )
+    want = dropout.kept(Scores(dropout_seed=seed, dropout_p=0.3), b, h, i, j, torch.float32)
+
+    torch.manual_seed(5)
+    out = flash_attn_func(q, k, v, 0.3, num_splits=num_splits)
+    assert isinstance(out, Tensor)
+    torch.testing.assert_close(out.transpose(1, 2) * keys, want)
+    weights = torch.eye(queries, keys).view(1, queries, 1, keys).expand_as(out)
+    (d_v,) = torch.autograd.grad(out, v, weights)
+    torch.testing.assert_close(d_v[..., :queries].permute(0, 2, 3, 1) * keys, want)
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_so_many_are_dropped_and_the_others_scaled(p: float) -> None:
     torch.manual_seed(0)
@@ -81,17 +110,18 @@ def test_a_seed_repeats_a_call() -> None:
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        results.append((which_are_kept(dropout_p=0.5), which_are_kept(dropout_p=0.5)))
+        results.append((which_are_kept(24, dropout_p=0.5), which_are_kept(24, dropout_p=0.5)))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert not torch.equal(results[0][0], results[0][1]) and not torch.equal(results[0][0], results[2][0])
 
 
 def test_without_dropout_no_number_is_drawn() -> None:
-    state = torch.get_rng_state()
+    rng_state = (torch.cuda if torch.get_default_device().type == "cuda" else torch).get_rng_state
+    state = rng_state()
     which_are_kept(dropout_p=0.0)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(), state)
     which_are_kept(dropout_p=0.1)
-    assert not torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(rng_state(), state)
 
 
 def test_packed_and_dense_sequences_drop_the_same() -> None:
@@ -130,7 +160,7 @@ def test_gradients_with_dropout(backend: str, monkeypatch: pytest.MonkeyPatch) -
     with pagedflash.use_backend("reference"):
         torch.autograd.gradcheck(attend, tensors)
         want = torch.autograd.grad(attend(*tensors).square().sum(), tensors)
-    if backend == "cpu":
+    if backend != "reference":
         floats = tuple(tensor.detach().float().requires_grad_() for tensor in tensors)
         got = torch.autograd.grad(attend(*floats).square().sum(), floats)
         for one, other in zip(got, want):
@@ -161,6 +191,7 @@ def test_a_compiled_step_draws_anew_each_time() -> None:
 def test_a_backend_without_dropout_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "CAPABILITIES", cpu.CAPABILITIES._replace(dropout=False))
     with (
+        torch.device("cpu"),
         pagedflash.use_backend("cpu"),
         pytest.raises(ValueError, match=r"dropout_p is 0.125, expected 0: on cpu there is no"),
     ):

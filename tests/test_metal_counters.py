@@ -9,7 +9,7 @@ from metal_harness import counted, gathered_sdpa, kernels_on, paged_decode, pair
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache
-from pagedflash.backends.metal.tiling import Tuning, choose_num_splits, decode_tiling
+from pagedflash.backends.metal.tiling import Tuning, backward_tiling, choose_num_splits, decode_tiling
 from pagedflash.testing import PagedProblem
 
 
@@ -138,6 +138,31 @@ def test_prefill_skips_tiles_that_no_query_sees() -> None:
     assert full == 2 * 2 * (512 // 8) ** 2 * 64 // 8  # two heads, Q K^T and P V, 8x8 at a time
     assert matrix_multiplies(causal=True) <= 0.6 * full
     assert matrix_multiplies(causal=True, window=(63, 0)) <= 0.25 * full
+
+
+def backward_multiplies(head_dim: int = 64, **options) -> int:
+    q, k, v = (torch.randn(1, 512, heads, head_dim).half().requires_grad_() for heads in (2, 1, 1))
+    with pagedflash.use_backend("metal"):
+        forward, backward = counted(lambda: flash_attn_func(q, k, v, **options).sum().backward())
+    assert (forward.kernel, backward.kernel) == ("prefill", "backward")
+    return backward.counters.matrix_multiplies
+
+
+def test_backward_takes_five_products_and_skips_tiles_that_no_query_sees() -> None:
+    full = backward_multiplies()
+    assert full == 2.5 * matrix_multiplies(causal=False)
+    assert backward_multiplies(causal=True) <= 0.6 * full
+    assert backward_multiplies(window_size=(63, 0)) <= 0.25 * full
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("head_dim", (8, 64, 72, 80, 96, 112, 128, 160, 192, 256))
+def test_backward_of_every_head_dim_takes_about_five_products(head_dim: int, dtype: torch.dtype) -> None:
+    """Those behind the whole loads of a row are padded; and threadgroup memory fits."""
+    tiling = backward_tiling(head_dim, head_dim, dtype.itemsize, Tuning())
+    padded = tiling.dim_split * (tiling.k_chunks * tiling.chunk + tiling.k_tail) * 8
+    assert 4 * padded + head_dim <= 5 * 1.15 * head_dim
+    assert tiling.threadgroup_bytes <= 32 * 1024
 
 
 def test_prefill_over_pages_gathers_nothing() -> None:

@@ -27,6 +27,7 @@ from pagedflash.testing import (
     describe,
     random_problem,
 )
+from pagedflash.testing.compare import assert_gradients_match_reference
 from pagedflash.testing.conformance import BackendConformance
 
 LIMITS = metal.CAPABILITIES._replace(cache_dtypes=())
@@ -76,6 +77,41 @@ def test_head_dims(rng: random.Random, launches, device, head_dim, queries) -> N
     assert_matches_reference(problem, metal.attention)
 
 
+@pytest.mark.parametrize("layout", ("dense", "cache", "varlen"))
+def test_gradients_under_the_simulator_checks(rng: random.Random, rounds, launches, device, layout) -> None:
+    """All options, with the threads in any order."""
+    if device != "cpu":
+        pytest.skip("the checks are the simulator's")
+    seen = 0
+    while seen < rounds(2):
+        problem = random_problem(rng, layout=layout, max_queries=90, max_keys=150, capabilities=LIMITS)
+        if problem.append is not None or problem.cache.cache_batch_idx is not None:
+            continue
+        seen += 1
+        with metalsim.simulate(check=True, order=rng.choice(metalsim.ORDERS), seed=rng.getrandbits(32)):
+            assert_gradients_match_reference(problem, metal.attention, metal.backward)
+
+
+@pytest.mark.parametrize("head_dim", (1, 40, 72, 96, 136, 256))
+def test_gradients_of_head_dims(rng: random.Random, launches, device, head_dim) -> None:
+    problem = random_problem(rng, layout="varlen", head_dims=(head_dim,), max_queries=40, device=device, capabilities=LIMITS)
+    assert_gradients_match_reference(problem, metal.attention, metal.backward)
+
+
+def test_the_order_of_threads_changes_no_gradient(launches, device) -> None:
+    """Keys in splits, heads in parts: sums are always in the same order."""
+    if device != "cpu":
+        pytest.skip("only the simulator can choose the order")
+    q, k, v = (torch.randn(1, 150, heads, 64).half() for heads in (6, 2, 2))
+    problem = AttentionProblem.of_fields(q=q, k=k, v=v, max_seqlen_q=150, max_seqlen_k=150, scale=0.1, window_right=0)
+    out, lse = metal.attention(problem)
+    weights = torch.randn_like(out), torch.randn_like(lse)
+    launches.clear()
+    metalsim.in_every_order(lambda: metal.backward(problem, out, lse, *weights)[:3])
+    (splits, parts, _), group = launches[0].threads, launches[0].group_size
+    assert splits > group[0] and parts > 2
+
+
 WRONG_LENGTHS = (-(2**31), -7, 5, 2**20, 2**31 - 1)
 
 
@@ -92,9 +128,11 @@ def test_wrong_values_touch_no_memory_outside(rng: random.Random, rounds, launch
     for some in rng.sample(wrong, min(len(wrong), rounds(12))):
         with metalsim.simulate(check=True):
             try:
-                metal.attention(some)
+                results = metal.attention(some)
                 if some.append is not None:
                     metal.kv_write(some.write)
+                elif some.cache.block_table is None:
+                    metal.backward(some, *results, *results)
             except metalsim.KernelError as error:  # sequences at one place may race
                 assert not re.search("out-of-bounds|wild address", str(error)), f"{error}: {describe(some)}"
 

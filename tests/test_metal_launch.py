@@ -92,7 +92,19 @@ def test_a_slow_compilation_is_announced(monkeypatch: pytest.MonkeyPatch, capfd:
 def test_every_buffer_of_a_kernel_is_a_field_or_a_result() -> None:
     """A misspelt one would be bound to a stand-in."""
     fields = {field.name for field in AttentionProblem.TENSOR_FIELDS}
-    others = {"out", "lse", "out_partial", "softmax_partial", "params", "score_params"}
+    others = {
+        "out",
+        "lse",
+        "out_partial",
+        "softmax_partial",
+        "params",
+        "score_params",
+        "d_out",
+        "delta",
+        "d_q",
+        "d_k",
+        "d_v",
+    }
     for name in compiler.SOURCES:
         assert set(compiler.buffers_of(name)) <= fields | others
 

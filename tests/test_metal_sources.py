@@ -38,7 +38,7 @@ SHAPES = ((64, 64, 1), (64, 64, 4), (80, 80, 1), (96, 96, 4), (128, 128, 1), (12
 def test_apples_compiler_takes_every_kernel(
     dtype: torch.dtype, head_dim: int, v_head_dim: int, group: int, paged: bool, device: str
 ) -> None:
-    """All four kernels of a plan; decode with 8 rows and with 16. On a Mac; elsewhere the other tests compile them."""
+    """Every kernel; decode with 8 rows and with 16. On a Mac; elsewhere the other tests compile them."""
     if device != "mps":
         pytest.skip("needs --device mps")
 
@@ -55,6 +55,8 @@ def test_apples_compiler_takes_every_kernel(
                 tensor(1, queries, heads, d) for heads, d in ((2 * group, head_dim), (2, head_dim), (2, v_head_dim))
             )
             flash_attn_with_kvcache(q, k, v, k_new, v_new, cache_seqlens=lengths, block_table=table, causal=True)
+        q.requires_grad_()
+        flash_attn_func(q, k_new, v_new, causal=True).sum().backward()
 
     sources = sources_of(run)
     assert set(sources) == set(compiler.SOURCES)
@@ -88,6 +90,14 @@ def test_decode_has_its_arrays_in_registers(simulated: None, dtype: torch.dtype,
 def test_prefill_has_its_arrays_in_registers(simulated: None, dtype: torch.dtype, head_dim: int) -> None:
     q, kv = torch.zeros(1, 64, 4, head_dim, dtype=dtype), torch.zeros(1, 64, 1, head_dim, dtype=dtype)
     (source,) = sources_of(lambda: flash_attn_func(q, kv, kv, causal=True))["prefill"]
+    assert metalsim.stack_arrays(source) == []
+
+
+@pytest.mark.parametrize("head_dim", (64, 80, 128, 256))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_backward_has_its_arrays_in_registers(simulated: None, dtype: torch.dtype, head_dim: int) -> None:
+    q, kv = (torch.zeros(1, 64, heads, head_dim, dtype=dtype, requires_grad=True) for heads in (4, 1))
+    (source,) = sources_of(lambda: flash_attn_func(q, kv, kv, causal=True).sum().backward())["backward"]
     assert metalsim.stack_arrays(source) == []
 
 

@@ -102,6 +102,10 @@ def trained(problem: AttentionProblem) -> AttentionProblem:
     return problem.replace(k=k, v=v, block_table=None, cache_leftpad=None, **append)
 
 
+def with_dropout(problem: AttentionProblem) -> AttentionProblem:
+    return problem.replace(dropout_seed=torch.tensor(1), dropout_p=0.1)
+
+
 def packed(problem: AttentionProblem) -> AttentionProblem:
     """The same over packed keys."""
     k, v = (keys[0] for keys in problem.cache[:2])
@@ -140,8 +144,8 @@ if __name__ == "__main__":
         for queries, heads in ((1, 8), (1, 128), (4, 16), (70, 2))
     ]
     for problem in (
-        everything(1, torch.bfloat16),
-        everything(70, torch.float16),
+        with_dropout(everything(1, torch.bfloat16)),
+        with_dropout(everything(70, torch.float16)),
         mixed(everything(70, torch.bfloat16), 72),
         all_ones(1),
         all_ones(70),
@@ -155,6 +159,10 @@ if __name__ == "__main__":
         *(every_width if "--all" in sys.argv else ()),
     ):
         launch.attention(problem)
-    for problem in (trained(everything(70, torch.bfloat16)), trained(everything(70, torch.float32)), packed(all_ones(70))):
+    for problem in (
+        trained(everything(70, torch.float32)),
+        with_dropout(trained(everything(70, torch.bfloat16))),
+        packed(all_ones(70)),
+    ):
         results = torch.zeros(problem.out_shape, dtype=problem.queries.q.dtype), torch.zeros(problem.lse_shape)
         backward(problem, *results, *results)

@@ -41,6 +41,9 @@ REGISTERS = "registers a lane, estimated, and bytes in memory with 128"
 MAX_CAUSAL = 0.6
 """Matrix multiplications of a causal prompt, to those of a full one."""
 
+MAX_BACKWARD = 2.6
+"""Those of the backward pass, to those of forward."""
+
 
 def no_metalsim() -> str:
     return "" if importlib.util.find_spec("metalsim") else "metalsim is not installed (pip install ./metalsim)"
@@ -52,6 +55,7 @@ def counters(options: Options) -> Iterator[Row]:
     sys.path.append(str(Path(__file__).parents[2] / "tests"))
     yield from decode(options.size(DECODE_CASES, DECODE_CASES[:1]))
     yield from prefill(options.size(512, 64))
+    yield from backward(options.size(512, 64))
     yield write()
 
 
@@ -127,6 +131,40 @@ def count_prefill(tokens: int, arguments: dict[str, Any]) -> Counters:
         (only,) = counted(lambda: flash_attn_func(q, kv, kv, **arguments))
     counters: Counters = only.counters
     return counters
+
+
+def backward(tokens: int) -> Iterator[Row]:
+    """Of the same problems."""
+    full: Counters | None = None
+    for name, arguments in (("full", {}), ("causal", dict(causal=True))):
+        forward, counted = count_backward(tokens, arguments)
+        full = full or counted
+        share = counted.matrix_multiplies / full.matrix_multiplies
+        products = counted.matrix_multiplies / forward.matrix_multiplies
+        figures = {
+            "8x8 multiplies": counted.matrix_multiplies,
+            "of full": share,
+            "of forward": products,
+            "bytes loaded / K and V": counted.device_bytes_loaded / (2 * tokens * 64 * 2),
+            "bytes stored / K and V": counted.device_bytes_stored / (2 * tokens * 64 * 2),
+            "used of each transaction": counted.load_efficiency,
+        }
+        failures = []
+        if not arguments and products > MAX_BACKWARD:
+            failures.append(f"{products:.2f} x the work of forward")
+        if arguments and tokens >= 512 and share > MAX_CAUSAL:
+            failures.append(f"{share:.2f} of the work without a mask")
+        yield Row(f"backward {tokens}, {name}", figures, failures)
+
+
+def count_backward(tokens: int, arguments: dict[str, Any]) -> tuple[Counters, Counters]:
+    """Of forward, and of backward."""
+    from metal_harness import counted
+
+    q, k, v = (torch.randn(1, tokens, heads, 64).half().requires_grad_() for heads in (4, 1, 1))
+    with use_backend("metal"):
+        forward, backward = counted(lambda: flash_attn_func(q, k, v, **arguments).sum().backward())
+    return forward.counters, backward.counters
 
 
 def write() -> Row:

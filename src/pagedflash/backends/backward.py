@@ -58,6 +58,16 @@ def empty_gradients(problem: AttentionProblem) -> Gradients:
     return Gradients(d_q, d_k, d_v, q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape))
 
 
+def sinks_gradient(problem: AttentionProblem, lse: Tensor, delta: Tensor) -> Tensor:
+    """From ``delta``, of the shape of the LSE: ``sum(out * d_out) - d_lse`` of each row, 0 where that saw no key."""
+    sinks = problem.scores.sinks
+    if sinks is None:
+        return delta.new_empty(0, dtype=problem.queries.q.dtype)
+    heads = (-1, 1) if problem.queries.cu_seqlens_q is not None else (1, -1, 1)
+    of_rows = torch.exp(sinks.view(heads) - lse) * delta  # 0 where the LSE is +inf
+    return -of_rows.sum([axis for axis in range(lse.dim()) if axis != lse.dim() - 2])
+
+
 class _Part(NamedTuple):
     """Sequences that are worked on together: indices that give views with a batch axis, ``q[queries]`` and ``k[keys]``."""
 

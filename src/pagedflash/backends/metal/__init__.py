@@ -1,4 +1,4 @@
-"""The Metal backend: four kernels in ``kernels/*.metal``, compiled at run time by ``torch.mps.compile_shader``.
+"""The Metal backend: its kernels are ``kernels/*.metal``, compiled at run time by ``torch.mps.compile_shader``.
 
 :mod:`.launch` makes a plan for each signature and dispatches it into PyTorch's own command encoder, :mod:`.tiling` chooses
 rows, lanes and splits, :mod:`.tuning` has its numbers for the GPU at hand, :mod:`.compiler` builds the kernels. Nothing
@@ -9,10 +9,10 @@ import torch
 
 from ..protocol import Capabilities
 from .compiler import available, use_compiler
-from .launch import attention, kv_write, supports
+from .launch import attention, backward, kv_write, supports
 from .tuning import Tuning
 
-__all__ = ["CAPABILITIES", "NAME", "Tuning", "attention", "available", "kv_write", "supports", "use_compiler"]
+__all__ = ["CAPABILITIES", "NAME", "Tuning", "attention", "available", "backward", "kv_write", "supports", "use_compiler"]
 
 NAME = "metal"
 CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, torch.int8), max_head_dim=256, max_v_head_dim=256)

@@ -46,6 +46,7 @@ SOURCES = {
     ),
     "combine": ("sequence", "softmax", "combine"),
     "prefill": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "prefill"),
+    "backward": ("kv_format", "sequence", "softmax", "score", "matrix", "backward"),
 }
 """Kernel -> the files it is made of, in order, behind the prologue, its definitions and the structs."""
 

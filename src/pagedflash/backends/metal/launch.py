@@ -29,18 +29,25 @@ from ...problem import (
     fold_scores,
     is_per_token,
 )
+from .. import backward as common
+from ..backward import Gradients
 from ..protocol import Support
 from .compiler import ELEMENT_TYPES, Target, buffers_of, compiled, current_target, source_of
 from .params import Params, packed
 from .tiling import (
+    BACKWARD_SIMDGROUPS_PER_CORE,
     DECODE_MAX_QUERIES,
     LANES,
     LOAD_BYTES,
     MAX_SPLITS,
+    MIN_SIMDGROUPS,
     MIXED_DECODE_QUERIES,
     PSEUDO_PAGE,
+    BackwardTiling,
     DecodeTiling,
     PrefillTiling,
+    backward_tiling,
+    choose_backward_parts,
     choose_num_splits,
     decode_tiling,
     least_split_keys,
@@ -104,6 +111,31 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     results += [torch.empty(*shape, dtype=dtype, device=device) for shape, dtype in plan.results[len(results) :]]
     _run(plan, (*tensors, *results))
     return results[0], results[1]
+
+
+def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> Gradients:
+    """The gradients of a problem, as :func:`pagedflash.backends.backward.backward` gives them.
+
+    That function itself takes problems over a cache of which sequences pick rows: several may pick the same.
+    """
+    if problem.cache.cache_batch_idx is not None:
+        return common.backward(problem, out, lse, d_out, d_lse)
+    target, (q, k, v) = current_target(), (problem.queries.q, *problem.cache[:2])
+    d_out = d_out.contiguous()
+    delta = ((out.float() * d_out.float()).sum(-1).mT - d_lse).masked_fill_(lse.isinf(), 0.0).contiguous()
+    offset = math.gcd(LOAD_BYTES, *(int(tensor.storage_offset()) for tensor in (q, k, v, d_out)))
+    plan = problem.plan(
+        ("metal backward", target, offset), lambda signature: _plan_backward(signature, target, offset)
+    )  # fmt: skip
+    results = [torch.zeros(*shape, dtype=dtype, device=q.device) for shape, dtype in plan.results]
+    _run(plan, (*problem.tensors, lse.contiguous(), d_out, delta, *results))
+
+    d_q = results[0].sum(0).mul_(problem.scores.scale).to(q.dtype)
+    d_k, d_v = (
+        parts if parts.shape == keys.shape else parts.unflatten(-2, (keys.shape[-2], -1)).sum(-2)
+        for parts, keys in zip(results[1:], (k, v))
+    )
+    return Gradients(d_q, d_k, d_v, common.sinks_gradient(problem, lse, delta))
 
 
 def kv_write(write: CacheWrite) -> None:
@@ -274,6 +306,35 @@ def _add_prefill(planner: _Planner, problem: AttentionProblem, offset: int, deco
     )
 
 
+def _plan_backward(problem: AttentionProblem, target: Target, offset: int) -> Plan:
+    q, (k, v) = problem.queries.q, problem.cache[:2]
+    kv_heads, group = k.shape[-2], problem.group
+    tiling = backward_tiling(k.shape[-1], v.shape[-1], q.element_size(), target.tuning)
+    parts, num_splits = choose_backward_parts(
+        max(1, problem.batch_size * kv_heads),
+        group,
+        key_tiles=-(-k.shape[-3] // tiling.key_tile),
+        slots=max(MIN_SIMDGROUPS, BACKWARD_SIMDGROUPS_PER_CORE * target.core_count) // tiling.simdgroups,
+    )
+    planner = _Planner(problem, target, q.dtype)
+    planner.names += ("lse", "d_out", "delta")
+    planner.results["d_q"] = Result((num_splits, *q.shape), torch.float32)
+    for name, keys in (("d_k", k), ("d_v", v)):
+        *tokens, heads, width = keys.shape
+        planner.results[name] = Result((*tokens, heads * parts, width), keys.dtype)
+    planner.constants["params"] = packed(_params(problem)._replace(num_splits=num_splits))
+    planner.constants["score_params"] = packed(fold_scores(problem.scores))
+    if math.prod(problem.out_shape) and k.numel():
+        threads = LANES * tiling.simdgroups
+        planner.dispatch(
+            "backward",
+            {**_definitions(problem, tiling, offset), "HEADS": group // parts, "PARTS": parts},
+            (threads * num_splits, kv_heads * parts, problem.batch_size),
+            (threads, 1, 1),
+        )
+    return planner.plan()
+
+
 def _grid_batch(problem: AttentionProblem) -> int:
     """One layer of threadgroups a sequence, and one for what lies behind the sequences of packed queries."""
     return problem.batch_size + (problem.queries.cu_seqlens_q is not None)
@@ -348,8 +409,10 @@ def _strides(name: str, tensor: Tensor) -> dict[str, int]:
     return {f"{name}_{axis}_stride": stride for axis, stride in zip(("batch", "token", "head"), strides(tensor))}
 
 
-def _definitions(problem: AttentionProblem, tiling: DecodeTiling | PrefillTiling, offset: int) -> dict[str, int | str]:
-    """What decode and prefill are specialised for: the shape, and each number of the tiling under its name in capitals."""
+def _definitions(
+    problem: AttentionProblem, tiling: DecodeTiling | PrefillTiling | BackwardTiling, offset: int
+) -> dict[str, int | str]:
+    """What kernels that attend are specialised for: the shape, and each number of the tiling under its name in capitals."""
     tensors = (problem.queries.q, problem.cache.k, problem.cache.v)
     aligned = all(number % tiling.chunk == 0 for tensor in tensors for number in (offset, *tensor.stride()[:-1]))
     return {

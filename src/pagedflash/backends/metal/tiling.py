@@ -32,6 +32,10 @@ MAX_SPLITS = 128
 
 THREADGROUP_BYTES = 32 * 1024
 
+BACKWARD_REGISTERS = 80  # of a lane, at most, for keys, values and the accumulators of their gradients
+BACKWARD_SIMDGROUPS_PER_CORE = 16  # to plan backward for
+MAX_BACKWARD_SPLITS = 4  # each holds the gradients of all queries in float32
+
 
 class LaneTiling(NamedTuple):
     """Of decode with few rows. Names in capitals in decode.metal and decode_lanes.metal."""
@@ -207,6 +211,67 @@ def prefill_tiling(head_dim: int, v_head_dim: int, element_bytes: int, tuning: T
     while key_tile > MATRIX and key_tile * (row_bytes + (dim_split - 1) * simdgroups * LANES) > THREADGROUP_BYTES:
         key_tile //= 2
     return PrefillTiling(chunk, k_chunks, k_tail, v_matrices, dim_split, key_tile, simdgroups)
+
+
+class BackwardTiling(NamedTuple):
+    """Of backward. Names in capitals in backward.metal."""
+
+    chunk: int  # elements of one load
+    k_chunks: int  # reads of a key by one lane
+    k_tail: int
+    v_chunks: int
+    v_tail: int
+    dim_split: int  # simdgroups that share keys, each with its part of the dims
+    query_tile: int
+    simdgroups: int
+
+    @property
+    def key_tile(self) -> int:
+        return MATRIX * self.simdgroups // self.dim_split
+
+    @property
+    def threadgroup_bytes(self) -> int:
+        k_row, v_row = (
+            LOAD_BYTES * (self.dim_split * MATRIX * (chunks * self.chunk + tail) // self.chunk + 1)
+            for chunks, tail in ((self.k_chunks, self.k_tail), (self.v_chunks, self.v_tail))
+        )
+        score_row = LOAD_BYTES * (self.key_tile // self.chunk + 1)
+        score_parts = 2 * self.simdgroups * self.query_tile // MATRIX * LANES * 8 if self.dim_split > 1 else 0
+        return self.query_tile * (k_row + v_row + score_row + 24) + self.key_tile * max(k_row, v_row) + score_parts
+
+
+def backward_tiling(head_dim: int, v_head_dim: int, element_bytes: int, tuning: Tuning) -> BackwardTiling:
+    """As many keys as there is room for, which is how seldom gradients of queries are loaded and stored; then rows."""
+    chunk = LOAD_BYTES // element_bytes
+
+    def part(dims: int, dim_split: int) -> tuple[int, int]:
+        dims = -(-dims // (dim_split * MATRIX)) * MATRIX
+        return dims // (MATRIX * chunk), _tail(dims, chunk)
+
+    def registers(dim_split: int) -> int:
+        matrices = sum(chunks * chunk + tail for chunks, tail in (part(head_dim, dim_split), part(v_head_dim, dim_split)))
+        return matrices * (element_bytes // 2 + 2)
+
+    dim_split = next(split for split in (1, 2, 4) if split == 4 or registers(split) <= BACKWARD_REGISTERS)
+    parts = (*part(head_dim, dim_split), *part(v_head_dim, dim_split))
+    simdgroups = min(8, tuning.prefill_simdgroups * dim_split)
+    tilings = (
+        BackwardTiling(chunk, *parts, dim_split, query_tile, number)
+        for number in (simdgroups, 4)
+        for query_tile in (32, 16, 8)
+        if number * MATRIX >= query_tile
+    )
+    return next(tiling for tiling in tilings if tiling.threadgroup_bytes <= THREADGROUP_BYTES)
+
+
+def choose_backward_parts(threadgroups: int, group: int, key_tiles: int, slots: int) -> tuple[int, int]:
+    """Parts of the query heads of a KV head, and splits of its keys, so that there are ``slots`` threadgroups, or about.
+
+    Without either there are ``threadgroups``. Gradients of keys are held once for each part, those of queries once for each
+    split.
+    """
+    parts = next(n for n in range(1, group + 1) if group % n == 0 and (n == group or threadgroups * n >= slots))
+    return parts, max(1, min(-(-slots // (threadgroups * parts)), key_tiles, MAX_BACKWARD_SPLITS))
 
 
 def _reduce_rows(rows: int, v_head_dim: int, tuning: Tuning) -> int:

@@ -21,7 +21,7 @@ from ..protocol import Capabilities, Support
 
 NAME = "triton"
 OLDEST = "3.6.0"  # what torch 2.10 brings
-CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED))
+CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, *QUANTIZED), dropout=True)
 
 
 @cache

@@ -69,9 +69,7 @@ def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor,
         for gradient in gradients[:3]:
             gradient.zero_()
     if sinks is not None:
-        heads = (-1, 1) if problem.queries.cu_seqlens_q is not None else (1, -1, 1)
-        of_rows = torch.exp(sinks.view(heads) - lse) * delta  # 0 where the LSE is +inf
-        gradients.sinks.copy_(-of_rows.sum([axis for axis in range(lse.dim()) if axis != lse.dim() - 2]))
+        gradients.sinks.copy_(common.sinks_gradient(problem, lse, delta))
     return gradients
 
 

@@ -167,7 +167,8 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, sa
     )
     append, fused_tokens = problem.append, problem.num_new_tokens
     is_packed = append is not None and append.cu_seqlens_new is not None
-    if append is not None and (is_empty or is_packed or not is_decode or fused_tokens > MAX_FUSED_TOKENS):
+    cannot_fuse = is_empty or is_packed or not is_decode or problem.scores.dropout_p > 0
+    if append is not None and (cannot_fuse or fused_tokens > MAX_FUSED_TOKENS):
         fused_tokens = 0
         plan = plan._replace(write=_plan_write(problem.write, aligned, same))
     if is_empty:

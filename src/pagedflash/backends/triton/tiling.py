@@ -125,7 +125,7 @@ def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile 
     """The tile of ``prefill_hopper`` where it takes a prefill; None leaves it to ``prefill``.
 
     It takes 16-bit keys and values of q's dtype, contiguous or in pages of a multiple of 16 tokens, aligned to 16 bytes.
-    Left padding, rotary embedding of queries, softcap and ALiBi are ``prefill``'s.
+    Left padding, rotary embedding of queries, softcap, ALiBi and dropout are ``prefill``'s.
     """
     cache, score = params.cache, params.score
     q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
@@ -148,6 +148,7 @@ def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile 
         and params.append.ROTARY_DIM is None
         and score.softcap is None
         and score.SLOPES_STRIDE is None
+        and score.dropout_threshold is None
         and all(0 not in tensor.shape and 0 not in tensor.stride() for tensor in (k, v))
     )
     return HopperTile(block_n, box_n, stages, q_slots) if takes else None

@@ -41,6 +41,40 @@ inline void multiply_add(thread float2& c, Pair a, Pair b) {
     c = reinterpret_cast<thread float2&>(mc.thread_elements());
 }
 
+// products += A B^T over READ dims: A is fragments, B the rows that lie `stride` apart, READ elements of each behind the pointer.
+template <int READ, int BLOCKS>
+inline void multiply_read(thread float2* products, thread const Pair* fragments, threadgroup const T* rows, int stride) {
+    UNROLL
+    for (int j = 0; j < BLOCKS; j++) {
+        threadgroup const T* first = rows + j * 8 * stride;
+        const Packed<READ> x = *reinterpret_cast<threadgroup const Packed<READ>*>(first);
+        const Packed<READ> y = *reinterpret_cast<threadgroup const Packed<READ>*>(first + stride);
+        UNROLL
+        for (int i = 0; i < READ; i++) multiply_add(products[j], fragments[i], Elements<T>::pair_of(x, y, i));
+    }
+}
+
+// products = A B^T for 8 * BLOCKS rows of B in threadgroup memory, of which this lane reads two of each 8. The dims are in the
+// order of DimOrder<WIDTH, CHUNKS, TAIL>.
+template <int BLOCKS, int WIDTH, int CHUNKS, int TAIL>
+inline void multiply_rows(
+    thread float2* products, thread const Pair* fragments, threadgroup const T* rows, int stride, int lane
+) {
+    const int slot = matrix_row(lane);
+    threadgroup const T* row = rows + matrix_column(lane) * stride;
+    UNROLL
+    for (int j = 0; j < BLOCKS; j++) products[j] = float2(0.0f);
+    UNROLL
+    for (int c = 0; c < CHUNKS; c++) {
+        simdgroup_barrier(mem_flags::mem_none);  // so that compilers do not read all rows first, into registers
+        multiply_read<WIDTH, BLOCKS>(products, fragments + c * WIDTH, row + (c * 8 + slot) * WIDTH, stride);
+    }
+    if (TAIL > 0) {
+        const int read = MAX_OF(TAIL, 1);
+        multiply_read<read, BLOCKS>(products, fragments + CHUNKS * WIDTH, row + CHUNKS * 8 * WIDTH + slot * read, stride);
+    }
+}
+
 inline float row_max(float x) {
     x = max(x, simd_shuffle_xor(x, ushort(1)));
     return max(x, simd_shuffle_xor(x, ushort(8)));

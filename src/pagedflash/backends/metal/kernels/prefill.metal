@@ -53,19 +53,6 @@ inline void load_tile(
     }
 }
 
-// scores += Q K^T over the dims of one read: those of two keys from dim d on.
-template <int READ>
-inline void multiply_keys(thread float2* scores, thread const Pair* queries, threadgroup const T* keys, int row) {
-    UNROLL
-    for (int j = 0; j < KEY_TILE / 8; j++) {
-        threadgroup const T* first = keys + j * 8 * row;
-        const Packed<READ> x = *reinterpret_cast<threadgroup const Packed<READ>*>(first);
-        const Packed<READ> y = *reinterpret_cast<threadgroup const Packed<READ>*>(first + row);
-        UNROLL
-        for (int i = 0; i < READ; i++) multiply_add(scores[j], queries[i], Elements<T>::pair_of(x, y, i));
-    }
-}
-
 // The sequence of a row tile of a mixed batch, none (from batch_size on) behind the last; `tile` becomes its own tile. Each lane counts
 // the tiles of one of 32 sequences.
 inline int sequence_of(thread int& tile, device const int* cu_seqlens_q, constant Params& params, int lane) {
@@ -211,18 +198,9 @@ kernel void prefill(
 
         // S = Q K^T
         float2 scores[KEY_TILE / 8];
-        UNROLL
-        for (int j = 0; j < KEY_TILE / 8; j++) scores[j] = float2(0.0f);
-        threadgroup const T* keys = k_rows + column * K_ROW * CHUNK + part * K_MATRICES * 8;
-        UNROLL
-        for (int c = 0; c < K_CHUNKS; c++) {
-            simdgroup_barrier(mem_flags::mem_none);  // so that compilers do not read all keys first, into registers
-            multiply_keys<CHUNK>(scores, queries + c * CHUNK, keys + (c * 8 + slot) * CHUNK, K_ROW * CHUNK);
-        }
-#if K_TAIL
-        threadgroup const T* last_keys = keys + K_CHUNKS * 8 * CHUNK + slot * K_TAIL;
-        multiply_keys<K_TAIL>(scores, queries + K_CHUNKS * CHUNK, last_keys, K_ROW * CHUNK);
-#endif
+        multiply_rows<KEY_TILE / 8, CHUNK, K_CHUNKS, K_TAIL>(
+            scores, queries, k_rows + part * K_MATRICES * 8, K_ROW * CHUNK, lane
+        );
 #if DIM_SPLIT > 1
         UNROLL
         for (int j = 0; j < KEY_TILE / 8; j++) score_parts[(simdgroup * (KEY_TILE / 8) + j) * 32 + lane] = scores[j];

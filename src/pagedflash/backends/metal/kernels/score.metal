@@ -22,9 +22,27 @@ inline float alibi_slope(device const float* alibi_slopes, constant Params& para
     return params.has_alibi_slopes ? alibi_slopes[b * params.alibi_batch_stride + head] * LOG2_E : 0.0f;
 }
 
+inline float capped_score(float qk, constant ScoreParams& params) {
+    const float score = qk * params.scale;
+    return params.softcap > 0.0f ? params.softcap * precise::tanh(clamp(score, -15.0f, 15.0f)) : score;
+}
+
+// The derivative of a capped score by what it is capped from.
+inline float cap_slope(float capped, constant ScoreParams& params) {
+    const float tanh_of_score = params.softcap > 0.0f ? capped / params.softcap : 0.0f;
+    return 1.0f - tanh_of_score * tanh_of_score;
+}
+
+inline float distant_score(float capped, int key, ScoreRow row) {
+    return capped - row.slope * float(abs(row.position - key));
+}
+
 inline float masked_score(float qk, int key, ScoreRow row, constant ScoreParams& params) {
-    float score = qk * params.scale;
-    if (params.softcap > 0.0f) score = params.softcap * precise::tanh(clamp(score, -15.0f, 15.0f));
-    score -= row.slope * float(abs(row.position - key));
+    const float score = distant_score(capped_score(qk, params), key, row);
     return contains(row.range, key) ? score : MASKED;
+}
+
+// What q . k was scaled by before log2(e) and the softcap were folded in.
+inline float natural_scale(constant ScoreParams& params) {
+    return params.scale * LN_2 * (params.softcap > 0.0f ? params.softcap : 1.0f);
 }

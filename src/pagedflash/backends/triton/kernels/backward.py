@@ -7,6 +7,8 @@ holds BLOCK_M queries and walks the KV tiles that they see::
     p = 2^(score - lse)       d_v = p^T d_out        d_score = p (d_out v^T - delta)      d_q = scale d_score k
     delta = sum(out d_out) - d_lse                                                        d_k = scale d_score^T q
 
+With dropout, what p is multiplied by there is dropped: in d_v it is p, in d_score it is d_out v^T.
+
 No CTA adds to what another one wrote: the same bits each time. Only tiles at the edges of what is seen are masked. Keys,
 queries and rows past the end are loaded as zeros, and their LSE as +inf, so that they add nothing.
 Source: Dao, "FlashAttention-2" (2023), algorithm 2.
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .dropout import dropout_factors
 from .kv_format import load_kv
 from .output import lse_offsets
 from .paging import load_pages, view_kv
@@ -124,8 +127,14 @@ def blocks_into_keys(
             problem, products, rows.position[None, :], slots[:, None], rows.first[None, :], rows.last[None, :],
             rows.slope[None, :], queries.lse[None, :], MASKED,
         )  # fmt: skip
-        d_v = tl.dot(p.to(queries.d_out.dtype), queries.d_out, d_v, input_precision=problem.score.PRECISION)
+        kept = p
+        if problem.score.dropout_threshold is not None:
+            factors = tl.trans(dropout_factors(problem, rows.dropout, slots))
+            kept = p * factors
+        d_v = tl.dot(kept.to(queries.d_out.dtype), queries.d_out, d_v, input_precision=problem.score.PRECISION)
         d_p = tl.dot(v, tl.trans(queries.d_out), input_precision=problem.score.PRECISION)
+        if problem.score.dropout_threshold is not None:
+            d_p *= factors
         d_score = p * (d_p - queries.delta[None, :])
         if problem.score.softcap is not None:
             d_score *= derivative
@@ -228,6 +237,8 @@ def keys_into_block(problem, tile, kv, queries, d_q, kv_tile, end, MASKED: tl.co
             rows.slope[:, None], queries.lse[:, None], MASKED,
         )  # fmt: skip
         d_p = tl.dot(queries.d_out, tl.trans(v), input_precision=problem.score.PRECISION)
+        if problem.score.dropout_threshold is not None:
+            d_p *= dropout_factors(problem, rows.dropout, loaded.slots)
         d_score = p * (d_p - queries.delta[:, None])
         if problem.score.softcap is not None:
             d_score *= derivative

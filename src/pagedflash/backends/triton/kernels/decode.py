@@ -82,7 +82,9 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
         rows = row_scores(
             tensors, problem, b, head, i, used, work.seqlen_q, work.seqlen_k, work.begin, tl.maximum(work.seqlen_k, 0)
         )  # fmt: skip
-        cached_rows = RowScores(rows.position, rows.first, tl.minimum(rows.last, work.end - 1), rows.slope)
+        cached_rows = RowScores(
+            rows.position, rows.first, tl.minimum(rows.last, work.end - 1), rows.slope, rows.dropout
+        )  # fmt: skip
         q_tile = load_queries(tensors, problem, b, first_row, i, head, used)
 
         # The keys.

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .dropout import dropout_rows
+
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -29,6 +31,7 @@ class RowScores(NamedTuple):
     first: Any  # it sees the slots from first to last
     last: Any
     slope: Any  # of ALiBi, in base 2, if there are any
+    dropout: Any  # DropoutRows: of the probabilities that scores become
 
 
 @triton.jit
@@ -45,7 +48,8 @@ def row_scores(tensors, problem, b, head, i, used, seqlen_q, seqlen_k, begin, en
     if problem.score.SLOPES_STRIDE is not None:
         slopes = tensors.alibi_slopes + b * problem.score.SLOPES_STRIDE + head
         slope = tl.load(slopes, used, other=0.0) * LOG2E
-    return RowScores(position, first, tl.where(used, last, -1), slope)
+    dropout = dropout_rows(tensors, problem, b, head, i)
+    return RowScores(position, first, tl.where(used, last, -1), slope, dropout)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .dropout import dropout_factors
 from .kv_format import multiply_keys, values_of
 from .score import LN2, load_sinks, score_tile
 
@@ -48,6 +49,8 @@ def attend_tile(problem, state, q_tile, kv, rows, MASKED: tl.constexpr, DEFER_SU
         row_sum = state.row_sum * alpha[:, None] + weights
     else:
         row_sum = state.row_sum * alpha + tl.sum(weights, 1)
+    if problem.score.dropout_threshold is not None:
+        weights *= dropout_factors(problem, rows.dropout, kv.slots)
     v = values_of(problem, kv, q_tile.q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, state.acc * alpha[:, None], input_precision=problem.score.PRECISION)
     return SoftmaxState(acc, row_max, row_sum)
