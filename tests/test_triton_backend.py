@@ -489,16 +489,16 @@ def test_quantized_values_have_tiles_as_wide_as_keys(rng: random.Random, device:
 
 
 @pytest.mark.parametrize("cache", ("k_cache", "v_cache"))
-def test_a_format_that_an_older_gpu_lacks_is_rejected(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_that_an_older_gpu_lacks_is_rejected(device: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "compute_capability", lambda device: (8, 6))
     monkeypatch.setattr(plan_cache, "_entries", {})
-    pages = dict.fromkeys(("k_cache", "v_cache"), torch.zeros(4, 16, 1, 32))
-    table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
-    new = torch.ones(1, 1, 1, 32)
-    scale = {f"{cache[0]}_descale": torch.ones(())}
+    pages = dict.fromkeys(("k_cache", "v_cache"), torch.zeros(4, 16, 1, 32, device=device))
+    table, lengths = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in ([[0, 1]], [3]))
+    new = torch.ones(1, 1, 1, 32, device=device)
+    scale = {f"{cache[0]}_descale": torch.ones((), device=device)}
 
     def in_format(dtype: torch.dtype) -> dict[str, Any]:
-        return pages | {cache: torch.zeros(4, 16, 1, 32).to(dtype)} | scale
+        return pages | {cache: torch.zeros(4, 16, 1, 32, device=device).to(dtype)} | scale
 
     expected = rf"{cache} is of dtype torch.float8_e4m3fn on a GPU of compute capability 8.6, expected torch.int8"
     with pagedflash.use_backend("triton"):
@@ -738,7 +738,7 @@ def test_64_bit_offsets(device: str) -> None:
     pages = torch.zeros(2**31 // (256 * 128) + 8, 256, 1, 128, dtype=torch.float16, device=device)
     problem = _decode_problem(device, [600], page_size=256, heads=4, kv_heads=1, head_dim=128, dtype=torch.float16)
     want, _ = backend.attention(problem)
-    k, v, table = problem.cache[:3]
+    k, v, table = problem.cache.k, problem.cache.v, problem.cache.block_table
     assert table is not None
     far = pages.shape[0] - k.shape[0]
     pages[far:] = k
