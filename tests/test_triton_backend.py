@@ -23,6 +23,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from triton.runtime.errors import InterpreterError
 from triton_interpreter import watch_accesses
 
@@ -32,6 +34,7 @@ from pagedflash.backends import reference
 from pagedflash.backends import triton as backend
 from pagedflash.backends.triton import compiled, kernels, launch, semaphores, tiling
 from pagedflash.backends.triton.kernels import params
+from pagedflash.backends.triton.kernels.words import unpack
 from pagedflash.problem import WRITE, AttentionProblem, CacheWrite, KVCache
 from pagedflash.testing import LAYOUTS, assert_matches_reference, describe, random_problem
 from pagedflash.testing.conformance import BackendConformance
@@ -472,6 +475,60 @@ def test_kv_write(device: str, new_tokens: int, rotary: bool) -> None:
     reference.kv_write(expected)
     for got, want in zip(write.cache[:2], expected.cache[:2]):
         torch.testing.assert_close(got, want, equal_nan=True)
+
+
+FORMATS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@triton.jit
+def _unpack(words, even, odd, FORMAT: tl.constexpr):
+    at = tl.arange(0, 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    first, second = unpack(tl.load(words + at), FORMAT, even.dtype.element_ty)
+    tl.store(even + at, first)
+    tl.store(odd + at, second)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_every_word_of_two_elements(device: str, format: torch.dtype, dtype: torch.dtype) -> None:
+    """NaN, infinity and the smallest numbers too."""
+    words = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device)
+    even, odd = (torch.empty(2**16, dtype=dtype, device=device) for _ in range(2))
+    _unpack[(1,)](words, even, odd, str(format).removeprefix("torch."))
+    want = words.view(format).float().to(dtype).view(-1, 2)
+    torch.testing.assert_close(torch.stack((even, odd), 1), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    "k_format, v_format, head_dim, reads_words",
+    (
+        *((format, format, 64, True) for format in FORMATS),
+        (torch.int8, torch.float8_e5m2, 128, True),
+        (torch.float8_e4m3fn, None, 96, True),
+        (None, torch.int8, 32, True),
+        (torch.int8, torch.int8, 16, False),  # half of a tile would be too narrow
+        (torch.int8, torch.int8, 63, False),
+    ),
+    ids=str,
+)
+def test_formats_of_decode(
+    device: str, k_format: torch.dtype | None, v_format: torch.dtype | None, head_dim: int, reads_words: bool, dtype: torch.dtype
+) -> None:  # fmt: skip
+    """With a new token, which is appended as elements."""
+    lengths = [1100, 3, 0, 64]
+    problem = _decode_problem(device, lengths, append=True, head_dim=head_dim, dtype=dtype)
+    for name, format in (("k", k_format), ("v", v_format)):
+        if format is not None:
+            keys = getattr(problem.cache, name)
+            elements = (keys * 20).nan_to_num(7).to(format)
+            scales = torch.full(keys.shape[:-1], torch.nan, device=device)
+            scales[~keys[..., 0].isnan()] = 0.05
+            problem = problem.replace(**{name: elements, f"{name}_descale": scales})
+    assert_matches_reference(problem, backend.attention)
+    planned = launch.problem_params(plan_cache.signature_of(problem), True, "ieee", None, False, words=True).cache
+    names = [format and str(format).removeprefix("torch.") for format in (k_format, v_format)]
+    assert [planned.K_WORDS, planned.V_WORDS] == (names if reads_words else [None, None])
 
 
 def test_quantized_values_have_tiles_as_wide_as_keys(rng: random.Random, device: str) -> None:

@@ -157,6 +157,11 @@ def has_pdl(device: torch.device) -> bool:
     return (compute_capability(device) or (0, 0)) >= (9, 0)
 
 
+def has_words(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :mod:`.kernels.words` runs there: its PTX needs Ampere, for float8 Ada or Hopper."""
+    return INTERPRETED or (compute_capability(device) or (0, 0)) >= ((8, 0) if dtype == torch.int8 else (8, 9))
+
+
 GLUON = "3.6."
 """Gluon changes from one Triton to the next: the version that ``prefill_hopper`` is written for."""
 

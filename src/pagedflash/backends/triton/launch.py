@@ -45,6 +45,7 @@ from .tiling import (
     stride_factor,
     tile_widths,
     widest,
+    word_format,
 )
 
 FEW_QUERIES = 4
@@ -176,7 +177,7 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, sa
     if is_mixed:
         heads_together = _heads_together(problem, cast(int, decode_limit), same)
     if is_decode or is_mixed:
-        params = problem_params(problem, aligned, precision, decode_limit, same, group // heads_together)
+        params = problem_params(problem, aligned, precision, decode_limit, same, group // heads_together, True)
         plan = _with_decode(plan, problem, params, aligned, fused_tokens)
     if not is_decode:
         params = problem_params(problem, aligned, precision, decode_limit, same)
@@ -233,7 +234,8 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     longest = problem.queries.max_seqlen_q if decode_limit is None else decode_limit
     rows = power_of_two(max(longest, 1) * params.queries.GROUP)
     cache_element_size = min(problem.cache.k.element_size(), problem.cache.v.element_size())
-    tiling = decode_tiling(rows, _widest(cache), q.element_size(), cache_element_size, cache.V_IN_K)
+    both_words = cache.K_WORDS is not None and cache.V_WORDS is not None
+    tiling = decode_tiling(rows, _widest(cache), q.element_size(), cache_element_size, cache.V_IN_K, both_words)
 
     few_keys = MAX_UNSPLIT_TILES * tiling.block_n
     if 2 * work_tiles >= num_sms(device):
@@ -307,9 +309,16 @@ def _plan_write(write: CacheWrite, aligned: bool, same: bool) -> CompiledLaunch 
 
 
 def problem_params(
-    problem: AttentionProblem, aligned: bool, precision: str, decode_limit: int | None, same: bool, share: int = 1
+    problem: AttentionProblem,
+    aligned: bool,
+    precision: str,
+    decode_limit: int | None,
+    same: bool,
+    share: int = 1,
+    words: bool = False,
 ) -> ProblemParams:
-    """``same``: whether k and v have the same address; ``share``: blocks of the query heads of a KV head."""
+    """``same``: whether k and v have the same address; ``share``: blocks of the query heads of a KV head; ``words``: whether
+    the kernel reads elements of one byte in words where it can."""
     q, _, _, max_seqlen_q = problem.queries
     new_tokens = [] if problem.append is None else list(problem.append[:2])
     align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
@@ -330,7 +339,7 @@ def problem_params(
             GROUP=problem.group // share,
             DECODE_LIMIT=decode_limit,
         ),
-        _cache_params(problem, align, same, share),
+        _cache_params(problem, align, same, share, words and q.element_size() == 2),
         _append_params(problem.append, align, queries_rotate_by_position(problem)),
         ScoreParams(
             **used,
@@ -340,7 +349,9 @@ def problem_params(
     )
 
 
-def _cache_params(problem: AttentionProblem | CacheWrite, align: int, same: bool, share: int = 1) -> CacheParams:
+def _cache_params(
+    problem: AttentionProblem | CacheWrite, align: int, same: bool, share: int = 1, words: bool = False
+) -> CacheParams:
     k, v, k_descale, v_descale, block_table = problem.cache[:5]
     _reject_missing_formats(k, v)
     widths = tile_widths(problem.cache, same)
@@ -360,6 +371,8 @@ def _cache_params(problem: AttentionProblem | CacheWrite, align: int, same: bool
         BLOCK_DV=widths.block_dv,
         TAIL=widths.tail,
         BLOCK_TAIL=widths.block_tail,
+        K_WORDS=word_format(k, widths, align) if words else None,
+        V_WORDS=word_format(v, widths, align) if words else None,
         V_IN_K=same and v_fits_in_k(k, v),
         PAGE_SIZE=None if block_table is None else problem.page_size,
     )
