@@ -162,6 +162,17 @@ def has_words(device: torch.device, dtype: torch.dtype) -> bool:
     return INTERPRETED or (compute_capability(device) or (0, 0)) >= ((8, 0) if dtype == torch.int8 else (8, 9))
 
 
+_empty_on_current_device = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+"""What code that torch compiles calls: a third of the time of ``torch.empty_strided``."""
+
+
+def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory on a device, of CUDA's the current one."""
+    if device.type == "cuda" and _empty_on_current_device is not None:
+        return cast(Tensor, _empty_on_current_device(shape, strides, dtype))
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
 GLUON = "3.6."
 """Gluon changes from one Triton to the next: the version that ``prefill_hopper`` is written for."""
 

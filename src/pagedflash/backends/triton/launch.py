@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import reject_type
 from ...geometry import max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides, v_fits_in_k
 from ...problem import WRITE, Append, AttentionProblem, CacheWrite, K, V, fold_scores, is_per_token
-from .compiled import CompiledLaunch, addresses_of, compute_capability, has_pdl, num_sms
+from .compiled import CompiledLaunch, addresses_of, compute_capability, empty, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
@@ -117,15 +117,15 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     )
 
     if out is None:
-        out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
-    lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
+        out = empty(plan.out_shape, plan.out_strides, dtype, device)
+    lse = empty(plan.lse_shape, plan.lse_strides, torch.float32, device)
     if plan.write is not None:
         plan.write(tensors[WRITE], addresses[WRITE])
     if not plan.attend:
         return out.zero_(), lse.fill_(math.inf)
     counters = partials = counters_at = partials_at = None
     if plan.partials:
-        partials = torch.empty_strided((plan.partials,), (1,), dtype=torch.float32, device=device)
+        partials = empty((plan.partials,), (1,), torch.float32, device)
         partials_at = partials.data_ptr()
         if plan.semaphores:
             counters = semaphores(device, plan.semaphores)
