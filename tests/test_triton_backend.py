@@ -23,6 +23,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from triton.runtime.errors import InterpreterError
 from triton_interpreter import watch_accesses
 
@@ -32,6 +34,7 @@ from pagedflash.backends import reference
 from pagedflash.backends import triton as backend
 from pagedflash.backends.triton import compiled, kernels, launch, semaphores, tiling
 from pagedflash.backends.triton.kernels import params
+from pagedflash.backends.triton.kernels.words import unpack
 from pagedflash.problem import WRITE, AttentionProblem, CacheWrite, KVCache
 from pagedflash.testing import LAYOUTS, assert_matches_reference, describe, random_problem
 from pagedflash.testing.conformance import BackendConformance
@@ -474,6 +477,60 @@ def test_kv_write(device: str, new_tokens: int, rotary: bool) -> None:
         torch.testing.assert_close(got, want, equal_nan=True)
 
 
+FORMATS = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@triton.jit
+def _unpack(words, even, odd, FORMAT: tl.constexpr):
+    at = tl.arange(0, 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
+    first, second = unpack(tl.load(words + at), FORMAT, even.dtype.element_ty)
+    tl.store(even + at, first)
+    tl.store(odd + at, second)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_every_word_of_two_elements(device: str, format: torch.dtype, dtype: torch.dtype) -> None:
+    """NaN, infinity and the smallest numbers too."""
+    words = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device)
+    even, odd = (torch.empty(2**16, dtype=dtype, device=device) for _ in range(2))
+    _unpack[(1,)](words, even, odd, str(format).removeprefix("torch."))
+    want = words.view(format).float().to(dtype).view(-1, 2)
+    torch.testing.assert_close(torch.stack((even, odd), 1), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    "k_format, v_format, head_dim, reads_words",
+    (
+        *((format, format, 64, True) for format in FORMATS),
+        (torch.int8, torch.float8_e5m2, 128, True),
+        (torch.float8_e4m3fn, None, 96, True),
+        (None, torch.int8, 32, True),
+        (torch.int8, torch.int8, 16, False),  # half of a tile would be too narrow
+        (torch.int8, torch.int8, 63, False),
+    ),
+    ids=str,
+)
+def test_formats_of_decode(
+    device: str, k_format: torch.dtype | None, v_format: torch.dtype | None, head_dim: int, reads_words: bool, dtype: torch.dtype
+) -> None:  # fmt: skip
+    """With a new token, which is appended as elements."""
+    lengths = [1100, 3, 0, 64]
+    problem = _decode_problem(device, lengths, append=True, head_dim=head_dim, dtype=dtype)
+    for name, format in (("k", k_format), ("v", v_format)):
+        if format is not None:
+            keys = getattr(problem.cache, name)
+            elements = (keys * 20).nan_to_num(7).to(format)
+            scales = torch.full(keys.shape[:-1], torch.nan, device=device)
+            scales[~keys[..., 0].isnan()] = 0.05
+            problem = problem.replace(**{name: elements, f"{name}_descale": scales})
+    assert_matches_reference(problem, backend.attention)
+    planned = launch.problem_params(plan_cache.signature_of(problem), True, "ieee", None, False, words=True).cache
+    names = [format and str(format).removeprefix("torch.") for format in (k_format, v_format)]
+    assert [planned.K_WORDS, planned.V_WORDS] == (names if reads_words else [None, None])
+
+
 def test_quantized_values_have_tiles_as_wide_as_keys(rng: random.Random, device: str) -> None:
     """On Hopper, narrower ones were wrong."""
     seen = 0
@@ -489,16 +546,16 @@ def test_quantized_values_have_tiles_as_wide_as_keys(rng: random.Random, device:
 
 
 @pytest.mark.parametrize("cache", ("k_cache", "v_cache"))
-def test_a_format_that_an_older_gpu_lacks_is_rejected(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_that_an_older_gpu_lacks_is_rejected(device: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "compute_capability", lambda device: (8, 6))
     monkeypatch.setattr(plan_cache, "_entries", {})
-    pages = dict.fromkeys(("k_cache", "v_cache"), torch.zeros(4, 16, 1, 32))
-    table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
-    new = torch.ones(1, 1, 1, 32)
-    scale = {f"{cache[0]}_descale": torch.ones(())}
+    pages = dict.fromkeys(("k_cache", "v_cache"), torch.zeros(4, 16, 1, 32, device=device))
+    table, lengths = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in ([[0, 1]], [3]))
+    new = torch.ones(1, 1, 1, 32, device=device)
+    scale = {f"{cache[0]}_descale": torch.ones((), device=device)}
 
     def in_format(dtype: torch.dtype) -> dict[str, Any]:
-        return pages | {cache: torch.zeros(4, 16, 1, 32).to(dtype)} | scale
+        return pages | {cache: torch.zeros(4, 16, 1, 32, device=device).to(dtype)} | scale
 
     expected = rf"{cache} is of dtype torch.float8_e4m3fn on a GPU of compute capability 8.6, expected torch.int8"
     with pagedflash.use_backend("triton"):
@@ -738,7 +795,7 @@ def test_64_bit_offsets(device: str) -> None:
     pages = torch.zeros(2**31 // (256 * 128) + 8, 256, 1, 128, dtype=torch.float16, device=device)
     problem = _decode_problem(device, [600], page_size=256, heads=4, kv_heads=1, head_dim=128, dtype=torch.float16)
     want, _ = backend.attention(problem)
-    k, v, table = problem.cache[:3]
+    k, v, table = problem.cache.k, problem.cache.v, problem.cache.block_table
     assert table is not None
     far = pages.shape[0] - k.shape[0]
     pages[far:] = k

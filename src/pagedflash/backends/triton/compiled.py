@@ -158,6 +158,22 @@ def has_pdl(device: torch.device) -> bool:
     return (compute_capability(device) or (0, 0)) >= (9, 0)
 
 
+def has_words(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :mod:`.kernels.words` runs there: its PTX needs Ampere, for float8 Ada or Hopper."""
+    return INTERPRETED or (compute_capability(device) or (0, 0)) >= ((8, 0) if dtype == torch.int8 else (8, 9))
+
+
+_empty_on_current_device = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+"""What code that torch compiles calls: a third of the time of ``torch.empty_strided``."""
+
+
+def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory on a device, of CUDA's the current one."""
+    if device.type == "cuda" and _empty_on_current_device is not None:
+        return cast(Tensor, _empty_on_current_device(shape, strides, dtype))
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
 GLUON_SINCE, GLUON_BEFORE = TorchVersion("3.6"), TorchVersion("3.10")
 """Gluon changes from one Triton to the next: the versions whose Gluon ``prefill_hopper`` is known to be right under."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import reject_type
 from ...geometry import max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides, v_fits_in_k
 from ...problem import WRITE, Append, AttentionProblem, CacheWrite, K, V, fold_scores, is_per_token
-from .compiled import CompiledLaunch, addresses_of, compute_capability, has_pdl, num_sms
+from .compiled import CompiledLaunch, addresses_of, compute_capability, empty, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
@@ -45,6 +45,7 @@ from .tiling import (
     stride_factor,
     tile_widths,
     widest,
+    word_format,
 )
 
 FEW_QUERIES = 4
@@ -116,15 +117,15 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     )
 
     if out is None:
-        out = torch.empty_strided(plan.out_shape, plan.out_strides, dtype=dtype, device=device)
-    lse = torch.empty_strided(plan.lse_shape, plan.lse_strides, dtype=torch.float32, device=device)
+        out = empty(plan.out_shape, plan.out_strides, dtype, device)
+    lse = empty(plan.lse_shape, plan.lse_strides, torch.float32, device)
     if plan.write is not None:
         plan.write(tensors[WRITE], addresses[WRITE])
     if not plan.attend:
         return out.zero_(), lse.fill_(math.inf)
     counters = partials = counters_at = partials_at = None
     if plan.partials:
-        partials = torch.empty_strided((plan.partials,), (1,), dtype=torch.float32, device=device)
+        partials = empty((plan.partials,), (1,), torch.float32, device)
         partials_at = partials.data_ptr()
         if plan.semaphores:
             counters = semaphores(device, plan.semaphores)
@@ -177,7 +178,7 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, sa
     if is_mixed:
         heads_together = _heads_together(problem, cast(int, decode_limit), same)
     if is_decode or is_mixed:
-        params = problem_params(problem, aligned, precision, decode_limit, same, group // heads_together)
+        params = problem_params(problem, aligned, precision, decode_limit, same, group // heads_together, True)
         plan = _with_decode(plan, problem, params, aligned, fused_tokens)
     if not is_decode:
         params = problem_params(problem, aligned, precision, decode_limit, same)
@@ -234,7 +235,8 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     longest = problem.queries.max_seqlen_q if decode_limit is None else decode_limit
     rows = power_of_two(max(longest, 1) * params.queries.GROUP)
     cache_element_size = min(problem.cache.k.element_size(), problem.cache.v.element_size())
-    tiling = decode_tiling(rows, _widest(cache), q.element_size(), cache_element_size, cache.V_IN_K)
+    both_words = cache.K_WORDS is not None and cache.V_WORDS is not None
+    tiling = decode_tiling(rows, _widest(cache), q.element_size(), cache_element_size, cache.V_IN_K, both_words)
 
     few_keys = MAX_UNSPLIT_TILES * tiling.block_n
     if 2 * work_tiles >= num_sms(device):
@@ -308,9 +310,16 @@ def _plan_write(write: CacheWrite, aligned: bool, same: bool) -> CompiledLaunch 
 
 
 def problem_params(
-    problem: AttentionProblem, aligned: bool, precision: str, decode_limit: int | None, same: bool, share: int = 1
+    problem: AttentionProblem,
+    aligned: bool,
+    precision: str,
+    decode_limit: int | None,
+    same: bool,
+    share: int = 1,
+    words: bool = False,
 ) -> ProblemParams:
-    """``same``: whether k and v have the same address; ``share``: blocks of the query heads of a KV head."""
+    """``same``: whether k and v have the same address; ``share``: blocks of the query heads of a KV head; ``words``: whether
+    the kernel reads elements of one byte in words where it can."""
     q, _, _, max_seqlen_q = problem.queries
     new_tokens = [] if problem.append is None else list(problem.append[:2])
     align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
@@ -331,7 +340,7 @@ def problem_params(
             GROUP=problem.group // share,
             DECODE_LIMIT=decode_limit,
         ),
-        _cache_params(problem, align, same, share),
+        _cache_params(problem, align, same, share, words and q.element_size() == 2),
         _append_params(problem.append, align, queries_rotate_by_position(problem)),
         ScoreParams(
             **used,
@@ -341,7 +350,9 @@ def problem_params(
     )
 
 
-def _cache_params(problem: AttentionProblem | CacheWrite, align: int, same: bool, share: int = 1) -> CacheParams:
+def _cache_params(
+    problem: AttentionProblem | CacheWrite, align: int, same: bool, share: int = 1, words: bool = False
+) -> CacheParams:
     k, v, k_descale, v_descale, block_table = problem.cache[:5]
     _reject_missing_formats(k, v)
     widths = tile_widths(problem.cache, same)
@@ -361,6 +372,8 @@ def _cache_params(problem: AttentionProblem | CacheWrite, align: int, same: bool
         BLOCK_DV=widths.block_dv,
         TAIL=widths.tail,
         BLOCK_TAIL=widths.block_tail,
+        K_WORDS=word_format(k, widths, align) if words else None,
+        V_WORDS=word_format(v, widths, align) if words else None,
         V_IN_K=same and v_fits_in_k(k, v),
         PAGE_SIZE=None if block_table is None else problem.page_size,
     )

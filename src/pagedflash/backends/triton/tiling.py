@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...geometry import max_visible_keys, strides, v_fits_in_k
 from ...problem import AttentionProblem, KVCache
-from .compiled import has_hopper_prefill
+from .compiled import has_hopper_prefill, has_words
 from .kernels.params import HopperTile, ProblemParams
 
 
@@ -22,11 +22,13 @@ class Tiling(NamedTuple):
     num_warps: int
     num_stages: int  # KV tiles in flight
     ctas_per_sm: int = 0  # size of decode's grid
+    max_registers: int = 0  # of a thread, where so many CTAs need a limit
 
     @property
     def options(self) -> dict[str, int]:
         """Triton's launch options."""
-        return dict(num_warps=self.num_warps, num_stages=self.num_stages)
+        limit = dict(maxnreg=self.max_registers) if self.max_registers else {}
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, **limit)
 
 
 WIDE = 512
@@ -62,6 +64,18 @@ def tile_widths(cache: KVCache, same: bool) -> Widths:
     return Widths(block_d, block_dv, tail, block_width(tail) if tail else 0)
 
 
+def word_format(keys: Tensor, widths: Widths, align: int) -> str | None:
+    """The format of keys or values whose elements of one byte ``decode`` reads two by two; None where it reads elements.
+
+    Rows are whole words then, and half of a tile is still what the matrix units take.
+    """
+    if keys.element_size() > 1 or not has_words(keys.device, keys.dtype):
+        return None
+    tiles = (widths.block_d, widths.block_dv, widths.block_tail)
+    fits = keys.shape[-1] % 2 == 0 and align % 2 == 0 and all(width % 32 == 0 for width in tiles)
+    return str(keys.dtype).removeprefix("torch.") if fits else None
+
+
 def widest(block_d: int, block_dv: int, block_tail: int) -> int:
     """The width that tile shapes are chosen for."""
     return max(min(power_of_two(block_d + block_tail), WIDE), block_dv)
@@ -72,9 +86,15 @@ def max_decode_rows(block_d: int, element_size: int) -> int:
     return 16 if block_d == WIDE and element_size == 4 else MAX_DECODE_ROWS
 
 
-def decode_tiling(rows: int, block_d: int, element_size: int, cache_element_size: int, v_in_k: bool) -> Tiling:
-    """Decode needs bytes in flight: about 64 KiB an SM, in two CTAs or more. Elements of one byte take longer to convert
-    than to load: there larger tiles are what helps."""
+def decode_tiling(
+    rows: int, block_d: int, element_size: int, cache_element_size: int, v_in_k: bool, words: bool = False
+) -> Tiling:
+    """Decode needs bytes in flight: about 64 KiB an SM, in two CTAs or more. Elements of one byte that are not read in words
+    take longer to convert than to load: there larger tiles are what helps."""
+    if words:
+        if rows <= 16 and block_d <= 128:
+            return Tiling(16, 128, 4, 3, ctas_per_sm=3, max_registers=168)
+        return Tiling(max(16, rows), max(16, min(128, 16384 // block_d)), 4, 3, ctas_per_sm=2)
     if cache_element_size == 1 and element_size == 2 and rows <= 16 and block_d >= 128:
         return Tiling(16, 16384 // block_d, 4, 2, ctas_per_sm=2)
     row_bytes = block_d * element_size

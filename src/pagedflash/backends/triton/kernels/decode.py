@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .combine import is_last, reduce_few, store_split
-from .kv_format import load_kv
+from .kv_format import join_acc, load_kv, zero_acc
 from .kv_write import append_tokens
 from .output import clear_rows_behind, store_output
 from .paging import load_pages, view_kv
@@ -89,7 +89,7 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
 
         # The keys.
         state = SoftmaxState(
-            tl.zeros([tile.BLOCK_M, problem.cache.BLOCK_DV], tl.float32),
+            zero_acc(problem, tile.BLOCK_M),
             tl.full([tile.BLOCK_M], float("-inf"), tl.float32),
             tl.zeros([tile.BLOCK_M, tile.BLOCK_N], tl.float32),
         )
@@ -110,6 +110,7 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
                 total = attend_tile(problem, total, q_tile, new, rows, True, False)
 
         # The output, or a split.
+        total = SoftmaxState(join_acc(problem, total.acc), total.row_max, total.row_sum)
         if tile.SPLIT_KV:
             if count < work.tiles:
                 work_tile = b * KV_HEADS + kv_head

@@ -10,13 +10,17 @@ import triton.language as tl
 
 from .paging import slots_in_page
 from .params import in_elements
+from .words import join_columns, unpack
 
 TO_NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float32 next to it has no bits for a fraction
 SMALLEST_SCALE = tl.constexpr(2.0**-126)  # one below it counts as 0: what is quantized with it is 0
 
 
 class KVTile(NamedTuple):
-    """Keys and values as the cache holds them, and their scales, which mean nothing where it is not quantized."""
+    """Keys and values as the cache holds them, and their scales, which mean nothing where it is not quantized.
+
+    Tiles that are read in words have half as many columns.
+    """
 
     k: Any  # (BLOCK_N, BLOCK_D)
     k_tail: Any  # (BLOCK_N, BLOCK_TAIL); anything where there is none
@@ -35,17 +39,19 @@ def load_kv(problem, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.
     slots = tile_index * BLOCK_N + tl.arange(0, BLOCK_N)
     within = slots_in_page(problem, view, slots).to(tl.int64)
     inside = (slots >= view.begin) & (slots < view.end)
-    WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
-    k = load_tile(view.k, view.k_strides, pages, within, inside, WIDTH, problem.cache.BLOCK_D, MASKED)
+    K_UNIT: tl.constexpr = 1 if problem.cache.K_WORDS is None else 2
+    V_UNIT: tl.constexpr = 1 if problem.cache.V_WORDS is None else 2
+    WIDTH: tl.constexpr = (problem.cache.D - problem.cache.TAIL) // K_UNIT
+    k = load_tile(view.k, view.k_strides, pages, within, inside, WIDTH, problem.cache.BLOCK_D // K_UNIT, MASKED)
     k_tail = k
     if problem.cache.TAIL > 0:
         tail = view.k + WIDTH
-        k_tail = load_tile(
-            tail, view.k_strides, pages, within, inside, problem.cache.TAIL, problem.cache.BLOCK_TAIL, MASKED
-        )  # fmt: skip
+        TAIL: tl.constexpr = problem.cache.TAIL // K_UNIT
+        k_tail = load_tile(tail, view.k_strides, pages, within, inside, TAIL, problem.cache.BLOCK_TAIL // K_UNIT, MASKED)
     v = k
     if not problem.cache.V_IN_K:
-        v = load_tile(view.v, view.v_strides, pages, within, inside, problem.cache.DV, problem.cache.BLOCK_DV, MASKED)
+        DV: tl.constexpr = problem.cache.DV // V_UNIT
+        v = load_tile(view.v, view.v_strides, pages, within, inside, DV, problem.cache.BLOCK_DV // V_UNIT, MASKED)
     k_scales = load_scales(view.k_descale, problem.cache.k_descale_strides, pages, within, inside)
     v_scales = load_scales(view.v_descale, problem.cache.v_descale_strides, pages, within, inside)
     return KVTile(k, k_tail, v, k_scales, v_scales, slots)
@@ -81,23 +87,59 @@ def load_scales(base, strides, pages, within, inside):
 @triton.jit
 def multiply_keys(problem, q_tile, kv):
     """``(rows, BLOCK_N)`` q.k. Elements become q's dtype exactly, so they are scaled behind the product."""
-    dtype: tl.constexpr = q_tile.q.dtype
-    products = tl.dot(q_tile.q, tl.trans(kv.k.to(dtype)), input_precision=problem.score.PRECISION)
+    products = tl.zeros([q_tile.q.shape[0], kv.slots.shape[0]], tl.float32)
+    products = add_products(problem, products, q_tile.q, q_tile.q_odd, kv.k)
     if problem.cache.TAIL > 0:
-        k_tail = tl.trans(kv.k_tail.to(dtype))
-        products = tl.dot(q_tile.tail, k_tail, products, input_precision=problem.score.PRECISION)
+        products = add_products(problem, products, q_tile.tail, q_tile.tail_odd, kv.k_tail)
     if problem.cache.k_descale_strides is not None:
         products *= kv.k_scales[None, :]
     return products
 
 
 @triton.jit
-def values_of(problem, kv, dtype: tl.constexpr):
-    """The values of a tile, scaled."""
-    v = kv.v
+def add_products(problem, products, q, q_odd, k):
+    if problem.cache.K_WORDS is None:
+        products = tl.dot(q, tl.trans(k.to(q.dtype)), products, input_precision=problem.score.PRECISION)
+    else:
+        k_even, k_odd = unpack(k, problem.cache.K_WORDS, q.dtype)
+        products = tl.dot(q, tl.trans(k_even), products)
+        products = tl.dot(q_odd, tl.trans(k_odd), products)
+    return products
+
+
+@triton.jit
+def add_values(problem, acc, alpha, weights, kv, dtype: tl.constexpr):
+    """``acc`` times alpha, and the values of a tile by their weights. The weights are what is scaled: they are fewer."""
     if problem.cache.v_descale_strides is not None:
-        v = v.to(tl.float32) * kv.v_scales[:, None]
-    return v.to(dtype)
+        weights *= kv.v_scales[None, :]
+    weights = weights.to(dtype)
+    if problem.cache.V_WORDS is None:
+        acc = tl.dot(weights, kv.v.to(dtype), acc * alpha[:, None], input_precision=problem.score.PRECISION)
+    else:
+        v_even, v_odd = unpack(kv.v, problem.cache.V_WORDS, dtype)
+        even, odd = acc
+        acc = (tl.dot(weights, v_even, even * alpha[:, None]), tl.dot(weights, v_odd, odd * alpha[:, None]))
+    return acc
+
+
+@triton.jit
+def zero_acc(problem, ROWS: tl.constexpr):
+    """An accumulator, or one of even columns and one of odd ones."""
+    if problem.cache.V_WORDS is None:
+        acc = tl.zeros([ROWS, problem.cache.BLOCK_DV], tl.float32)
+    else:
+        half = tl.zeros([ROWS, problem.cache.BLOCK_DV // 2], tl.float32)
+        acc = (half, half)
+    return acc
+
+
+@triton.jit
+def join_acc(problem, acc):
+    """``(rows, BLOCK_DV)`` of what :func:`zero_acc` began."""
+    if problem.cache.V_WORDS is not None:
+        even, odd = acc
+        acc = join_columns(even, odd)
+    return acc
 
 
 @triton.jit

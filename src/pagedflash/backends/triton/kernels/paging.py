@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .params import in_elements
+from .params import in_elements, in_words
 from .sequence import clamp, load_first_key
 
 
 class KVView(NamedTuple):
     """The keys and values of one (sequence, KV head), and which of them are read."""
 
-    k: Any  # pointers to the KV head
+    k: Any  # pointers to the KV head: to elements, or to words of two
     v: Any
-    k_strides: Any  # in elements
+    k_strides: Any  # in what is pointed to
     v_strides: Any
     k_descale: Any  # pointers to the scales of the sequence and KV head; to anything where there are none
     v_descale: Any
@@ -28,10 +28,11 @@ class KVView(NamedTuple):
 @triton.jit
 def view_kv(tensors, problem, b, kv_head, begin, end):
     """The slots ``[begin, end)`` of sequence ``b`` and KV head ``kv_head``."""
-    k_strides = in_elements(problem.cache.k_strides)
-    v_strides = k_strides
-    if problem.cache.v_strides is not None:
-        v_strides = in_elements(problem.cache.v_strides)
+    k, k_strides = pointer_and_strides(tensors.k, problem.cache.k_strides, problem.cache.K_WORDS)
+    if problem.cache.v_strides is None:
+        v, v_strides = pointer_and_strides(tensors.v, problem.cache.k_strides, problem.cache.V_WORDS)
+    else:
+        v, v_strides = pointer_and_strides(tensors.v, problem.cache.v_strides, problem.cache.V_WORDS)
     row = b * 0
     offset = b * 0
     if tensors.block_table is not None:
@@ -43,11 +44,22 @@ def view_kv(tensors, problem, b, kv_head, begin, end):
     else:
         row = b
     kv_head = kv_head // problem.cache.SHARE
-    k = tensors.k + kv_head * k_strides.head
-    v = tensors.v + kv_head * v_strides.head
+    k += kv_head * k_strides.head
+    v += kv_head * v_strides.head
     k_descale = descale_of(tensors.k_descale, problem.cache.k_descale_strides, b, kv_head, k)
     v_descale = descale_of(tensors.v_descale, problem.cache.v_descale_strides, b, kv_head, v)
     return KVView(k, v, k_strides, v_strides, k_descale, v_descale, row, offset, begin, end)
+
+
+@triton.jit
+def pointer_and_strides(base, strides, WORDS: tl.constexpr):
+    """To elements and in elements, or to words and in words."""
+    if WORDS is None:
+        in_units = in_elements(strides)
+    else:
+        base = base.to(tl.pointer_type(tl.int16), bitcast=True)
+        in_units = in_words(strides)
+    return base, in_units
 
 
 @triton.jit

@@ -154,6 +154,8 @@ class CacheParams(NamedTuple):
     BLOCK_DV: int
     TAIL: int  # the last elements of D, which have a tile of their own; 0: there is one tile
     BLOCK_TAIL: int
+    K_WORDS: str | None  # the format of keys whose elements of one byte are read two by two (:mod:`.words`)
+    V_WORDS: str | None
     V_IN_K: bool  # each value is the first part of its key, in the same memory: it is neither loaded nor stored
     PAGE_SIZE: int | None
 
@@ -230,4 +232,14 @@ def in_elements(strides):
         tl.cast(strides.batch, tl.int64) * strides.ALIGN,
         tl.cast(strides.token, tl.int64) * strides.ALIGN,
         tl.cast(strides.head, tl.int64) * strides.ALIGN,
+    )
+
+
+@triton.jit
+def in_words(strides):
+    """The same in words of two elements."""
+    return ElementStrides(
+        tl.cast(strides.batch, tl.int64) * (strides.ALIGN // 2),
+        tl.cast(strides.token, tl.int64) * (strides.ALIGN // 2),
+        tl.cast(strides.head, tl.int64) * (strides.ALIGN // 2),
     )

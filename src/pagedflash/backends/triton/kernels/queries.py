@@ -8,11 +8,14 @@ import triton.language as tl
 from .params import in_elements
 from .rotary import load_rotated_parts
 from .sequence import load_cached
+from .words import split_columns
 
 
 class QueryTile(NamedTuple):
     q: Any  # (rows, BLOCK_D)
     tail: Any  # (rows, BLOCK_TAIL); anything where there is none
+    q_odd: Any  # the odd columns, where keys are read in words: the two above have the even ones then. Else anything
+    tail_odd: Any
 
 
 @triton.jit
@@ -34,4 +37,9 @@ def load_queries(tensors, problem, b, first_row, i, head, used):
             position += i
         position = tl.minimum(position, problem.append.rotary_len - 1)
     q, tail = load_rotated_parts(tensors, problem, rows, used, position)
-    return QueryTile(q, tail)
+    q_odd = q
+    tail_odd = tail
+    if problem.cache.K_WORDS is not None:
+        q, q_odd = split_columns(q)
+        tail, tail_odd = split_columns(tail)
+    return QueryTile(q, tail, q_odd, tail_odd)

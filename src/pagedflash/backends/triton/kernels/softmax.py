@@ -10,15 +10,18 @@ import triton
 import triton.language as tl
 
 from .dropout import dropout_factors
-from .kv_format import multiply_keys, values_of
+from .kv_format import add_values, multiply_keys
 from .score import LN2, load_sinks, score_tile
+
+WEIGHT_BITS = tl.constexpr(6.0)
+"""Weights that are multiplied by scales of values go up to 2^6, so that float16 holds the products where scales are small."""
 
 
 class SoftmaxState(NamedTuple):
     """The weight of a score is ``2^(score - row_max)``."""
 
-    acc: Any  # (rows, BLOCK_DV) accumulator: the weighted sum of values
-    row_max: Any  # (rows,) largest score so far
+    acc: Any  # (rows, BLOCK_DV) accumulator: the weighted sum of values; two of them while values are read in words
+    row_max: Any  # (rows,) largest score so far, or the same less a constant
     row_sum: Any  # (rows,) sum of weights, or (rows, BLOCK_N), to be summed after the last tile
 
 
@@ -43,7 +46,10 @@ def attend_tile(problem, state, q_tile, kv, rows, MASKED: tl.constexpr, DEFER_SU
     If DEFER_SUM, ``row_sum`` is ``(rows, BLOCK_N)``: one step less in which warps wait for each other.
     """
     scores = score_tile(problem, multiply_keys(problem, q_tile, kv), kv.slots, rows, MASKED)
-    row_max, subtrahend, alpha = raise_max(state.row_max, tl.max(scores, 1), MASKED)
+    largest = tl.max(scores, 1)
+    if problem.cache.v_descale_strides is not None:
+        largest -= WEIGHT_BITS
+    row_max, subtrahend, alpha = raise_max(state.row_max, largest, MASKED)
     weights = tl.exp2(scores - subtrahend[:, None])
     if DEFER_SUM:
         row_sum = state.row_sum * alpha[:, None] + weights
@@ -51,8 +57,7 @@ def attend_tile(problem, state, q_tile, kv, rows, MASKED: tl.constexpr, DEFER_SU
         row_sum = state.row_sum * alpha + tl.sum(weights, 1)
     if problem.score.dropout_threshold is not None:
         weights *= dropout_factors(problem, rows.dropout, kv.slots)
-    v = values_of(problem, kv, q_tile.q.dtype)
-    acc = tl.dot(weights.to(v.dtype), v, state.acc * alpha[:, None], input_precision=problem.score.PRECISION)
+    acc = add_values(problem, state.acc, alpha, weights, kv, q_tile.q.dtype)
     return SoftmaxState(acc, row_max, row_sum)
 
 
