@@ -25,7 +25,7 @@ if not __package__:  # run as a script, with its own folder on the path
 import torch
 
 from benchmarks.suite import SUITES, Options, Row, Suite, left_out, not_wanted
-from benchmarks.suites import cache, cpu, cuda, generate, metal, overhead  # noqa: F401 (register theirs)
+from benchmarks.suites import cache, cpu, cuda, generate, metal, overhead, training  # noqa: F401 (register theirs)
 from pagedflash.cli.bench import draw_lines
 from pagedflash.cli.measure import best_device, describe_device
 

@@ -20,6 +20,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import run, suite  # noqa: E402
 from benchmarks.suites import cpu, cuda, generate, metal  # noqa: E402
 
+import pagedflash  # noqa: E402
 from pagedflash.cli import baselines, bench, measure  # noqa: E402
 from pagedflash.cli.baselines import flex, openvino, sdpa  # noqa: E402
 from pagedflash.cli.measure import Contender, WallClock  # noqa: E402
@@ -39,7 +40,7 @@ def nothing_left_out() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in suite.SUITES if not name.startswith(("cuda", "generate"))])
+@pytest.mark.parametrize("name", [name for name in suite.SUITES if not name.startswith(("cuda", "generate", "training"))])
 def test_suites_run_and_hold(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """At tiny sizes: contenders agree, and what is counted is what the documentation states."""
     if missing := suite.SUITES[name].needs():
@@ -109,6 +110,48 @@ def test_generation_on_a_tiny_model(name: str, monkeypatch: pytest.MonkeyPatch) 
     finally:
         continuous_batching.pagedflash.transformers.disable()
     assert not row.failures and row.figures["tokens/s"] > 0
+
+
+def test_fine_tuning_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    from benchmarks import fine_tuning
+    from pagedflash.cli.generate import Loaded
+
+    def tiny() -> Loaded:
+        config = transformers.LlamaConfig(
+            vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, attn_implementation="sdpa",
+        )  # fmt: skip
+        return Loaded(transformers.LlamaForCausalLM(config), lambda text: {"input_ids": [ord(x) % 100 for x in text]})
+
+    monkeypatch.setattr(fine_tuning, "smollm2", tiny)
+    try:
+        with pagedflash.count_calls() as calls:
+            *_, last = suite.SUITES["training-smollm2"].run(suite.Options(quick=True))
+    finally:
+        pagedflash.transformers.disable()
+    assert not last.failures and calls.total() == 4 * 2
+    monkeypatch.setattr(fine_tuning, "losses", lambda model, attention, inputs: [1.0 + (attention == "sdpa")] * 4)
+    *_, last = suite.SUITES["training-smollm2"].run(suite.Options(quick=True))
+    assert last.failures == ["losses differ by up to 1"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fine_tuning_smollm2(request: pytest.FixtureRequest) -> None:
+    """Five steps."""
+    if not request.config.getoption("--nightly"):
+        pytest.skip("takes a minute: --nightly runs it")
+    if missing := suite.SUITES["training-smollm2"].needs():
+        pytest.skip(missing)
+    from benchmarks import fine_tuning
+
+    model, tokenizer = fine_tuning.smollm2()
+    inputs = fine_tuning.batches(tokenizer, 5, 96)
+    try:
+        ours, theirs = (fine_tuning.losses(model, name, inputs) for name in ("pagedflash", "sdpa"))
+    finally:
+        pagedflash.transformers.disable()
+    assert ours == pytest.approx(theirs, abs=1e-4) and ours[-1] < ours[0]
 
 
 def test_tokens_that_differ_are_counted() -> None:
