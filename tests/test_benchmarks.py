@@ -115,6 +115,7 @@ def test_generation_on_a_tiny_model(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_fine_tuning_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
     from benchmarks import fine_tuning
+
     from pagedflash.cli.generate import Loaded
 
     def tiny() -> Loaded:

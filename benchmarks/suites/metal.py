@@ -137,7 +137,8 @@ def backward(tokens: int) -> Iterator[Row]:
     """Of the same problems."""
     full: Counters | None = None
     for name, arguments in (("full", {}), ("causal", dict(causal=True))):
-        forward, counted = count_backward(tokens, arguments)
+        run = partial(train, tokens, arguments)
+        forward, counted = count_backward(run)
         full = full or counted
         share = counted.matrix_multiplies / full.matrix_multiplies
         products = counted.matrix_multiplies / forward.matrix_multiplies
@@ -148,7 +149,7 @@ def backward(tokens: int) -> Iterator[Row]:
             "bytes loaded / K and V": counted.device_bytes_loaded / (2 * tokens * 64 * 2),
             "bytes stored / K and V": counted.device_bytes_stored / (2 * tokens * 64 * 2),
             "used of each transaction": counted.load_efficiency,
-        }
+        } | registers(run, "backward")
         failures = []
         if not arguments and products > MAX_BACKWARD:
             failures.append(f"{products:.2f} x the work of forward")
@@ -157,13 +158,17 @@ def backward(tokens: int) -> Iterator[Row]:
         yield Row(f"backward {tokens}, {name}", figures, failures)
 
 
-def count_backward(tokens: int, arguments: dict[str, Any]) -> tuple[Counters, Counters]:
+def train(tokens: int, arguments: dict[str, Any]) -> None:
+    q, k, v = (torch.randn(1, tokens, heads, 64).half().requires_grad_() for heads in (4, 1, 1))
+    flash_attn_func(q, k, v, **arguments).sum().backward()
+
+
+def count_backward(run: Callable[[], None]) -> tuple[Counters, Counters]:
     """Of forward, and of backward."""
     from metal_harness import counted
 
-    q, k, v = (torch.randn(1, tokens, heads, 64).half().requires_grad_() for heads in (4, 1, 1))
     with use_backend("metal"):
-        forward, backward = counted(lambda: flash_attn_func(q, k, v, **arguments).sum().backward())
+        forward, backward = counted(run)
     return forward.counters, backward.counters
 
 
