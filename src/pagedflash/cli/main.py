@@ -48,13 +48,13 @@ class _OutputFile(click.Path):
     """A file to write once all is measured: what keeps it from being written is said before."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        file = super().convert(value, param, ctx)
+        file = Path(str(super().convert(value, param, ctx)))
         if not file.absolute().parent.is_dir():
             self.fail(f"there is no folder {str(file.parent)!r}", param, ctx)
         return file
 
 
-OUTPUT_FILE = _OutputFile(path_type=Path, dir_okay=False, writable=True)
+OUTPUT_FILE = _OutputFile(dir_okay=False, writable=True)
 
 
 class _Commands(click.Group):
