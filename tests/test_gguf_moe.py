@@ -131,5 +131,18 @@ def test_generate_takes_the_file(tmp_path: Path) -> None:
     assert "pagedflash beside sdpa: the same texts; " in result.stdout
 
 
+@pytest.mark.usefixtures("enabled")
+def test_serve_takes_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    from pagedflash.cli import serve
+
+    write_model(path := tmp_path / "qwen2-moe.Q4_K.gguf")
+    server = serve._server(f"{tmp_path}:{path.name}", torch.device("cpu"), torch.float32, "localhost", 8000, None)
+    ((name, loaded),) = server._model_manager.loaded_models.items()
+    assert name.endswith(path.name) and type(loaded.model).__name__ == "Qwen2MoeForCausalLM"
+    assert loaded.model.config._attn_implementation == "pagedflash"
+    server._model_manager.shutdown()
+
+
 if __name__ == "__main__":
     write_model(Path(sys.argv[1]))

@@ -127,6 +127,8 @@ def test_requests_at_once_one_cancelled_one_bad(server: Server, directory: str) 
     assert isinstance(cancelled, str) and cancelled
     assert isinstance(bad, openai.BadRequestError)
     assert isinstance(unknown, openai.UnprocessableEntityError)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == [server.model]
     assert server.healthy()
     assert server.stop(signal.SIGTERM) == 0, server.log.read_text()
     assert "Traceback" not in server.log.read_text()
@@ -152,6 +154,7 @@ def test_ctrl_c_while_a_request_is_under_way(server: Server) -> None:
             return time.monotonic() - start
 
     assert asyncio.run(ask()) < serve.GRACE + 20
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_errors_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
@@ -163,6 +166,11 @@ def test_errors_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "config.json").write_text("{}")
     result = run(cli.main, ["serve", str(tmp_path), "--device", "cpu"])
     assert result.exit_code == 1 and "transformers cannot load" in result.output and "Traceback" not in result.output
+
+    with socket.create_server(("localhost", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = run(cli.main, ["serve", str(tmp_path), "--device", "cpu", "--port", port])
+    assert result.exit_code == 1 and f"cannot listen on localhost:{port}" in result.output
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = run(cli.main, ["serve", str(tmp_path), "--device", "cpu"])

@@ -131,6 +131,7 @@ def metal_tuning() -> tuple[str, str] | None:
 def decode_fast_path() -> FastPath:
     """Ask transformers, with pagedflash enabled for the time of the question."""
     from .. import transformers as integration
+    from ..integrations.transformers import engine, hooks
 
     already_enabled = integration.is_enabled()
     try:
@@ -138,7 +139,8 @@ def decode_fast_path() -> FastPath:
             warnings.simplefilter("ignore", RuntimeWarning)
             integration.enable()
         if integration.decode_fast_path_is_open():
-            return FastPath(True, "pagedflash.transformers.enable() opens it, for models without sliding windows")
+            limit = "" if hooks.version_numbers() >= engine.FIRST_VERSION else ", for models without sliding windows"
+            return FastPath(True, f"pagedflash.transformers.enable() opens it{limit}")
         return FastPath(False, "install transformers 5.17 to 5.24; with this one decoding goes through varlen")
     except ImportError:
         return FastPath(False, "pip install 'pagedflash[transformers]'")

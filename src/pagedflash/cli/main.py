@@ -31,7 +31,6 @@ from . import generate as generation
 from . import parallel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 WARM_UP = 32  # tokens of each prompt
 ANSWER_STYLES = {"yes": "green", "no": "yellow"}
 
@@ -45,7 +44,31 @@ CALLS = {
 """Layout of a call, as pagedflash.count_calls() has it -> the function that was called."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+class _OutputFile(click.Path):
+    """A file to write once all is measured: what keeps it from being written is said before."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        file = Path(str(super().convert(value, param, ctx)))
+        if not file.absolute().parent.is_dir():
+            self.fail(f"there is no folder {str(file.parent)!r}", param, ctx)
+        return file
+
+
+OUTPUT_FILE = _OutputFile(dir_okay=False, writable=True)
+
+
+class _Commands(click.Group):
+    """Ctrl-C ends every command with one line and the exit code of shells."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            sys.exit(generation.INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="pagedflash")
 def main() -> None:
     """The flash-attn interface with a paged KV cache, on Apple GPUs, CPUs and CUDA."""
@@ -86,7 +109,9 @@ def generate(
             sys.exit(parallel.run_ranks(tp, where))
         number = _dtype(dtype, where)
         ranks = f", {tp} ranks," if tp > 1 else ""
-        console.print(f"[bold]{escape(files.name)}[/] on {where}{ranks} in {str(number).removeprefix('torch.')}")
+        console.print(
+            f"[bold]{escape(files.name)}[/] on {where}{ranks} in {str(number).removeprefix('torch.')}", soft_wrap=True
+        )
 
         generation.quiet_transformers()
         try:
@@ -146,7 +171,7 @@ def serve(
     console = Console(highlight=False)
 
     def on_ready(name: str) -> None:
-        console.print(f"[bold]{escape(name)}[/] on {where} at http://{host}:{port}/v1")
+        console.print(f"[bold]{escape(name)}[/] on {where} at http://{host}:{port}/v1", soft_wrap=True)
 
     try:
         files = generation.find_model(model)
@@ -225,8 +250,10 @@ def hub(directory: Path) -> None:
     """
     try:
         folders = kernel.write(directory)
-    except (kernel.HubError, OSError) as error:
+    except kernel.HubError as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename} cannot be written: {error.strerror}") from error
     for folder in folders:
         click.echo(folder)
 
@@ -240,7 +267,8 @@ def _device(name: str | None) -> torch.device:
         if device.type != ours.type or (device.index or 0) >= max(1, torch.accelerator.device_count()):
             torch.empty(0, device=device)  # says why not. Of a GPU that is there nothing is taken yet: ranks start with --tp
     except (AssertionError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
+        here = ", ".join(facts.devices())
+        reason = f"torch {torch.__version__} finds only {here} here"
         raise generation.GenerateError(f"device {name} cannot be used: {reason}") from error
     return device
 

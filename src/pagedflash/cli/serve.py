@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import signal
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -34,18 +37,23 @@ def serve(
         kv_cache_dtype: as in :func:`pagedflash.transformers.enable`.
 
     Raises:
-        GenerateError: the server's packages are missing, or transformers cannot load the model.
+        GenerateError: something else listens there, packages are missing, or transformers cannot load the model.
     """
+    try:
+        socket.create_server((host, port)).close()  # before a model is loaded for nothing
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0]
+        raise GenerateError(f"cannot listen on {host}:{port} ({reason}); give another --port or --host") from error
     name = f"{files.source}:{files.gguf_file}" if files.gguf_file else files.source
     try:
         integration.enable(kv_cache_dtype=kv_cache_dtype)
         server = _server(name, device, dtype, host, port, memory)
     except ImportError as error:
-        reason = first_line(error)
-        raise GenerateError(f"the server cannot start ({reason}); run: pip install 'transformers[serving]'") from error
+        raise GenerateError("the server's packages are missing; run: pip install 'transformers[serving]'") from error
     except Exception as error:  # whatever a loader makes of a broken file
         raise GenerateError(f"transformers cannot load {files.name}: {first_line(error)}") from error
     on_ready(name)
+    logging.getLogger("uvicorn.error").addFilter(_not_of_a_cancelled_request)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises both again when it has stopped
     try:
         server.server.run()
@@ -57,12 +65,30 @@ def serve(
 
 def _server(name: str, device: torch.device, dtype: torch.dtype, host: str, port: int, memory: float | None) -> Any:
     """transformers' server, the model loaded, not yet running."""
+    from transformers import AutoModelForCausalLM
     from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager
 
     class Models(model_manager.ModelManager):  # type: ignore[misc]  # no types there
         def _validate_args(self) -> None:
             """transformers' server takes no attention but its own."""
+
+        def _load_model(self, repository: str, *args: Any, gguf_file: str | None = None, **options: Any) -> Any:
+            """transformers' server asks the configuration for the model's class, and that of a GGUF file does not say it."""
+            if gguf_file is None:
+                return super()._load_model(repository, *args, **options)
+            return AutoModelForCausalLM.from_pretrained(
+                repository.partition("@")[0],
+                gguf_file=gguf_file,
+                dtype=self.dtype,
+                device_map=self.device,
+                attn_implementation=self.attn_implementation,
+            )
+
+        @staticmethod
+        def get_gen_models(cache_dir: str | None = None) -> list[dict[str, Any]]:
+            """The model that is served; transformers before 5.24 lists the Hub's cache, and fails if there is none."""
+            return [{"id": name, "object": "model", "created": 0, "owned_by": ""}]
 
     class Server(Serve):  # type: ignore[misc]
         def start_server(self) -> None:
@@ -82,6 +108,11 @@ def _server(name: str, device: torch.device, dtype: torch.dtype, host: str, port
     )
     server.server.config.timeout_graceful_shutdown = GRACE
     return server
+
+
+def _not_of_a_cancelled_request(record: logging.LogRecord) -> bool:
+    """uvicorn prints the traceback of every request that it cancels after ``GRACE``."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def _shut_down(server: Any) -> None:
