@@ -533,8 +533,8 @@ def test_formats_of_decode(
     assert_matches_reference(problem, backend.attention)
     planned = launch.problem_params(plan_cache.signature_of(problem), True, "ieee", None, False, words=True).cache
     names = [format and str(format).removeprefix("torch.") for format in (k_format, v_format)]
-    expected = names if reads_words else [None, None]
-    assert planned.K_WORDS == expected[0] and planned.V_WORDS == expected[1]
+    in_words = [planned.K_WORDS, planned.V_WORDS]
+    assert in_words == (names if reads_words else [None, None])
 
 
 def test_quantized_values_have_tiles_as_wide_as_keys(rng: random.Random, device: str) -> None:
