@@ -513,8 +513,13 @@ def test_every_word_of_two_elements(device: str, format: torch.dtype, dtype: tor
     ids=str,
 )
 def test_formats_of_decode(
-    device: str, k_format: torch.dtype | None, v_format: torch.dtype | None, head_dim: int, reads_words: bool, dtype: torch.dtype
-) -> None:  # fmt: skip
+    device: str,
+    k_format: torch.dtype | None,
+    v_format: torch.dtype | None,
+    head_dim: int,
+    reads_words: bool,
+    dtype: torch.dtype,
+) -> None:
     """With a new token, which is appended as elements."""
     lengths = [1100, 3, 0, 64]
     problem = _decode_problem(device, lengths, append=True, head_dim=head_dim, dtype=dtype)
@@ -528,7 +533,8 @@ def test_formats_of_decode(
     assert_matches_reference(problem, backend.attention)
     planned = launch.problem_params(plan_cache.signature_of(problem), True, "ieee", None, False, words=True).cache
     names = [format and str(format).removeprefix("torch.") for format in (k_format, v_format)]
-    assert [planned.K_WORDS, planned.V_WORDS] == (names if reads_words else [None, None])
+    in_words = [planned.K_WORDS, planned.V_WORDS]
+    assert in_words == (names if reads_words else [None, None])
 
 
 def test_quantized_values_have_tiles_as_wide_as_keys(rng: random.Random, device: str) -> None:

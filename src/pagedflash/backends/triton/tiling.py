@@ -22,13 +22,11 @@ class Tiling(NamedTuple):
     num_warps: int
     num_stages: int  # KV tiles in flight
     ctas_per_sm: int = 0  # size of decode's grid
-    max_registers: int = 0  # of a thread, where so many CTAs need a limit
 
     @property
     def options(self) -> dict[str, int]:
         """Triton's launch options."""
-        limit = dict(maxnreg=self.max_registers) if self.max_registers else {}
-        return dict(num_warps=self.num_warps, num_stages=self.num_stages, **limit)
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 WIDE = 512
@@ -91,11 +89,9 @@ def decode_tiling(
 ) -> Tiling:
     """Decode needs bytes in flight: about 64 KiB an SM, in two CTAs or more. Elements of one byte that are not read in words
     take longer to convert than to load: there larger tiles are what helps."""
-    if words:
-        if rows <= 16 and block_d <= 128:
-            return Tiling(16, 128, 4, 3, ctas_per_sm=3, max_registers=168)
-        return Tiling(max(16, rows), max(16, min(128, 16384 // block_d)), 4, 3, ctas_per_sm=2)
-    if cache_element_size == 1 and element_size == 2 and rows <= 16 and block_d >= 128:
+    if words and rows <= 16 and block_d < WIDE:
+        return Tiling(16, min(128, 16384 // block_d), 4, 3, ctas_per_sm=2)
+    if not words and cache_element_size == 1 and element_size == 2 and rows <= 16 and block_d >= 128:
         return Tiling(16, 16384 // block_d, 4, 2, ctas_per_sm=2)
     row_bytes = block_d * element_size
     if block_d == WIDE and element_size == 4:

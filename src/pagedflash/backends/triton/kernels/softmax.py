@@ -14,7 +14,7 @@ from .kv_format import add_values, multiply_keys
 from .score import LN2, load_sinks, score_tile
 
 WEIGHT_BITS = tl.constexpr(6.0)
-"""Weights that are multiplied by scales of values go up to 2^6, so that float16 holds the products where scales are small."""
+"""Weights that are multiplied by scales of values go up to 2^6: so float16 holds the products where scales are small."""
 
 
 class SoftmaxState(NamedTuple):

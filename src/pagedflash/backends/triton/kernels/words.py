@@ -1,4 +1,3 @@
-# ruff: noqa: SIM108 (an if on constants chooses code when the kernel is compiled)
 """Elements of one byte, read as 16-bit words of two neighbours: an even column of a tile and the odd one behind it.
 
 The matrix units take 16-bit operands, and ``ldmatrix``, which brings tiles from shared memory into their layout, moves 16
@@ -21,7 +20,7 @@ INT8_TO_BFLOAT16 = """{
     lop3.b32 bits1, odd, 0x007f007f, 0x43004300, 0xea; lop3.b32 sign1, odd, 0x00800080, 0x43004300, 0xea;
     fma.rn.bf16x2 $0, sign0, minus_one, bits0; fma.rn.bf16x2 $1, sign1, minus_one, bits1;
 }"""
-"""(128 + the lower 7 bits) - (128 + the upper one): 0x4300 is 128, whose last bit counts 1. lop3 is ``(x & mask) | 0x4300``."""
+"""(128 + the lower 7 bits) - (128 + the upper one): 0x4300 is 128, whose last bit is 1. lop3: ``(x & mask) | 0x4300``."""
 
 INT8_TO_FLOAT16 = """{
     .reg .b32 raised, even, odd, exponent, bias;
