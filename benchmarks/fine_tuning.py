@@ -21,7 +21,7 @@ def smollm2() -> Loaded:
 
 def batches(tokenizer: Any, steps: int, tokens: int) -> list[Tensor]:
     """``(1, tokens)`` token ids for each step: the description of the package torch, as often as it takes."""
-    text = importlib.metadata.metadata("torch").get_payload()
+    text = importlib.metadata.metadata("torch").json["description"]
     ids = torch.tensor(tokenizer(text)["input_ids"])
     needed = steps * tokens
     return list(ids.repeat(-(-needed // len(ids)))[:needed].view(steps, 1, tokens))
