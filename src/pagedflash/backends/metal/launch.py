@@ -130,7 +130,7 @@ def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor,
     results = [torch.zeros(*shape, dtype=dtype, device=q.device) for shape, dtype in plan.results]
     _run(plan, (*problem.tensors, lse.contiguous(), d_out, delta, *results))
 
-    d_q = results[0].sum(0).mul_(problem.scores.scale).to(q.dtype)
+    d_q = results[0].sum(0)[..., : q.shape[-1]].mul(problem.scores.scale).to(q.dtype).contiguous()
     d_k, d_v = (
         parts if parts.shape == keys.shape else parts.unflatten(-2, (keys.shape[-2], -1)).sum(-2)
         for parts, keys in zip(results[1:], (k, v))
@@ -318,7 +318,8 @@ def _plan_backward(problem: AttentionProblem, target: Target, offset: int) -> Pl
     )
     planner = _Planner(problem, target, q.dtype)
     planner.names += ("lse", "d_out", "delta")
-    planner.results["d_q"] = Result((num_splits, *q.shape), torch.float32)
+    *rows, head_dim = q.shape
+    planner.results["d_q"] = Result((num_splits, *rows, -(-head_dim // 16) * 16), torch.float32)  # loaded 16 dims at a time
     for name, keys in (("d_k", k), ("d_v", v)):
         *tokens, heads, width = keys.shape
         planner.results[name] = Result((*tokens, heads * parts, width), keys.dtype)

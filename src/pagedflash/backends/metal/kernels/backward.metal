@@ -26,8 +26,10 @@
 #define QUERY_BLOCKS (QUERY_TILE / 8)
 #define K_MATRICES (K_CHUNKS * CHUNK + K_TAIL)  // along the dims of one part
 #define V_MATRICES (V_CHUNKS * CHUNK + V_TAIL)
-#define K_ROW (DIM_SPLIT * K_MATRICES * 8 / CHUNK + 1)  // loads a row in threadgroup memory: 16 bytes more keep banks apart
+#define K_DIMS (DIM_SPLIT * K_MATRICES * 8)
+#define K_ROW (K_DIMS / CHUNK + 1)  // loads a row in threadgroup memory: 16 bytes more keep banks apart
 #define V_ROW (DIM_SPLIT * V_MATRICES * 8 / CHUNK + 1)
+#define D_Q_ROW ((HEAD_DIM + 15) / 16 * 16)
 #define SCORE_ROW (KEY_TILE + CHUNK)
 
 // Rows of a tile: the keys or values of a KV head, or what belongs to HEADS query heads of each query.
@@ -99,7 +101,7 @@ kernel void backward(
     device const T* d_out [[buffer(3)]],
     device const float* lse [[buffer(4)]],
     device const float* delta [[buffer(5)]],
-    device float* d_q [[buffer(6)]],
+    device float4* d_q [[buffer(6)]],
     device K_T* d_k [[buffer(7)]],
     device V_T* d_v [[buffer(8)]],
     device const int* cu_seqlens_q [[buffer(9)]],
@@ -156,7 +158,7 @@ kernel void backward(
     const long first_out_row = long(s.first_row) * num_heads + first_head;
     TileRows<T> d_out_at = {d_out + first_out_row * V_HEAD_DIM, num_heads * V_HEAD_DIM, V_HEAD_DIM, HEADS};
     const long rows_of_split = params.num_tokens_q * (params.has_cu_seqlens_q ? 1 : params.batch_size) * num_heads;
-    device float* split_d_q = d_q + (split * rows_of_split + first_out_row) * HEAD_DIM;
+    device float4* split_d_q = d_q + (split * rows_of_split + first_out_row) * (D_Q_ROW / 4);
     const long first_key_row = params.has_cu_seqlens_k ? s.cache_row : s.cache_row * params.capacity;
 
     for (int first_key = split * KEY_TILE; first_key < s.seqlen_k; first_key += num_splits * KEY_TILE) {
@@ -250,25 +252,27 @@ kernel void backward(
             add_products<QUERY_BLOCKS, K_MATRICES>(d_key, d_p, q_rows + part * K_MATRICES * 8, K_ROW * CHUNK, slot, column);
             threadgroup_barrier(mem_flags::mem_threadgroup);
 
-            // dQ += dS K: a simdgroup has 8 rows, and every so many matrices along the dims
+            // dQ += dS K: a simdgroup has 8 rows, and every so many 16 dims: a lane's 4 neighbours are 2 of each of two matrices
             const int row = simdgroup % QUERY_BLOCKS * 8 + slot;
             const int query = (first_row + row) / HEADS, head = (first_row + row) % HEADS;
-            device float* d_q_row = split_d_q + (long(query) * num_heads + head) * HEAD_DIM;
-            for (int first = simdgroup / QUERY_BLOCKS * 8; first < HEAD_DIM; first += SIMDGROUPS / QUERY_BLOCKS * 8) {
-                const int d = first + column;
-                const bool has_first = query < s.seqlen_q && d < HEAD_DIM, has_second = query < s.seqlen_q && d + 1 < HEAD_DIM;
-                float2 sum = float2(has_first ? d_q_row[d] : 0.0f, has_second ? d_q_row[d + 1] : 0.0f);
+            device float4* d_q_row = split_d_q + (long(query) * num_heads + head) * (D_Q_ROW / 4);
+            for (int first = simdgroup / QUERY_BLOCKS * 16; first < D_Q_ROW; first += SIMDGROUPS / QUERY_BLOCKS * 16) {
+                const int d = first + 2 * column;
+                const float4 before = query < s.seqlen_q ? d_q_row[d / 4] : float4(0.0f);
+                float2 sums[2] = {before.xy, before.zw};
                 UNROLL
                 for (int j = 0; j < KEY_TILE / 8; j++) {
                     threadgroup const T* d_score = d_scores + row * SCORE_ROW + j * 8 + column;
                     threadgroup const T* of_key = kv_rows + (j * 8 + slot) * K_ROW * CHUNK + d;
-                    multiply_add(
-                        sum, *reinterpret_cast<threadgroup const Pair*>(d_score),
-                        *reinterpret_cast<threadgroup const Pair*>(of_key)
-                    );
+                    UNROLL
+                    for (int e = 0; e < 2; e++) {
+                        multiply_add(
+                            sums[e], *reinterpret_cast<threadgroup const Pair*>(d_score),
+                            d < K_DIMS ? *reinterpret_cast<threadgroup const Pair*>(of_key + 2 * e) : Pair(0)
+                        );
+                    }
                 }
-                if (has_first) d_q_row[d] = sum.x;
-                if (has_second) d_q_row[d + 1] = sum.y;
+                if (query < s.seqlen_q) d_q_row[d / 4] = float4(sums[0], sums[1]);
             }
         }
 
