@@ -1,4 +1,4 @@
-# make demo   the main job on a real model: questions on four long texts, beside transformers' sdpa; under two minutes
+# make demo   the main job on a real model: questions on four long texts, beside transformers' sdpa; two minutes, once all is built
 # make test   all tests (make test TESTS=tests/test_reference.py for some)
 # make lint   ruff and mypy
 # make docs   the documentation as a site, in build/site

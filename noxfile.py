@@ -59,7 +59,7 @@ def core(session: nox.Session) -> None:
     """The functions, without transformers. Interpreters that are not installed are skipped."""
     torch = next(line for line in Path("requirements-dev.txt").read_text().splitlines() if line.startswith("torch=="))
     session.install(torch.partition(";")[0], "numpy", "pytest", "hypothesis", f"{wheel(session)}[cli]")
-    session.install("--no-deps", "./metalsim")  # which the documentation has examples of
+    session.install("./metalsim")  # which the documentation has examples of
     session.run("pytest", "-q", *CORE_TESTS, *session.posargs)
 
 
