@@ -246,8 +246,9 @@ def test_prefill_fits_the_registers_of_an_apple_gpu() -> None:
             assert queries + output <= 64, (element_bytes, head_dim, t)
             rows = t.dim_split * 8 * (t.k_chunks * t.chunk + t.k_tail), t.dim_split * 8 * t.v_matrices
             assert min(rows) >= head_dim
-            tiles = t.key_tile * (sum(rows) * element_bytes + 32)
-            parts = (t.dim_split - 1) * t.simdgroups * t.key_tile * 32
+            widths = [row * element_bytes + 16 for row in rows]
+            tiles = t.key_tile * (max(widths) if t.shares_tile else sum(widths))
+            parts = (t.dim_split > 1) * t.simdgroups * t.key_tile * 32
             assert t.key_tile in (8, 16, 32) and tiles + parts <= 32 * 1024, (element_bytes, head_dim, t)
 
 
