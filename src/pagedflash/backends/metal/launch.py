@@ -257,7 +257,7 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int, decod
     key_bytes = head_dim * cache.k.element_size() + v_head_dim * cache.v.element_size()
     least_keys = least_split_keys(
         min(rows, tiling.rows),
-        row_bytes=head_dim * q.element_size() + v_head_dim * torch.float32.itemsize + COMBINE_SIMDGROUPS * 8,
+        row_bytes=head_dim * q.element_size() + (v_head_dim + 2) * torch.float32.itemsize,
         key_bytes=key_bytes,
     )
     planned = choose_num_splits(sequences * row_tiles, tiling, least_keys, max_keys, planner.target.simdgroups)

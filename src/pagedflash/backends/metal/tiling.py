@@ -18,7 +18,6 @@ PSEUDO_PAGE = 32  # tokens of a page where keys are not paged: they are then pag
 DECODE_MAX_QUERIES = 8  # longer sequences of queries fill the tiles of prefill
 MIXED_DECODE_QUERIES = 1  # of a sequence in a mixed batch that are decode's; more are prefill's
 LANE_DIMS = 8  # of a key in one lane, up to head dim 256; more of larger ones
-MAX_STEPS = 8  # of decode over lanes, whose loads are issued together
 FEW_ROWS = 2  # whose output leaves registers for twice the loads
 KEY_REGISTERS = 32  # of a lane, for keys that are unpacked and multiplied together
 OUTPUT_REGISTERS = 64  # of a lane, at most, for the output accumulator of decode
@@ -31,6 +30,8 @@ SPLIT_OVERHEAD_KEYS = 128  # what comes before and after the tiles of a split ta
 MIN_KEYS = 32  # of each simdgroup of a split
 SPLIT_BYTES = 0.049  # of a split's keys and values, at most, for the queries it loads and the output that combine loads
 MAX_SPLITS = 128
+LENGTH_BYTES = 32  # of a split: its length, once for each simdgroup
+PAGE_BYTES = 0.5  # of a key: an entry of the table for every eighth
 TILE_BYTES = 8 * 1024  # of keys and values, at least, that are worth a simdgroup which looks up their length and page
 
 THREADGROUP_BYTES = 32 * 1024
@@ -65,8 +66,8 @@ class LaneTiling(NamedTuple):
         return LANES
 
     @property
-    def least_tile_keys(self) -> int:
-        """Those of the steps that are loaded together."""
+    def least_keys(self) -> int:
+        """Of a tile, and of a simdgroup: those of the steps that are loaded together."""
         return max(LANES * self.k_steps // self.k_lanes, LANES * self.v_steps // self.v_lanes)
 
 
@@ -92,7 +93,8 @@ class MatrixTiling(NamedTuple):
     def tile_keys(self) -> int:
         return MATRIX * self.key_blocks
 
-    least_tile_keys = tile_keys
+    least_keys = LANES
+    """Of a simdgroup: those whose pages are looked up together."""
 
 
 DecodeTiling = LaneTiling | MatrixTiling
@@ -117,11 +119,11 @@ def _lane_tiling(
     chunk = math.gcd(head_dim, v_head_dim, min(LANE_DIMS, LOAD_BYTES // element_bytes))
     k_lanes, v_lanes = _lanes(head_dim), _lanes(v_head_dim)
     k_chunks, v_chunks = -(-head_dim // (k_lanes * chunk)), -(-v_head_dim // (v_lanes * chunk))
-    wide = max(head_dim, v_head_dim) > 128
-    registers = tuning.load_registers * (2 if rows <= FEW_ROWS or wide else 1)
+    unpacked_wide = element_bytes == 4 and max(head_dim, v_head_dim) > 128  # floats are multiplied as they are loaded
+    registers = tuning.load_registers * (2 if rows <= FEW_ROWS or unpacked_wide else 1)
     k_steps, v_steps = (
-        min(lanes, most, _power_of_two(max(1, registers // (chunks * max(1, chunk * element_bytes // 4)))))
-        for lanes, chunks, most in ((k_lanes, k_chunks, MAX_STEPS), (v_lanes, v_chunks, MAX_STEPS // (2 if wide else 1)))
+        min(lanes, _power_of_two(max(1, registers // (chunks * max(1, chunk * element_bytes // 4)))))
+        for lanes, chunks in ((k_lanes, k_chunks), (v_lanes, v_chunks))
     )
     return LaneTiling(
         rows=rows,
@@ -169,7 +171,7 @@ def _matrix_tiling(
 
 def least_split_keys(rows: int, row_bytes: int, key_bytes: int) -> int:
     """Keys of a split that are worth its ``rows``: each row costs ``row_bytes``, each key with its value ``key_bytes``."""
-    return math.ceil(rows * row_bytes / (SPLIT_BYTES * key_bytes))
+    return math.ceil((rows * row_bytes + LENGTH_BYTES) / (SPLIT_BYTES * key_bytes - PAGE_BYTES))
 
 
 def choose_num_splits(threadgroups: int, tiling: DecodeTiling, split_keys: int, max_keys: int, slots: int) -> int:
@@ -209,7 +211,7 @@ def choose_team(
     room, and tiles have only as many keys as are left for each.
     """
     simdgroups, tile_keys = tuning.decode_simdgroups, tiling.tile_keys
-    least_keys = max(tiling.least_tile_keys, min(tile_keys, TILE_BYTES // key_bytes))
+    least_keys = max(tiling.least_keys, min(tile_keys, TILE_BYTES // key_bytes))
     has_room = TEAMS * simdgroups * threadgroups <= max(MIN_SIMDGROUPS, slots)
     if has_room and split_keys > simdgroups * least_keys:
         simdgroups *= TEAMS

@@ -21,6 +21,7 @@ kernel void combine(
     uint lane_index [[thread_index_in_simdgroup]]
 ) {
     threadgroup float scratch[SIMDGROUPS * V_HEAD_DIM];
+    threadgroup float2 of_splits[32];  // maximum and sum: loaded by one simdgroup
 
     const int lane = int(lane_index);
     const int simdgroup = int(simdgroup_index);
@@ -46,7 +47,8 @@ kernel void combine(
     for (int c = 0; c < COLUMNS; c++) output[c] = 0.0f;
     for (int first = 0; first < num_splits; first += BLOCK) {
         const int count = min(BLOCK, num_splits - first);
-        const float2 of_split = lane < count ? max_and_sum[first + lane] : float2(LOWEST, 0.0f);
+        float2 of_split = float2(LOWEST, 0.0f);
+        if (simdgroup == 0 && lane < count) of_split = max_and_sum[first + lane];
         float columns[LOADS][COLUMNS];
         UNROLL
         for (int j = 0; j < LOADS; j++) {
@@ -57,6 +59,10 @@ kernel void combine(
                 columns[j][c] = split < count && d < V_HEAD_DIM ? partials[(first + split) * V_HEAD_DIM + d] : 0.0f;
             }
         }
+        if (first > 0) threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (simdgroup == 0) of_splits[lane] = of_split;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        of_split = of_splits[lane];
         const float new_maximum = max(maximum, simd_max(of_split.x));
         const float alpha = exp2(maximum - new_maximum);
         const float weight = of_split.y > 0.0f ? exp2(of_split.x - new_maximum) : 0.0f;

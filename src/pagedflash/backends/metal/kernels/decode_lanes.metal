@@ -91,10 +91,10 @@ struct LaneSum<1, LANES> {
 inline int tile_bits_of(constant Params& params) { return int(params.tile_bits); }
 inline int steps_of(int lanes, int tile_bits) { return lanes >> (5 - tile_bits); }
 
-// Whether there are steps behind the STEPS from `step` on. Where that can be so once at most, compilers see it.
+// Whether there are steps behind the STEPS from `step` on. Where that can be so once at most, compilers are told.
 template <int LANES, int STEPS>
 inline bool has_more_steps(int step, int steps) {
-    return (LANES > 2 * STEPS || (LANES > STEPS && step == 0)) && step + STEPS < steps;
+    return (LANES > 2 * STEPS || step < LANES - STEPS) && step < steps - STEPS;
 }
 
 // The key of a tile that a lane owns, as its place in the tile; -1 if none.
@@ -103,12 +103,16 @@ inline int owned_key(int lane, int tile_bits) {
     return column < steps ? lane / K_LANES * steps + column : -1;
 }
 
-// The lane that owns the key of step `step` of this lane's group of LANES lanes.
-template <int LANES>
-inline ushort owner_of(int step, int lane, int tile_bits) {
-    if (LANES == K_LANES) return ushort((lane & ~(LANES - 1)) + step);
-    const int key = lane / LANES * steps_of(LANES, tile_bits) + step, steps = steps_of(K_LANES, tile_bits);
+// The lane that owns key `key` of a tile, and that of step `step` of this lane's group of LANES lanes.
+inline ushort owner_of(int key, int tile_bits) {
+    const int steps = steps_of(K_LANES, tile_bits);
     return ushort(key / steps * K_LANES + key % steps);
+}
+
+template <int LANES>
+inline ushort owner_of_step(int step, int lane, int tile_bits) {
+    if (LANES == K_LANES) return ushort((lane & ~(LANES - 1)) + step);
+    return owner_of(lane / LANES * steps_of(LANES, tile_bits) + step, tile_bits);
 }
 
 struct Tile {
@@ -117,13 +121,14 @@ struct Tile {
     int page;  // of that key
 };
 
-// The tile at `first_key`, whose pages were looked up; the lanes without one take that of their run.
+// The tile at `first_key`, whose pages were looked up; lanes that looked up none take that of the first key of their run.
 inline Tile tile_of(int first_key, int looked_up, int tile_bits, int lane) {
-    const int owned = owned_key(lane, tile_bits);
+    const int owned = owned_key(lane, tile_bits), steps = steps_of(K_LANES, tile_bits);
+    const int first_of_run = (owned < 0 ? lane / K_LANES * steps : owned) & ~(PAGE_RUN - 1);
     Tile tile;
     tile.first_key = first_key;
     tile.key = owned < 0 ? -1 : first_key + owned;
-    tile.page = PAGE_RUN == 1 ? looked_up : simd_shuffle(looked_up, ushort(lane & ~(PAGE_RUN - 1)));
+    tile.page = PAGE_RUN == 1 ? looked_up : simd_shuffle(looked_up, owner_of(first_of_run, tile_bits));
     return tile;
 }
 
@@ -132,7 +137,7 @@ inline int looked_up_page(
     device const int* pages, int num_pages, int tile, int simdgroups, KVRange range, int tile_bits, int lane
 ) {
     const int owned = owned_key(lane, tile_bits);
-    if (owned < 0 || lane % PAGE_RUN != 0) return 0;
+    if (owned < 0 || owned % PAGE_RUN != 0) return 0;
     return page_of(pages, clamp((tile << tile_bits) + owned, range.begin, range.end - 1), num_pages);
 }
 
@@ -155,7 +160,7 @@ inline void load_steps_of(
         const int step = first_step + i;
         const int key = first_key + step;
         if (i % RUN == 0) {
-            const int page = RUN == LANES ? tile.page : simd_shuffle(tile.page, owner_of<LANES>(step, lane, tile_bits));
+            const int page = RUN == LANES ? tile.page : simd_shuffle(tile.page, owner_of_step<LANES>(step, lane, tile_bits));
             row = token_at(elements, page, key, page_stride, token_stride);
         } else {
             row += token_stride;
@@ -248,7 +253,7 @@ inline void multiply_values(
         float values[V_DIMS];
         UNROLL
         for (int c = 0; c < V_CHUNKS; c++) unpack<V_T, CHUNK>(loaded.chunks[i * V_CHUNKS + c], &values[c * CHUNK]);
-        const ushort owner = owner_of<V_LANES>(step + i, lane, tile_bits);
+        const ushort owner = owner_of_step<V_LANES>(step + i, lane, tile_bits);
         UNROLL
         for (int r = 0; r < ROWS; r++) {
             const float weight = simd_shuffle(weights[r], owner);

@@ -204,10 +204,6 @@ inline void attend(
     constant ScoreParams& score_params, int lane
 ) {
     threadgroup const Pair* my_queries = reinterpret_cast<threadgroup const Pair*>(queries) + lane;
-    ScoreRow my_score_rows[ROW_BLOCKS];
-    UNROLL
-    for (int r = 0; r < ROW_BLOCKS; r++) my_score_rows[r] = score_rows[r * 8 + matrix_row(lane)];
-
     int looked_up = start.looked_up, page = 0, lookups = 0;  // tiles whose pages are looked up
     for (; t < tiles_end; t += simdgroups) {
         if (lookups == 0) {
@@ -272,11 +268,12 @@ inline void attend(
         Pair weights[ROW_BLOCKS * KEY_BLOCKS];
         UNROLL
         for (int r = 0; r < ROW_BLOCKS; r++) {
+            const ScoreRow score_row = score_rows[r * 8 + matrix_row(lane)];  // read anew, as the queries
             float new_maximum = rows.maximum[r];
             UNROLL
             for (int i = 0; i < LANE_KEYS; i++) {
                 thread float2& pair = scores[r * KEY_BLOCKS + i / 2];
-                pair[i % 2] = masked_score(pair[i % 2], tile.first_key + key_offset(i, lane), my_score_rows[r], score_params);
+                pair[i % 2] = masked_score(pair[i % 2], tile.first_key + key_offset(i, lane), score_row, score_params);
                 new_maximum = max(new_maximum, pair[i % 2]);
             }
             new_maximum = row_max(new_maximum);
