@@ -21,6 +21,7 @@ LANE_DIMS = 8  # of a key in one lane, up to head dim 256; more of larger ones
 FEW_ROWS = 2  # whose output leaves registers for twice the loads
 KEY_REGISTERS = 32  # of a lane, for keys that are unpacked and multiplied together
 OUTPUT_REGISTERS = 64  # of a lane, at most, for the output accumulator of decode
+MAX_HEAD_DIM_OF_16_ROWS = 256  # so many queries, of 4 bytes, fit threadgroup memory
 MAX_KEY_BLOCKS = 4  # matrices of keys in a tile of decode
 REDUCE_BYTES = 8 * 1024  # of threadgroup memory, through which the simdgroups reduce some rows at a time
 
@@ -151,7 +152,8 @@ def _matrix_tiling(
     k_tail, v_tail = _tail(head_dim, chunk), _tail(v_head_dim, chunk)
     v_matrices = v_head_dim // (MATRIX * chunk) * chunk + v_tail
     rows = min(total_rows, tuning.decode_rows)
-    row_blocks = 2 if rows > MATRIX and 2 * 2 * v_matrices <= OUTPUT_REGISTERS else 1
+    fits = 2 * 2 * v_matrices <= OUTPUT_REGISTERS and head_dim <= MAX_HEAD_DIM_OF_16_ROWS
+    row_blocks = 2 if rows > MATRIX and fits else 1
     registers = max(4, tuning.load_registers // (2 * row_blocks))  # for each key of a lane, which has two of each matrix
     chunks = -(-head_dim // (MATRIX * chunk))
     load_chunks = min(chunks, registers * 4 // LOAD_BYTES)
