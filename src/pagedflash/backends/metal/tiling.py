@@ -94,8 +94,10 @@ class MatrixTiling(NamedTuple):
     def tile_keys(self) -> int:
         return MATRIX * self.key_blocks
 
-    least_keys = LANES
-    """Of a simdgroup: those whose pages are looked up together."""
+    @property
+    def least_keys(self) -> int:
+        """Of a simdgroup: those whose pages are looked up together."""
+        return LANES
 
 
 DecodeTiling = LaneTiling | MatrixTiling
