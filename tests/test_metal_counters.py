@@ -99,7 +99,7 @@ def test_splits_fill_the_gpu_once(cores: int) -> None:
     """A core runs three threadgroups of four simdgroups: a few more than that, and they wait for a second turn."""
     tiling = decode_tiling(4, 4, 128, 128, 2, 16, Tuning())
     splits = choose_num_splits(8 * 8, tiling, 128, 4096, 12 * cores)
-    assert tiling.simdgroups == 4
+    assert Tuning().decode_simdgroups == 4
     assert 0.7 <= splits * 8 * 8 / (3 * cores) <= 1
 
 

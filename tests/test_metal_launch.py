@@ -246,9 +246,48 @@ def test_prefill_fits_the_registers_of_an_apple_gpu() -> None:
             assert queries + output <= 64, (element_bytes, head_dim, t)
             rows = t.dim_split * 8 * (t.k_chunks * t.chunk + t.k_tail), t.dim_split * 8 * t.v_matrices
             assert min(rows) >= head_dim
-            tiles = t.key_tile * (sum(rows) * element_bytes + 32)
-            parts = (t.dim_split - 1) * t.simdgroups * t.key_tile * 32
+            widths = [row * element_bytes + 16 for row in rows]
+            tiles = t.key_tile * (max(widths) if t.shares_tile else sum(widths))
+            parts = (t.dim_split > 1) * t.simdgroups * t.key_tile * 32
             assert t.key_tile in (8, 16, 32) and tiles + parts <= 32 * 1024, (element_bytes, head_dim, t)
+
+
+@pytest.mark.parametrize("head_dim, v_head_dim", ((257, 257), (320, 300), (512, 512), (576, 512), (576, 40), (40, 512)))
+@pytest.mark.parametrize("element_bytes", (2, 4))
+def test_wide_heads_fit_threadgroup_memory(element_bytes: int, head_dim: int, v_head_dim: int) -> None:
+    t = tiling.prefill_tiling(head_dim, v_head_dim, element_bytes, metal.Tuning())
+    rows = t.dim_split * 8 * (t.k_chunks * t.chunk + t.k_tail), t.dim_split * 8 * t.v_matrices
+    assert rows[0] >= head_dim and rows[1] >= v_head_dim
+    widths = [row * element_bytes + 16 for row in rows]
+    tiles = t.key_tile * (max(widths) if t.shares_tile else sum(widths))
+    assert tiles + (t.dim_split > 1) * t.simdgroups * t.key_tile * 32 <= 32 * 1024, t
+    assert t.simdgroups * 32 <= 1024
+    for rows_of_decode in (1, 4, 8, 16):
+        d = tiling.decode_tiling(rows_of_decode, rows_of_decode, head_dim, v_head_dim, element_bytes, 16, metal.Tuning())
+        reduced = d.simdgroups * d.reduce_rows * v_head_dim * 4
+        if isinstance(d, tiling.LaneTiling):
+            dims = d.k_lanes * d.k_chunks * d.chunk
+        else:
+            dims = 8 * (head_dim // (8 * d.chunk) * d.chunk + d.k_tail)
+        queries = d.rows * dims * 4
+        assert dims >= head_dim
+        assert max(queries, reduced) + 1024 <= 32 * 1024, d
+
+
+@pytest.mark.parametrize(
+    "threadgroups, split_keys, element_bytes, team",
+    (
+        (64, 50, 4, (8, 8)),  # four sequences of 50 keys: all simdgroups have some
+        (64, 50, 2, (4, 16)),  # half of the bytes: as many as they are worth
+        (384, 683, 2, (4, 32)),  # the GPU is full
+        (1, 4096, 2, (8, 32)),
+    ),
+)
+def test_few_keys_are_shared_by_all_simdgroups(
+    threadgroups: int, split_keys: int, element_bytes: int, team: tuple[int, int]
+) -> None:
+    t = tiling.decode_tiling(1, 1, 128, 128, element_bytes, 16, metal.Tuning())
+    assert tiling.choose_team(threadgroups, t, split_keys, 256 * element_bytes, 1760, metal.Tuning()) == team
 
 
 def test_quantized_values_that_are_part_of_their_keys_are_not_appended() -> None:

@@ -49,6 +49,7 @@ from .tiling import (
     backward_tiling,
     choose_backward_parts,
     choose_num_splits,
+    choose_team,
     decode_tiling,
     least_split_keys,
     prefill_tiling,
@@ -253,20 +254,29 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int, decod
     element_bytes = max(cache.k.element_size(), cache.v.element_size())
     tiling = decode_tiling(rows, problem.group, head_dim, v_head_dim, element_bytes, _page_size(cache), tuning)
     row_tiles = -(-rows // tiling.rows)
-    split_keys = least_split_keys(
+    key_bytes = head_dim * cache.k.element_size() + v_head_dim * cache.v.element_size()
+    least_keys = least_split_keys(
         min(rows, tiling.rows),
-        row_bytes=head_dim * q.element_size() + v_head_dim * torch.float32.itemsize + COMBINE_SIMDGROUPS * 8,
-        key_bytes=head_dim * cache.k.element_size() + v_head_dim * cache.v.element_size(),
+        row_bytes=head_dim * q.element_size() + (v_head_dim + 2) * torch.float32.itemsize,
+        key_bytes=key_bytes,
     )
-    planned = choose_num_splits(sequences * row_tiles, tiling, split_keys, max_keys, planner.target.simdgroups)
+    planned = choose_num_splits(sequences * row_tiles, tiling, least_keys, max_keys, planner.target.simdgroups)
     num_splits = min(problem.num_splits or planned, MAX_SPLITS)
+    split_keys = -(-max_keys // num_splits)
+    threadgroups = sequences * row_tiles * num_splits
+    team = choose_team(threadgroups, tiling, split_keys, key_bytes, planner.target.simdgroups, tuning)
     appends = append is not None and append.cu_seqlens_new is None and row_tiles == 1 and not decode_limit
     planner.constants["params"] = packed(
-        _params(problem)._replace(num_splits=num_splits, appends=int(appends), decode_limit=decode_limit)
+        _params(problem)._replace(
+            num_splits=num_splits,
+            tile_bits=team.tile_keys.bit_length() - 1,
+            appends=int(appends),
+            decode_limit=decode_limit,
+        )
     )
     if append is not None and not appends:
         _add_write(planner, cache, append)
-    threads = LANES * tiling.simdgroups
+    threads = LANES * team.simdgroups
     planner.dispatch(
         "decode",
         _definitions(problem, tiling, offset),

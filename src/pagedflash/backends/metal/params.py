@@ -25,6 +25,7 @@ class Params(NamedTuple):
         int  # in a mixed batch, sequences of up to so many queries are decode's, the others prefill's; 0 = not mixed
     )
     num_splits: int
+    tile_bits: int  # of decode over lanes: a tile has 2^tile_bits keys
     max_pages: int  # of a sequence: the width of block_table
     num_pages: int  # of the cache; rows, of a dense one
     has_cu_seqlens_q: int

@@ -4,7 +4,8 @@
 // Defined by the launcher: V_HEAD_DIM, SIMDGROUPS.
 
 #define COLUMNS ((V_HEAD_DIM + 31) / 32)  // columns a lane accumulates
-#define LOADS 4                           // splits whose loads a simdgroup issues together
+#define LOADS (COLUMNS > 8 ? 2 : COLUMNS > 4 ? 4 : 8)  // splits whose loads a simdgroup issues together
+#define BLOCK (SIMDGROUPS * LOADS)                     // splits of all simdgroups, one a lane
 
 [[max_total_threads_per_threadgroup(THREADS)]]
 kernel void combine(
@@ -20,6 +21,7 @@ kernel void combine(
     uint lane_index [[thread_index_in_simdgroup]]
 ) {
     threadgroup float scratch[SIMDGROUPS * V_HEAD_DIM];
+    threadgroup float2 of_splits[32];  // maximum and sum: loaded by one simdgroup
 
     const int lane = int(lane_index);
     const int simdgroup = int(simdgroup_index);
@@ -37,13 +39,30 @@ kernel void combine(
     }
     const long out_row = long(row) * params.num_heads + head;
 
-    // ---- Accumulate: the splits 32 at a time, one a lane; of them every simdgroup adds its own
+    // ---- Accumulate: BLOCK splits at a time. Loads do not wait for weights; a split that saw no key wrote no output, and what is
+    // there counts for nothing
     float maximum = LOWEST, sum = 0.0f;
     float output[COLUMNS];
     UNROLL
     for (int c = 0; c < COLUMNS; c++) output[c] = 0.0f;
-    for (int first = 0; first < num_splits; first += 32) {
-        const float2 of_split = first + lane < num_splits ? max_and_sum[first + lane] : float2(LOWEST, 0.0f);
+    for (int first = 0; first < num_splits; first += BLOCK) {
+        const int count = min(BLOCK, num_splits - first);
+        float2 of_split = float2(LOWEST, 0.0f);
+        if (simdgroup == 0 && lane < count) of_split = max_and_sum[first + lane];
+        float columns[LOADS][COLUMNS];
+        UNROLL
+        for (int j = 0; j < LOADS; j++) {
+            const int split = simdgroup + j * SIMDGROUPS;
+            UNROLL
+            for (int c = 0; c < COLUMNS; c++) {
+                const int d = c * 32 + lane;
+                columns[j][c] = split < count && d < V_HEAD_DIM ? partials[(first + split) * V_HEAD_DIM + d] : 0.0f;
+            }
+        }
+        if (first > 0) threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (simdgroup == 0) of_splits[lane] = of_split;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        of_split = of_splits[lane];
         const float new_maximum = max(maximum, simd_max(of_split.x));
         const float alpha = exp2(maximum - new_maximum);
         const float weight = of_split.y > 0.0f ? exp2(of_split.x - new_maximum) : 0.0f;
@@ -51,26 +70,11 @@ kernel void combine(
         maximum = new_maximum;
         UNROLL
         for (int c = 0; c < COLUMNS; c++) output[c] *= alpha;
-
-        for (int i = simdgroup; i < min(32, num_splits - first); i += SIMDGROUPS * LOADS) {
-            float weights[LOADS], columns[LOADS][COLUMNS];
+        UNROLL
+        for (int j = 0; j < LOADS; j++) {
+            const float w = simd_shuffle(weight, ushort(simdgroup + j * SIMDGROUPS));
             UNROLL
-            for (int j = 0; j < LOADS; j++) {
-                const int split = i + j * SIMDGROUPS;
-                const float w = simd_shuffle(weight, ushort(split & 31));
-                weights[j] = split < 32 ? w : 0.0f;
-                UNROLL
-                for (int c = 0; c < COLUMNS; c++) {
-                    const int d = c * 32 + lane;
-                    const bool written = weights[j] > 0.0f && d < V_HEAD_DIM;  // a split that saw no key wrote no output
-                    columns[j][c] = written ? partials[(first + split) * V_HEAD_DIM + d] : 0.0f;
-                }
-            }
-            UNROLL
-            for (int j = 0; j < LOADS; j++) {
-                UNROLL
-                for (int c = 0; c < COLUMNS; c++) output[c] += weights[j] * columns[j][c];
-            }
+            for (int c = 0; c < COLUMNS; c++) output[c] += w > 0.0f ? w * columns[j][c] : 0.0f;
         }
     }
     sum = simd_sum(sum);

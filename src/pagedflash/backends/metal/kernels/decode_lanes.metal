@@ -1,6 +1,6 @@
 // decode for few rows: dot products over lanes.
 //
-// A tile is 32 keys. Lane l owns key l: it looks up its page and ends up with its score and weight. The elements of K are
+// A tile is 32 keys, or half, a quarter, ... of that. Lane l owns key l: it looks up its page and ends up with its score and weight. The elements of K are
 // spread differently, so that each load reads whole lines: K_LANES lanes side by side hold one key, CHUNK elements each, and
 // step s of K_LANES steps covers one key in each group of K_LANES lanes (here K_LANES = 16, as for D = 128, CHUNK = 8):
 //
@@ -9,6 +9,9 @@
 //   step  1    key  1: [0..7] [8..15] ... [120..127]    key 17: ...
 //     ...
 //   step 15    key 15: ...                              key 31: ...
+//
+// A tile of 16 keys has steps 0 .. 7 of these only, its keys 0 .. 7 in the first 16 lanes and 8 .. 15 in the others; lanes 8 .. 15
+// and 24 .. 31 then own none.
 //
 // Each lane multiplies its part of a key with its part of the query; the sums over K_LANES lanes are taken together for
 // KEY_BLOCK steps, and lane l keeps the score of key l. V is read in the same shape with V_LANES; there a key's
@@ -23,7 +26,6 @@
 
 #if !MATRICES
 
-#define TILE_KEYS 32
 #define K_DIMS (K_CHUNKS * CHUNK)    // elements of a key that a lane holds
 #define V_DIMS (V_CHUNKS * CHUNK)
 #define QUERY_DIMS (K_LANES * K_DIMS)  // of a query in threadgroup memory, padded to what the lanes hold
@@ -85,21 +87,58 @@ struct LaneSum<1, LANES> {
     }
 };
 
+// Tiles have 2^tile_bits keys: step s of a group of LANES lanes is one of `steps_of(LANES, tile_bits)`.
+inline int tile_bits_of(constant Params& params) { return int(params.tile_bits); }
+inline int steps_of(int lanes, int tile_bits) { return lanes >> (5 - tile_bits); }
+
+// Whether there are steps behind the STEPS from `step` on. Where that can be so once at most, compilers are told.
+template <int LANES, int STEPS>
+inline bool has_more_steps(int step, int steps) {
+    return (LANES > 2 * STEPS || step < LANES - STEPS) && step < steps - STEPS;
+}
+
+// The key of a tile that a lane owns, as its place in the tile; -1 if none.
+inline int owned_key(int lane, int tile_bits) {
+    const int steps = steps_of(K_LANES, tile_bits), column = lane & (K_LANES - 1);
+    return column < steps ? lane / K_LANES * steps + column : -1;
+}
+
+// The lane that owns key `key` of a tile, and that of step `step` of this lane's group of LANES lanes.
+inline ushort owner_of(int key, int tile_bits) {
+    const int steps = steps_of(K_LANES, tile_bits);
+    return ushort(key / steps * K_LANES + key % steps);
+}
+
+template <int LANES>
+inline ushort owner_of_step(int step, int lane, int tile_bits) {
+    if (LANES == K_LANES) return ushort((lane & ~(LANES - 1)) + step);
+    return owner_of(lane / LANES * steps_of(LANES, tile_bits) + step, tile_bits);
+}
+
 struct Tile {
     int first_key;
-    int page;  // of the key that this lane owns
+    int key;   // that this lane owns, -1 if none
+    int page;  // of that key
 };
 
-// The tile at `first_key`, whose pages were looked up; the lanes without one take that of their run.
-inline Tile tile_of(int first_key, int looked_up, int lane) {
+// The tile at `first_key`, whose pages were looked up; lanes that looked up none take that of the first key of their run.
+inline Tile tile_of(int first_key, int looked_up, int tile_bits, int lane) {
+    const int owned = owned_key(lane, tile_bits), steps = steps_of(K_LANES, tile_bits);
+    const int first_of_run = (owned < 0 ? lane / K_LANES * steps : owned) & ~(PAGE_RUN - 1);
     Tile tile;
     tile.first_key = first_key;
-    tile.page = PAGE_RUN == 1 ? looked_up : simd_shuffle(looked_up, ushort(lane & ~(PAGE_RUN - 1)));
+    tile.key = owned < 0 ? -1 : first_key + owned;
+    tile.page = PAGE_RUN == 1 ? looked_up : simd_shuffle(looked_up, owner_of(first_of_run, tile_bits));
     return tile;
 }
 
-inline int looked_up_page(thread const HeadCache& cache, int tile, int lane, KVRange range) {
-    return lane % PAGE_RUN == 0 ? page_of(cache.pages, clamp(tile * TILE_KEYS + lane, range.begin, range.end - 1), cache.num_pages) : 0;
+// The pages of a tile's keys: one key a lane, and of those that lie in one page for sure the first.
+inline int looked_up_page(
+    device const int* pages, int num_pages, int tile, int simdgroups, KVRange range, int tile_bits, int lane
+) {
+    const int owned = owned_key(lane, tile_bits);
+    if (owned < 0 || owned % PAGE_RUN != 0) return 0;
+    return page_of(pages, clamp((tile << tile_bits) + owned, range.begin, range.end - 1), num_pages);
 }
 
 // What a lane loads of the keys, or values, of STEPS steps.
@@ -111,17 +150,17 @@ struct Loaded {
 template <bool CHECKED, int LANES, int RUN, int DIMS, typename E, int STEPS, int CHUNKS>
 inline void load_steps_of(
     thread Loaded<E, STEPS, CHUNKS>& loaded, int first_step, device const E* elements, thread const Tile& tile, KVRange range,
-    long page_stride, int token_stride, int lane
+    long page_stride, int token_stride, int tile_bits, int lane
 ) {
-    const int group_lane = lane & ~(LANES - 1);  // the first lane of this lane's group, which owns the key of step 0
-    const int column = (lane - group_lane) * CHUNK;
+    const int first_key = tile.first_key + lane / LANES * steps_of(LANES, tile_bits);  // of this lane's group
+    const int column = lane % LANES * CHUNK;
     device const E* row = elements;
     UNROLL
     for (int i = 0; i < STEPS; i++) {
         const int step = first_step + i;
-        const int key = tile.first_key + group_lane + step;
+        const int key = first_key + step;
         if (i % RUN == 0) {
-            const int page = RUN == LANES ? tile.page : simd_shuffle(tile.page, ushort(group_lane + step));
+            const int page = RUN == LANES ? tile.page : simd_shuffle(tile.page, owner_of_step<LANES>(step, lane, tile_bits));
             row = token_at(elements, page, key, page_stride, token_stride);
         } else {
             row += token_stride;
@@ -140,12 +179,12 @@ inline void load_steps_of(
 template <int LANES, int RUN, int DIMS, typename E, int STEPS, int CHUNKS>
 inline void load_steps(
     thread Loaded<E, STEPS, CHUNKS>& loaded, int first_step, device const E* elements, thread const Tile& tile, KVRange range,
-    long page_stride, int token_stride, int lane
+    long page_stride, int token_stride, int tile_bits, int lane
 ) {
-    if (tile.first_key >= range.begin && tile.first_key + TILE_KEYS <= range.end) {
-        load_steps_of<false, LANES, RUN, DIMS>(loaded, first_step, elements, tile, range, page_stride, token_stride, lane);
+    if (tile.first_key >= range.begin && tile.first_key + (1 << tile_bits) <= range.end) {
+        load_steps_of<false, LANES, RUN, DIMS>(loaded, first_step, elements, tile, range, page_stride, token_stride, tile_bits, lane);
     } else {
-        load_steps_of<true, LANES, RUN, DIMS>(loaded, first_step, elements, tile, range, page_stride, token_stride, lane);
+        load_steps_of<true, LANES, RUN, DIMS>(loaded, first_step, elements, tile, range, page_stride, token_stride, tile_bits, lane);
     }
 }
 
@@ -153,15 +192,21 @@ typedef Loaded<K_T, K_STEPS, K_CHUNKS> LoadedKeys;
 typedef Loaded<V_T, V_STEPS, V_CHUNKS> LoadedValues;
 
 inline void load_keys(
-    thread LoadedKeys& keys, int step, thread const HeadCache& cache, thread const Tile& tile, KVRange range, int lane
+    thread LoadedKeys& keys, int step, thread const HeadCache& cache, thread const Tile& tile, KVRange range,
+    int tile_bits, int lane
 ) {
-    load_steps<K_LANES, K_RUN, HEAD_DIM>(keys, step, cache.k, tile, range, cache.k_page_stride, cache.k_token_stride, lane);
+    load_steps<K_LANES, K_RUN, HEAD_DIM>(
+        keys, step, cache.k, tile, range, cache.k_page_stride, cache.k_token_stride, tile_bits, lane
+    );
 }
 
 inline void load_values(
-    thread LoadedValues& values, int step, thread const HeadCache& cache, thread const Tile& tile, KVRange range, int lane
+    thread LoadedValues& values, int step, thread const HeadCache& cache, thread const Tile& tile, KVRange range,
+    int tile_bits, int lane
 ) {
-    load_steps<V_LANES, V_RUN, V_HEAD_DIM>(values, step, cache.v, tile, range, cache.v_page_stride, cache.v_token_stride, lane);
+    load_steps<V_LANES, V_RUN, V_HEAD_DIM>(
+        values, step, cache.v, tile, range, cache.v_page_stride, cache.v_token_stride, tile_bits, lane
+    );
 }
 
 // The scores of the keys of K_STEPS steps, from `step` on, to the lanes that own them. `queries` are this lane's.
@@ -176,7 +221,7 @@ inline void multiply_keys(
             unpack<K_T, CHUNK>(loaded.chunks[block * K_CHUNKS + i], &keys[i / K_CHUNKS][i % K_CHUNKS * CHUNK]);
         }
         if (ROWS > 1) simdgroup_barrier(mem_flags::mem_threadgroup);  // queries are read anew, not kept in registers
-        const bool owned = ((lane ^ (step + block)) & (K_LANES - KEY_BLOCK)) == 0;
+        const bool owned = ((lane ^ (step + block)) & (K_LANES - KEY_BLOCK)) == 0;  // or the lane owns no key
         UNROLL
         for (int r = 0; r < ROWS; r++) {
             float dots[KEY_BLOCK];
@@ -201,14 +246,14 @@ inline void multiply_keys(
 
 // The values of V_STEPS steps, from `step` on, times the weights of the lanes that own their keys.
 inline void multiply_values(
-    thread Accumulator& rows, thread const float* weights, thread const LoadedValues& loaded, int step, int lane
+    thread Accumulator& rows, thread const float* weights, thread const LoadedValues& loaded, int step, int tile_bits, int lane
 ) {
     UNROLL
     for (int i = 0; i < V_STEPS; i++) {
         float values[V_DIMS];
         UNROLL
         for (int c = 0; c < V_CHUNKS; c++) unpack<V_T, CHUNK>(loaded.chunks[i * V_CHUNKS + c], &values[c * CHUNK]);
-        const ushort owner = ushort((lane & ~(V_LANES - 1)) + step + i);
+        const ushort owner = owner_of_step<V_LANES>(step + i, lane, tile_bits);
         UNROLL
         for (int r = 0; r < ROWS; r++) {
             const float weight = simd_shuffle(weights[r], owner);
@@ -218,52 +263,68 @@ inline void multiply_values(
     }
 }
 
-// The tiles of a simdgroup: `t`, t + SIMDGROUPS, ... before `tiles_end`. `range` are the keys that any
-// row sees, `looked_up` the pages of the first tile.
+// The first tile of a simdgroup, with the first of its keys.
+struct Start {
+    Tile tile;
+    LoadedKeys keys;
+};
+
+inline void load_first(
+    thread Start& start, thread const HeadCache& cache, int t, int tiles_end, KVRange range, int looked_up, int tile_bits, int lane
+) {
+    start.tile = tile_of(t << tile_bits, looked_up, tile_bits, lane);
+    if (t < tiles_end) load_keys(start.keys, 0, cache, start.tile, range, tile_bits, lane);
+}
+
+// The tiles of a simdgroup: `t`, t + simdgroups, ... before `tiles_end`. `range` are the keys that any row sees.
 inline void attend(
     thread Accumulator& rows, threadgroup const QueryElement* queries, threadgroup const ScoreRow* score_rows,
-    thread const HeadCache& cache, int t, int tiles_end, KVRange range, int looked_up,
+    thread const HeadCache& cache, thread Start& start, int t, int tiles_end, int simdgroups, KVRange range, int tile_bits,
     constant ScoreParams& score_params, int lane
 ) {
-    if (t >= tiles_end) return;
     threadgroup const float* my_queries = queries + (lane & (K_LANES - 1)) * SLICE;
-    Tile tile = tile_of(t * TILE_KEYS, looked_up, lane);
-    LoadedKeys loaded_keys;
-    load_keys(loaded_keys, 0, cache, tile, range, lane);
+    const int k_steps = steps_of(K_LANES, tile_bits), v_steps = steps_of(V_LANES, tile_bits);
+    Tile tile = start.tile;
+    LoadedKeys loaded_keys = start.keys;
+    int looked_up = 0;
 
-    for (; t < tiles_end; t += SIMDGROUPS) {
-        const bool last = t + SIMDGROUPS >= tiles_end;
-        if (!last) looked_up = looked_up_page(cache, t + SIMDGROUPS, lane, range);  // while this tile is worked on
+    for (; t < tiles_end; t += simdgroups) {
+        const bool last = t + simdgroups >= tiles_end;
+        if (!last) {  // while this tile is worked on
+            looked_up = looked_up_page(cache.pages, cache.num_pages, t + simdgroups, simdgroups, range, tile_bits, lane);
+        }
+
+        // The scales of this lane's key, loaded before they are needed.
+        const bool present = contains(range, tile.key);
+        float k_scale = 1.0f, v_scale = 1.0f;
+#if K_QUANTIZED
+        k_scale = present ? *cache.k_scales.at(tile.page, tile.key) : 0.0f;
+#endif
+#if V_QUANTIZED
+        v_scale = present ? *cache.v_scales.at(tile.page, tile.key) : 0.0f;
+#endif
 
         // Q K^T
         float scores[ROWS];
         UNROLL
         for (int r = 0; r < ROWS; r++) scores[r] = 0.0f;
+        int step = 0;
         ROLLED
-        for (int step = 0; step < K_LANES - K_STEPS; step += K_STEPS) {
+        for (; has_more_steps<K_LANES, K_STEPS>(step, k_steps); step += K_STEPS) {
             LoadedKeys next_keys;
-            load_keys(next_keys, step + K_STEPS, cache, tile, range, lane);
+            load_keys(next_keys, step + K_STEPS, cache, tile, range, tile_bits, lane);
             multiply_keys(scores, my_queries, loaded_keys, step, lane);
             loaded_keys = next_keys;
         }
         LoadedValues loaded_values;
-        load_values(loaded_values, 0, cache, tile, range, lane);
-        multiply_keys(scores, my_queries, loaded_keys, K_LANES - K_STEPS, lane);
+        load_values(loaded_values, 0, cache, tile, range, tile_bits, lane);
+        multiply_keys(scores, my_queries, loaded_keys, step, lane);
 
         // Online softmax: once a tile, one key a lane.
-        const int key = tile.first_key + lane;
-        const bool present = contains(range, key);
-        float k_scale = 1.0f, v_scale = 1.0f;
-#if K_QUANTIZED
-        k_scale = present ? *cache.k_scales.at(tile.page, key) : 0.0f;
-#endif
-#if V_QUANTIZED
-        v_scale = present ? *cache.v_scales.at(tile.page, key) : 0.0f;
-#endif
         float weights[ROWS];
         UNROLL
         for (int r = 0; r < ROWS; r++) {
-            const float score = masked_score(scores[r] * k_scale, key, score_rows[r], score_params);
+            const float score = masked_score(scores[r] * k_scale, tile.key, score_rows[r], score_params);
             const float maximum = max(rows.maximum[r], simd_max(score));
             const float alpha = fast::exp2(rows.maximum[r] - maximum);
             const float weight = weight_of(score, maximum);
@@ -275,16 +336,17 @@ inline void attend(
         }
 
         // P V
-        const Tile next_tile = tile_of(last ? UNBOUNDED : tile.first_key + SIMDGROUPS * TILE_KEYS, looked_up, lane);
+        const Tile next_tile = tile_of(last ? UNBOUNDED : (t + simdgroups) << tile_bits, looked_up, tile_bits, lane);
+        step = 0;
         ROLLED
-        for (int step = 0; step < V_LANES - V_STEPS; step += V_STEPS) {
+        for (; has_more_steps<V_LANES, V_STEPS>(step, v_steps); step += V_STEPS) {
             LoadedValues next_values;
-            load_values(next_values, step + V_STEPS, cache, tile, range, lane);
-            multiply_values(rows, weights, loaded_values, step, lane);
+            load_values(next_values, step + V_STEPS, cache, tile, range, tile_bits, lane);
+            multiply_values(rows, weights, loaded_values, step, tile_bits, lane);
             loaded_values = next_values;
         }
-        load_keys(loaded_keys, 0, cache, next_tile, range, lane);
-        multiply_values(rows, weights, loaded_values, V_LANES - V_STEPS, lane);
+        load_keys(loaded_keys, 0, cache, next_tile, range, tile_bits, lane);
+        multiply_values(rows, weights, loaded_values, step, tile_bits, lane);
         tile = next_tile;
     }
 }
@@ -306,19 +368,21 @@ inline void share_sums(thread Accumulator& rows, threadgroup float* row_maximum,
     }
 }
 
-// This simdgroup's output of the rows from `block` on, REDUCE_ROWS of them, times `factors`, to threadgroup memory.
+// This simdgroup's output of `count` rows from `block` on, as if its maxima were the largest of all, to threadgroup memory.
 inline void share_output(
-    thread const Accumulator& rows, threadgroup float* shared, int block, threadgroup const float* factors, int lane
+    thread const Accumulator& rows, threadgroup float* shared, int block, int count, threadgroup const float* row_maximum,
+    int simdgroup, int simdgroups, int lane
 ) {
     UNROLL
     for (int r = 0; r < ROWS; r++) {
-        if (r < block || r >= block + REDUCE_ROWS || lane >= V_LANES) continue;
+        if (r < block || r >= block + count || lane >= V_LANES) continue;
+        const float factor = exp2(rows.maximum[r] - largest_of(row_maximum + r, ROWS, simdgroups));
         UNROLL
         for (int c = 0; c < V_CHUNKS; c++) {
             const int column = (c * V_LANES + lane) * CHUNK;
             UNROLL
             for (int e = 0; e < CHUNK; e++) {
-                if (column + e < V_HEAD_DIM) shared[(r - block) * V_HEAD_DIM + column + e] = rows.output[r][c * CHUNK + e] * factors[r];
+                if (column + e < V_HEAD_DIM) shared[(r - block) * V_HEAD_DIM + column + e] = rows.output[r][c * CHUNK + e] * factor;
             }
         }
     }

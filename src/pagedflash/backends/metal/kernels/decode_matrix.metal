@@ -69,11 +69,16 @@ struct Tile {
 
 inline int key_offset(int i, int lane) { return i / 2 * 8 + matrix_column(lane) + i % 2; }
 
+// Tiles have 2^tile_bits keys, always as many.
+inline int tile_bits_of(constant Params& params) { return KEY_BLOCKS == 4 ? 5 : KEY_BLOCKS == 2 ? 4 : 3; }
+
 // The pages of this simdgroup's next LOOKUP_TILES tiles from `tile` on: one key a lane, and of those that lie in one page for
 // sure the first.
-inline int looked_up_page(thread const HeadCache& cache, int tile, int lane, KVRange range) {
-    const int key = (tile + lane / TILE_KEYS * SIMDGROUPS) * TILE_KEYS + lane % TILE_KEYS;
-    return lane % PAGE_RUN == 0 ? page_of(cache.pages, clamp(key, range.begin, range.end - 1), cache.num_pages) : 0;
+inline int looked_up_page(
+    device const int* pages, int num_pages, int tile, int simdgroups, KVRange range, int tile_bits, int lane
+) {
+    const int key = (tile + lane / TILE_KEYS * simdgroups) * TILE_KEYS + lane % TILE_KEYS;
+    return lane % PAGE_RUN == 0 ? page_of(pages, clamp(key, range.begin, range.end - 1), num_pages) : 0;
 }
 
 // What a lane loads of its keys together: CHUNKS whole loads of each, and one of TAIL elements behind them.
@@ -119,15 +124,20 @@ inline void load_rows(
     }
 }
 
-// The scales of this lane's keys of a tile, 0 for those outside the range: loaded by the lanes of slot 0.
+// The scales of this lane's keys of a tile, 0 for those outside the range: loaded by the lanes of slot 0, before they are needed,
 inline void load_scales(thread float2* scales, thread const Scales& of_head, thread const Tile& tile, int lane) {
     UNROLL
     for (int i = 0; i < LANE_KEYS; i++) {
         const int key = tile.first_key + key_offset(i, lane);
         const bool loads = matrix_row(lane) == 0 && (tile.inside || contains(tile.range, key));
-        const float scale = loads ? *of_head.at(tile.page[i], key) : 0.0f;
-        scales[i / 2][i % 2] = simd_shuffle(scale, lane_at(0, matrix_column(lane)));
+        scales[i / 2][i % 2] = loads ? *of_head.at(tile.page[i], key) : 0.0f;
     }
+}
+
+// and passed to the others.
+inline void share_scales(thread float2* scales, int lane) {
+    UNROLL
+    for (int i = 0; i < LANE_KEYS; i++) scales[i / 2][i % 2] = simd_shuffle(scales[i / 2][i % 2], lane_at(0, matrix_column(lane)));
 }
 
 // S += Q K^T for the dims that are loaded. `queries` are this lane's elements of Q, one matrix 32 behind the other.
@@ -176,25 +186,33 @@ inline void multiply_values(
     }
 }
 
-// The tiles of a simdgroup: `t`, t + SIMDGROUPS, ... before `tiles_end`. `range` are the keys that any
-// row sees, `looked_up` the pages of the first tiles.
+// The first tiles of a simdgroup: their pages.
+struct Start {
+    int looked_up;
+};
+
+inline void load_first(
+    thread Start& start, thread const HeadCache& cache, int t, int tiles_end, KVRange range, int looked_up, int tile_bits, int lane
+) {
+    start.looked_up = looked_up;
+}
+
+// The tiles of a simdgroup: `t`, t + simdgroups, ... before `tiles_end`. `range` are the keys that any row sees.
 inline void attend(
     thread Accumulator& rows, threadgroup const QueryElement* queries, threadgroup const ScoreRow* score_rows,
-    thread const HeadCache& cache, int t, int tiles_end, KVRange range, int looked_up,
+    thread const HeadCache& cache, thread Start& start, int t, int tiles_end, int simdgroups, KVRange range, int tile_bits,
     constant ScoreParams& score_params, int lane
 ) {
     threadgroup const Pair* my_queries = reinterpret_cast<threadgroup const Pair*>(queries) + lane;
-    ScoreRow my_score_rows[ROW_BLOCKS];
-    UNROLL
-    for (int r = 0; r < ROW_BLOCKS; r++) my_score_rows[r] = score_rows[r * 8 + matrix_row(lane)];
-
-    int page = 0, lookups = 0;  // tiles whose pages are looked up
-    for (; t < tiles_end; t += SIMDGROUPS) {
+    int looked_up = start.looked_up, page = 0, lookups = 0;  // tiles whose pages are looked up
+    for (; t < tiles_end; t += simdgroups) {
         if (lookups == 0) {
             page = looked_up;
             lookups = LOOKUP_TILES;
-            const int next = t + LOOKUP_TILES * SIMDGROUPS;  // looked up while these tiles are worked on
-            if (next < tiles_end) looked_up = looked_up_page(cache, next, lane, range);
+            const int next = t + LOOKUP_TILES * simdgroups;  // looked up while these tiles are worked on
+            if (next < tiles_end) {
+                looked_up = looked_up_page(cache.pages, cache.num_pages, next, simdgroups, range, tile_bits, lane);
+            }
         }
         const int first_lane = (LOOKUP_TILES - lookups--) * TILE_KEYS;
         Tile tile;
@@ -206,6 +224,14 @@ inline void attend(
             const int owner = first_lane + (key_offset(i, lane) & ~(PAGE_RUN - 1));
             tile.page[i] = i % 2 == 0 || PAGE_RUN == 1 ? simd_shuffle(page, ushort(owner)) : tile.page[i - 1];
         }
+
+        float2 scales_of_keys[KEY_BLOCKS], scales_of_values[KEY_BLOCKS];
+#if K_QUANTIZED
+        load_scales(scales_of_keys, cache.k_scales, tile, lane);
+#endif
+#if V_QUANTIZED
+        load_scales(scales_of_values, cache.v_scales, tile, lane);
+#endif
 
         // S = Q K^T
         float2 scores[ROW_BLOCKS * KEY_BLOCKS];
@@ -226,16 +252,14 @@ inline void attend(
         }
 
 #if K_QUANTIZED  // q . k of elements is exact, that of scaled ones would be rounded
-        float2 scales_of_keys[KEY_BLOCKS];
-        load_scales(scales_of_keys, cache.k_scales, tile, lane);
+        share_scales(scales_of_keys, lane);
         UNROLL
         for (int i = 0; i < ROW_BLOCKS * KEY_BLOCKS; i++) scores[i] *= scales_of_keys[i % KEY_BLOCKS];
 #endif
 
         // The first values are loaded while the softmax is computed.
-        float2 scales_of_values[KEY_BLOCKS];
 #if V_QUANTIZED
-        load_scales(scales_of_values, cache.v_scales, tile, lane);
+        share_scales(scales_of_values, lane);
 #endif
         Loaded<V_T, V_FIRST, V_FIRST_TAIL> first_values;
         load_rows<V_HEAD_DIM>(first_values, cache.v, 0, tile, cache.v_page_stride, cache.v_token_stride, lane);
@@ -244,11 +268,12 @@ inline void attend(
         Pair weights[ROW_BLOCKS * KEY_BLOCKS];
         UNROLL
         for (int r = 0; r < ROW_BLOCKS; r++) {
+            const ScoreRow score_row = score_rows[r * 8 + matrix_row(lane)];  // read anew, as the queries
             float new_maximum = rows.maximum[r];
             UNROLL
             for (int i = 0; i < LANE_KEYS; i++) {
                 thread float2& pair = scores[r * KEY_BLOCKS + i / 2];
-                pair[i % 2] = masked_score(pair[i % 2], tile.first_key + key_offset(i, lane), my_score_rows[r], score_params);
+                pair[i % 2] = masked_score(pair[i % 2], tile.first_key + key_offset(i, lane), score_row, score_params);
                 new_maximum = max(new_maximum, pair[i % 2]);
             }
             new_maximum = row_max(new_maximum);
@@ -296,20 +321,22 @@ inline void share_sums(thread Accumulator& rows, threadgroup float* row_maximum,
     }
 }
 
-// This simdgroup's output of the rows from `block` on, REDUCE_ROWS of them, times `factors`, to threadgroup memory.
+// This simdgroup's output of `count` rows from `block` on, as if its maxima were the largest of all, to threadgroup memory.
 inline void share_output(
-    thread const Accumulator& rows, threadgroup float* shared, int block, threadgroup const float* factors, int lane
+    thread const Accumulator& rows, threadgroup float* shared, int block, int count, threadgroup const float* row_maximum,
+    int simdgroup, int simdgroups, int lane
 ) {
     UNROLL
     for (int r = 0; r < ROW_BLOCKS; r++) {
         UNROLL
         for (int e = 0; e < 2; e++) {
             const int row = r * 8 + matrix_column(lane) + e;
-            if (row < block || row >= block + REDUCE_ROWS) continue;
+            if (row < block || row >= block + count) continue;
+            const float factor = exp2(row_maximum[simdgroup * ROWS + row] - largest_of(row_maximum + row, ROWS, simdgroups));
             UNROLL
             for (int i = 0; i < V_MATRICES; i++) {
                 const int d = DimOrder<CHUNK, V_CHUNKS, V_TAIL>::dim_at(i, matrix_row(lane));
-                if (d < V_HEAD_DIM) shared[(row - block) * V_HEAD_DIM + d] = rows.output[r * V_MATRICES + i][e] * factors[row];
+                if (d < V_HEAD_DIM) shared[(row - block) * V_HEAD_DIM + d] = rows.output[r * V_MATRICES + i][e] * factor;
             }
         }
     }

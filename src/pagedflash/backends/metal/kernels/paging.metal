@@ -70,7 +70,7 @@ struct HeadCache {
 };
 
 inline HeadCache head_cache(
-    device K_T* k, device V_T* v, device float* k_descale, device float* v_descale, device const int* block_table,
+    device K_T* k, device V_T* v, device float* k_descale, device float* v_descale, device const int* pages_of_sequence,
     constant Params& params, int b, long row, int head
 ) {
     HeadCache cache;
@@ -78,7 +78,7 @@ inline HeadCache head_cache(
     cache.v = v + row * params.v_batch_stride + head * params.v_head_stride;
     cache.k_scales = k_scales_of(k_descale, params, b, row, head);
     cache.v_scales = v_scales_of(v_descale, params, b, row, head);
-    cache.pages = block_table + long(b) * params.max_pages;
+    cache.pages = pages_of_sequence;
     cache.num_pages = int(params.num_pages);
     cache.k_page_stride = params.k_page_stride;
     cache.v_page_stride = params.v_page_stride;

@@ -10,14 +10,15 @@
 //   simdgroup 2, 3   ...                                                                     rows 16 .. 31
 //
 // Where Q and the output are too wide for the registers, DIM_SPLIT simdgroups share 8 rows. Each has its part of the dims of Q
-// and of the output; they add up their scores through threadgroup memory.
+// and of the output; they add up their scores through threadgroup memory. Where K and V together are too wide for that memory,
+// they take turns in it (SHARES_TILE).
 //
 // Tiles of keys that no row of the threadgroup sees are never visited.
 //
 // A mixed batch has many sequences that are decode's. The row tiles of the others are then numbered, one sequence after another.
 //
-// Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP, PAGE_SIZE, PAGED, KEY_TILE, SIMDGROUPS, DIM_SPLIT; CHUNK (elements of 16
-// bytes), K_CHUNKS (reads of a key by one lane), K_TAIL (as in decode), V_MATRICES (along the dims of one part).
+// Defined by the launcher: HEAD_DIM, V_HEAD_DIM, GROUP, PAGE_SIZE, PAGED, KEY_TILE, SIMDGROUPS, DIM_SPLIT, SHARES_TILE; CHUNK (elements
+// of 16 bytes), K_CHUNKS (reads of a key by one lane), K_TAIL (as in decode), V_MATRICES (along the dims of one part).
 
 #define QUERY_TILE (SIMDGROUPS / DIM_SPLIT * 8)
 #define K_MATRICES (K_CHUNKS * CHUNK + K_TAIL)             // along the dims of one part
@@ -94,8 +95,13 @@ kernel void prefill(
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]]
 ) {
+#if SHARES_TILE
+    threadgroup Packed<CHUNK> k_tile[KEY_TILE * MAX_OF(K_ROW, V_ROW)];
+    threadgroup Packed<CHUNK>* v_tile = k_tile;
+#else
     threadgroup Packed<CHUNK> k_tile[KEY_TILE * K_ROW];
     threadgroup Packed<CHUNK> v_tile[KEY_TILE * V_ROW];
+#endif
 #if DIM_SPLIT > 1
     threadgroup float2 score_parts[SIMDGROUPS * KEY_TILE / 8 * 32];
 #endif
@@ -119,12 +125,13 @@ kernel void prefill(
     if (b == int(params.batch_size)) {
         if (first_row > 0) return;
         for (int row = max(cu_seqlens_q[b], 0); row < int(params.num_tokens_q); row++) {
-            for (int g = 0; g < GROUP; g++) write_empty_row(out, lse, params, row, first_head + g, thread_index);
+            for (int g = 0; g < GROUP; g++) write_empty_row(out, lse, params, row, first_head + g, thread_index, THREADS);
         }
         return;
     }
-    const Sequence s = sequence_at(
-        b, params, score_params, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_batch_idx, cache_leftpad, lane
+    Sequence s = sequence_at(b, params, cu_seqlens_q, seqused_q);
+    find_keys(
+        s, b, params, score_params, cu_seqlens_k, load_length(b, params, seqused_k, lane), cache_batch_idx, cache_leftpad
     );
     if (first_row >= s.rows * GROUP) return;
 
@@ -191,9 +198,11 @@ kernel void prefill(
         load_tile<K_ROW, HEAD_DIM>(
             k_tile, k_pages, k_scales, false, page, first_key, range, k_page_stride, k_token_stride, thread_index
         );
+#if !SHARES_TILE
         load_tile<V_ROW, V_HEAD_DIM>(
             v_tile, v_pages, v_scales, V_QUANTIZED, page, first_key, range, v_page_stride, v_token_stride, thread_index
         );
+#endif
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
         // S = Q K^T
@@ -249,6 +258,14 @@ kernel void prefill(
             sum += weight.x + weight.y;
             weights[j] = Pair(T(weight.x), T(weight.y));
         }
+
+#if SHARES_TILE
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        load_tile<V_ROW, V_HEAD_DIM>(
+            v_tile, v_pages, v_scales, V_QUANTIZED, page, first_key, range, v_page_stride, v_token_stride, thread_index
+        );
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+#endif
 
         // O = O alpha + P V
         UNROLL

@@ -34,23 +34,31 @@ inline Rows rows_of(int b, constant Params& params, device const int* cu_seqlens
     return {first, clamp(cu_seqlens_q[b + 1], first, num_tokens) - first};
 }
 
-inline Sequence sequence_at(
-    int b,
-    constant Params& params,
-    constant ScoreParams& score_params,
-    device const int* cu_seqlens_q,
-    device const int* cu_seqlens_k,
-    device const int* seqused_q,
-    device const int* seqused_k,
-    device const int* cache_batch_idx,
-    device const int* cache_leftpad,
-    int lane
-) {
+// The queries of a sequence; its keys are for find_keys.
+inline Sequence sequence_at(int b, constant Params& params, device const int* cu_seqlens_q, device const int* seqused_q) {
     Sequence s;
     const Rows rows = rows_of(b, params, cu_seqlens_q);
     s.first_row = rows.first;
     s.rows = rows.count;
     s.seqlen_q = params.has_seqused_q ? clamp(seqused_q[b], 0, s.rows) : s.rows;
+    return s;
+}
+
+// The length of a sequence's keys where there is one, for find_keys: loaded by one lane, not by all.
+inline int load_length(int b, constant Params& params, device const int* seqused_k, int lane) {
+    return params.has_seqused_k && lane == 0 ? seqused_k[b] : 0;
+}
+
+inline void find_keys(
+    thread Sequence& s,
+    int b,
+    constant Params& params,
+    constant ScoreParams& score_params,
+    device const int* cu_seqlens_k,
+    int loaded_length,
+    device const int* cache_batch_idx,
+    device const int* cache_leftpad
+) {
     s.leftpad = params.has_cache_leftpad ? max(cache_leftpad[b], 0) : 0;
     s.window_left = window_width(score_params.window_left);
     s.window_right = window_width(score_params.window_right);
@@ -69,7 +77,7 @@ inline Sequence sequence_at(
     }
 #endif
     if (params.has_seqused_k) {
-        cached = simd_shuffle(lane == 0 ? seqused_k[b] : 0, ushort(0));  // loaded once, not by every lane
+        cached = simd_shuffle(loaded_length, ushort(0));
     } else if (params.has_cu_seqlens_k) {
         cached = max(cu_seqlens_k[b + 1], 0) - max(cu_seqlens_k[b], 0);
     }
@@ -77,8 +85,6 @@ inline Sequence sequence_at(
     s.append_begin = skipped ? 0 : min(cached, capacity);
     const int num_new_tokens = params.has_cu_seqlens_new ? s.rows : int(params.num_new_tokens);
     s.seqlen_k = skipped ? 0 : min(s.append_begin + num_new_tokens, capacity);
-
-    return s;
 }
 
 // Whether a sequence of so many queries is decode's: all are, unless the batch is mixed.

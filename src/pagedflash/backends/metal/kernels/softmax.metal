@@ -1,6 +1,6 @@
 // The online softmax: from scores to weights, and from their maximum and sum to the output and its LSE.
 //
-// Defined by the launcher: V_HEAD_DIM, SIMDGROUPS.
+// Defined by the launcher: V_HEAD_DIM, SIMDGROUPS (of a threadgroup, at most).
 
 #define THREADS (SIMDGROUPS * 32)
 
@@ -9,6 +9,14 @@ constant constexpr float MASKED = 2.0f * LOWEST;  // the score of a key that its
 
 inline float weight_of(float score, float maximum) {
     return score > LOWEST ? fast::exp2(score - maximum) : 0.0f;
+}
+
+// The largest maximum of a row: that of each simdgroup, `stride` apart.
+inline float largest_of(threadgroup const float* maxima, int stride, int simdgroups) {
+    float largest = LOWEST;
+    UNROLL
+    for (int i = 0; i < SIMDGROUPS; i++) largest = i < simdgroups ? max(largest, maxima[i * stride]) : largest;
+    return largest;
 }
 
 // What a row's accumulator is multiplied by, and its LSE, from the maximum and sum over all its keys.
@@ -40,9 +48,11 @@ inline long lse_index(constant Params& params, int row, int head) {
     return (long(b) * params.num_heads + head) * params.num_tokens_q + (row - b * int(params.num_tokens_q));
 }
 
-// The output of a row that is no query, written by all threads of a threadgroup.
-inline void write_empty_row(device T* out, device float* lse, constant Params& params, int row, int head, int thread_index) {
+// The output of a row that is no query, written by all `threads` of a threadgroup.
+inline void write_empty_row(
+    device T* out, device float* lse, constant Params& params, int row, int head, int thread_index, int threads
+) {
     const long out_row = long(row) * params.num_heads + head;
-    for (int d = thread_index; d < V_HEAD_DIM; d += THREADS) out[out_row * V_HEAD_DIM + d] = T(0.0f);
+    for (int d = thread_index; d < V_HEAD_DIM; d += threads) out[out_row * V_HEAD_DIM + d] = T(0.0f);
     if (thread_index == 0) lse[lse_index(params, row, head)] = INFINITE;
 }
