@@ -136,8 +136,9 @@ kernel void backward(
     const int part = simdgroup % DIM_SPLIT, key_group = simdgroup / DIM_SPLIT;
     const int split = int(group.x), num_splits = int(params.num_splits), b = int(group.z);
     const int kv_head = int(group.y) / PARTS, first_head = int(group.y) * HEADS, num_heads = int(params.num_heads);
-    const Sequence s = sequence_at(
-        b, params, score_params, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_batch_idx, cache_leftpad, lane
+    Sequence s = sequence_at(b, params, cu_seqlens_q, seqused_q);
+    find_keys(
+        s, b, params, score_params, cu_seqlens_k, load_length(b, params, seqused_k, lane), cache_batch_idx, cache_leftpad
     );
 
     const int shift = position_of(s, 0);
