@@ -22,10 +22,10 @@ void combine_rows(const Plan& plan, Range rows) {
 
     SoftmaxState state;
     for (int64_t split = 0; split < reduction.splits; split++)
-      if (!(lse[split * step] <= state.max)) state.max = lse[split * step];
+      if (!(lse[split * step] <= state.base)) state.base = lse[split * step];
     // Accumulates in the partial of split 0: nobody else reads it.
-    for (int64_t split = 0; split < reduction.splits && state.max != -INFINITY; split++) {
-      const float weight = exp2f(lse[split * step] - state.max);
+    for (int64_t split = 0; split < reduction.splits && state.base != -INFINITY; split++) {
+      const float weight = exp2f(lse[split * step] - state.base);
       state.sum += weight;
       if (split == 0) {
         store_scaled(out, out, size, weight);

@@ -12,7 +12,7 @@ struct TileGemm {
   static constexpr int64_t ROWS = 2 * TILE, STEP = 2 * TILE;
   static constexpr int64_t TILE_KEYS = 256;
   static constexpr int64_t PADDING = TILE;
-  static constexpr int64_t PASS_ROWS = ROWS;  // so few that their scores stay in the first-level cache
+  static constexpr int64_t PASS_ROWS = 2 * ROWS;  // two blocks share a panel in the first-level cache; their scores stay near
   static_assert(PANEL == 2 * TILE && LANES == TILE);
 
   // The shapes of a thread's tiles.
@@ -36,10 +36,13 @@ struct TileGemm {
                                                int64_t c_stride, const float* alpha) {
     float* const c_low = c + TILE * c_stride;
     if (alpha) {
-      for (int64_t r = 0; r < ROWS; r++) {
-        if (alpha[r] == 1.0f) continue;
-        for (int64_t i = 0; i < PANEL; i += LANES)
-          store(c + r * c_stride + i, mul(splat(alpha[r]), load(c + r * c_stride + i)));
+      for (int64_t first = 0; first < ROWS; first += LANES) {
+        const uint32_t rescaled = _mm512_cmp_ps_mask(load(alpha + first), splat(1.0f), _CMP_NEQ_UQ);
+        for (uint32_t left = rescaled; left; left &= left - 1) {
+          const int64_t r = first + __builtin_ctz(left);
+          for (int64_t i = 0; i < PANEL; i += LANES)
+            store(c + r * c_stride + i, mul(splat(alpha[r]), load(c + r * c_stride + i)));
+        }
       }
       before_tiles_read();
       _tile_loadd(0, c, c_stride * sizeof(float));

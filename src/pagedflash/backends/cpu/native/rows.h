@@ -48,17 +48,17 @@ template <class T>
 void write_output(const AttentionProblem& problem, const Sequence& sequence, int64_t query, int64_t head,
                   const float* values, SoftmaxState state) {
   const int64_t token = sequence.q_begin + query;
-  if (state.max == -INFINITY) return write_empty_row(problem, sequence.batch, token, head);
+  if (state.base == -INFINITY) return write_empty_row(problem, sequence.batch, token, head);
   float alpha = 1.0f;
   if (problem.sinks) {
-    const float sink = problem.sinks[head] * LOG2_E, top = max(sink, state.max);
-    alpha = exp2f(state.max - top);
+    const float sink = problem.sinks[head] * LOG2_E, top = max(sink, state.base);
+    alpha = exp2f(state.base - top);
     state.sum = state.sum * alpha + exp2f(sink - top);
-    state.max = top;
+    state.base = top;
   }
   T* out = static_cast<T*>(problem.out) + out_offset(problem, token, head);
   store_scaled(out, values, problem.write.v_head_dim, alpha / state.sum);
-  problem.lse[lse_offset(problem, sequence.batch, token, head)] = (state.max + log2f(state.sum)) * LN_2;
+  problem.lse[lse_offset(problem, sequence.batch, token, head)] = (state.base + log2f(state.sum)) * LN_2;
 }
 
 // Ends a row of a task: writes its output, or its partial output for combine (zeros where no key was seen).
@@ -70,11 +70,11 @@ void finish_row(const Plan& plan, const Task& task, int64_t kv_head, int64_t row
   if (task.partial_row < 0) return write_output<T>(problem, plan.sequences[task.sequence], query, head, values, state);
   const int64_t partial = task.partial_row + query * problem.q_heads + head, size = problem.write.v_head_dim;
   float* out = plan.partial_out + partial * size;
-  if (state.max == -INFINITY) {
+  if (state.base == -INFINITY) {
     plan.partial_lse[partial] = -INFINITY;
     memset(out, 0, size * sizeof(float));
   } else {
-    plan.partial_lse[partial] = state.max + log2f(state.sum);
+    plan.partial_lse[partial] = state.base + log2f(state.sum);
     store_scaled(out, values, size, 1.0f / state.sum);
   }
 }

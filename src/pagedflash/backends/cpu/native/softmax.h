@@ -8,15 +8,19 @@ namespace PAGEDFLASH_ISA {
 
 constexpr int64_t MAX_TILE = 256;  // keys
 
+// Sums of a row are kept relative to a score that is at most SLACK below its largest one. It follows only where it must: most
+// tiles rescale nothing, and their exponentials need not wait for their maximum.
+constexpr float SLACK = 8;
+
 struct SoftmaxState {
-  float max = -INFINITY;  // score
-  float sum = 0;          // of 2^(score - max)
+  float base = -INFINITY;  // that score
+  float sum = 0;           // of 2^(score - base)
 };
 
-// One row against keys `first` to `first + count`, in place: products q.k in, 2^(score - max) out, zeros where the row does
+// One row against keys `first` to `first + count`, in place: products q.k in, 2^(score - base) out, zeros where the row does
 // not see the key, up to the next multiple of LANES behind `count`. store_elements(scores, i, p) stores LANES of them,
 // from i on, over scores of this index or less. Dropout takes them out of what is stored, not out of the sum. Returns alpha, which
-// rescales earlier sums to the new maximum.
+// rescales earlier sums to the new base.
 template <class Store>
 PAGEDFLASH_INLINE float softmax_tile(float* scores, const Score& score, const ScoreRow& row, int64_t first, int64_t count,
                                      SoftmaxState& state, const Store& store_elements) {
@@ -27,9 +31,13 @@ PAGEDFLASH_INLINE float softmax_tile(float* scores, const Score& score, const Sc
 
   Vec top = splat(-INFINITY);
   for (int64_t i = 0; i < count; i += LANES) top = max(load(scores + i), top);
-  const float before = state.max;
-  state.max = max(scale * reduce_max(top), before);
-  const float base = state.max == -INFINITY ? 0.0f : state.max;  // -inf - -inf would be NaN
+  const float largest = scale * reduce_max(top);
+  float alpha = 1.0f;
+  if (largest > state.base + SLACK) {
+    alpha = exp2f(state.base - largest);
+    state.base = largest;
+  }
+  const float base = state.base == -INFINITY ? 0.0f : state.base;  // -inf - -inf would be NaN
 
   float buffer[Dropout::factors_size(MAX_TILE)];
   const bool drops = score.dropout.drops();
@@ -40,7 +48,6 @@ PAGEDFLASH_INLINE float softmax_tile(float* scores, const Score& score, const Sc
     store_elements(scores, i, drops ? mul(p, load(factors + i)) : p);
     sum = add(sum, p);
   }
-  const float alpha = before == state.max ? 1.0f : exp2f(before - base);
   state.sum = state.sum * alpha + reduce_sum(sum);
   return alpha;
 }

@@ -6,12 +6,12 @@
 //   Vec, LANES                         a register of floats
 //   ACCUMULATORS                       registers that a loop may accumulate in (a multiple of LANES, at least 8)
 //   GEMM_ROWS, GEMM_VECS               the block of accumulators of the matrix product: rows x registers
-//   zero splat load store              add sub mul div fma(a, b, c) = a * b + c    abs min max round_nearest
+//   zero splat load store              add sub mul div fma(a, b, c) = a * b + c    abs min max
 //   reduce_max(v) reduce_sum(v)        over the lanes
 //   reduce_sums(v[LANES])              lane i = reduce_sum(v[i])
 //   iota()                             0, 1, 2, ...
 //   select_in_range(v, i, lo, hi, w)   lane by lane: v where lo <= i < hi, else w
-//   mul_pow2(v, n)                     v * 2^n for whole n from -127 (gives 0) to 127
+//   float_of_exponent(v)               the low bits of each lane become the exponent of a float: n + 127 gives 2^n, 0 gives 0
 //   transpose(v[LANES])                in place, LANES x LANES
 //   load(T*) store(T*)                 also for f16 and bf16, rounding to nearest even; load for i8, e4m3 and e5m2 too
 //   load_part store_part(T*, n)        the first n > 0 elements; zeros beyond them
@@ -105,15 +105,17 @@ constexpr float LOG2_E = 1.44269504088896f, LN_2 = 0.693147180559945f;
 // 2^x for x <= 127, relative error below 1e-7; exact for whole x; exactly 0 for x <= -127, and for -inf. The polynomial is
 // the minimax one on [-1/2, 1/2] of those that are 1 at 0.
 PAGEDFLASH_INLINE Vec exp2(Vec x) {
+  // A float so large has no bits for a fraction: adding it rounds x to n, and n + 127 are the low bits of the sum.
+  const Vec large = splat(0x1.8p23f + 127.0f);
   x = max(splat(-127.0f), x);
-  const Vec n = round_nearest(x), f = sub(x, n);
+  const Vec sum = add(x, large), f = sub(x, sub(sum, large));
   Vec y = splat(0.001326472722f);
   y = fma(y, f, splat(0.009671512640f));
   y = fma(y, f, splat(0.05550733743f));
   y = fma(y, f, splat(0.2402224209f));
   y = fma(y, f, splat(0.6931469776f));
   y = fma(y, f, splat(1.0f));
-  return mul_pow2(y, n);
+  return mul(y, float_of_exponent(sum));
 }
 
 template <class T>

@@ -22,12 +22,8 @@ PAGEDFLASH_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c)
 PAGEDFLASH_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 PAGEDFLASH_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 PAGEDFLASH_INLINE Vec abs(Vec a) { return _mm256_andnot_ps(splat(-0.0f), a); }
-PAGEDFLASH_INLINE Vec round_nearest(Vec a) {
-  return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-PAGEDFLASH_INLINE Vec mul_pow2(Vec a, Vec n) {
-  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  return mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+PAGEDFLASH_INLINE Vec float_of_exponent(Vec a) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));
 }
 PAGEDFLASH_INLINE Vec select_in_range(Vec a, Vec i, Vec lo, Vec hi, Vec other) {
   const Vec inside = _mm256_and_ps(_mm256_cmp_ps(i, lo, _CMP_GE_OQ), _mm256_cmp_ps(i, hi, _CMP_LT_OQ));

@@ -25,12 +25,8 @@ PAGEDFLASH_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c)
 PAGEDFLASH_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 PAGEDFLASH_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 PAGEDFLASH_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a); }
-PAGEDFLASH_INLINE Vec round_nearest(Vec a) {
-  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-PAGEDFLASH_INLINE Vec mul_pow2(Vec a, Vec n) {
-  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-  return mul(a, _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23)));
+PAGEDFLASH_INLINE Vec float_of_exponent(Vec a) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23));
 }
 PAGEDFLASH_INLINE Vec select_in_range(Vec a, Vec i, Vec lo, Vec hi, Vec other) {
   const __mmask16 inside = _mm512_cmp_ps_mask(i, lo, _CMP_GE_OQ) & _mm512_cmp_ps_mask(i, hi, _CMP_LT_OQ);

@@ -23,15 +23,7 @@ PAGEDFLASH_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 PAGEDFLASH_INLINE Vec min(Vec a, Vec b) { return select(a < b, a, b); }
 PAGEDFLASH_INLINE Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 PAGEDFLASH_INLINE Vec abs(Vec a) { return (Vec)((Ints)a & 0x7FFFFFFF); }
-// Next to 1.5 * 2^23 a float has no bits for a fraction (|a| < 2^22).
-PAGEDFLASH_INLINE Vec round_nearest(Vec a) {
-  const Vec shifted = a + 12582912.0f;
-  return shifted - 12582912.0f;
-}
-PAGEDFLASH_INLINE Vec mul_pow2(Vec a, Vec n) {
-  const Bits biased = (Bits)(n + (12582912.0f + 127.0f));  // the low bits of this float are n + 127
-  return a * (Vec)(biased << 23);
-}
+PAGEDFLASH_INLINE Vec float_of_exponent(Vec a) { return (Vec)((Bits)a << 23); }
 PAGEDFLASH_INLINE Vec select_in_range(Vec a, Vec i, Vec lo, Vec hi, Vec other) { return select((i >= lo) & (i < hi), a, other); }
 PAGEDFLASH_INLINE float reduce_max(Vec a) {
   const float one = a[0] > a[1] ? a[0] : a[1], two = a[2] > a[3] ? a[2] : a[3];

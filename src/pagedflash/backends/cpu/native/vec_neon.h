@@ -22,11 +22,7 @@ PAGEDFLASH_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 PAGEDFLASH_INLINE Vec min(Vec a, Vec b) { return vminq_f32(a, b); }
 PAGEDFLASH_INLINE Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
 PAGEDFLASH_INLINE Vec abs(Vec a) { return vabsq_f32(a); }
-PAGEDFLASH_INLINE Vec round_nearest(Vec a) { return vrndnq_f32(a); }
-PAGEDFLASH_INLINE Vec mul_pow2(Vec a, Vec n) {
-  const int32x4_t biased = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
-  return mul(a, vreinterpretq_f32_s32(vshlq_n_s32(biased, 23)));
-}
+PAGEDFLASH_INLINE Vec float_of_exponent(Vec a) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a), 23)); }
 PAGEDFLASH_INLINE Vec select_in_range(Vec a, Vec i, Vec lo, Vec hi, Vec other) {
   return vbslq_f32(vandq_u32(vcgeq_f32(i, lo), vcltq_f32(i, hi)), a, other);
 }
