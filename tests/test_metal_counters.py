@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import metalsim
 import pytest
 import torch
@@ -9,7 +11,7 @@ from metal_harness import counted, gathered_sdpa, kernels_on, paged_decode, pair
 
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache
-from pagedflash.backends.metal.tiling import Tuning, backward_tiling, choose_num_splits, decode_tiling
+from pagedflash.backends.metal.tiling import MAX_BACKWARD_HEAD_DIM, Tuning, backward_tiling, choose_num_splits, decode_tiling
 from pagedflash.testing import PagedProblem
 
 
@@ -163,6 +165,13 @@ def test_backward_of_every_head_dim_takes_about_five_products(head_dim: int, dty
     padded = tiling.dim_split * (tiling.k_chunks * tiling.chunk + tiling.k_tail) * 8
     assert 4 * padded + -(-head_dim // 16) * 16 <= 5 * 1.15 * head_dim
     assert tiling.threadgroup_bytes <= 32 * 1024
+
+
+@pytest.mark.parametrize("element_bytes", (2, 4))
+def test_backward_has_room_for_every_pair_of_head_dims(element_bytes: int) -> None:
+    widths = (*range(1, MAX_BACKWARD_HEAD_DIM, 8), MAX_BACKWARD_HEAD_DIM)
+    for head_dim, v_head_dim in itertools.product(widths, repeat=2):
+        backward_tiling(head_dim, v_head_dim, element_bytes, Tuning())
 
 
 def test_prefill_over_pages_gathers_nothing() -> None:

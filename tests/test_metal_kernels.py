@@ -14,6 +14,7 @@ from metal_harness import Launch, gathered_sdpa, kernels_on, paged_decode
 import pagedflash
 from pagedflash import flash_attn_func, flash_attn_with_kvcache, kv_paged_write
 from pagedflash.backends import metal
+from pagedflash.backends.metal.launch import has_backward_kernel
 from pagedflash.backends.metal.tiling import DECODE_MAX_QUERIES
 from pagedflash.backends.protocol import Support
 from pagedflash.geometry import may_be_mixed
@@ -131,7 +132,7 @@ def test_wrong_values_touch_no_memory_outside(rng: random.Random, rounds, launch
                 results = metal.attention(some)
                 if some.append is not None:
                     metal.kv_write(some.write)
-                elif some.cache.block_table is None and some.cache.cache_batch_idx is None:  # else torch's operations look
+                elif some.cache.block_table is None and has_backward_kernel(some):  # else torch's operations look
                     metal.backward(some, *results, *results)
             except metalsim.KernelError as error:  # sequences at one place may race
                 assert not re.search("out-of-bounds|wild address", str(error)), f"{error}: {describe(some)}"

@@ -39,6 +39,7 @@ from .tiling import (
     DECODE_MAX_QUERIES,
     LANES,
     LOAD_BYTES,
+    MAX_BACKWARD_HEAD_DIM,
     MAX_SPLITS,
     MIN_SIMDGROUPS,
     MIXED_DECODE_QUERIES,
@@ -114,12 +115,18 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     return results[0], results[1]
 
 
+def has_backward_kernel(problem: AttentionProblem) -> bool:
+    """Not for sequences that pick rows of a cache, since several may pick the same, nor for heads that are too wide."""
+    cache = problem.cache
+    return cache.cache_batch_idx is None and max(cache.k.shape[-1], cache.v.shape[-1]) <= MAX_BACKWARD_HEAD_DIM
+
+
 def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> Gradients:
     """The gradients of a problem, as :func:`pagedflash.backends.backward.backward` gives them.
 
-    That function itself takes problems over a cache of which sequences pick rows: several may pick the same.
+    That function itself takes what the kernel does not (:func:`has_backward_kernel`).
     """
-    if problem.cache.cache_batch_idx is not None:
+    if not has_backward_kernel(problem):
         return common.backward(problem, out, lse, d_out, d_lse)
     target, (q, k, v) = current_target(), (problem.queries.q, *problem.cache[:2])
     d_out = d_out.contiguous()

@@ -293,6 +293,10 @@ class BackwardTiling(NamedTuple):
         return self.query_tile * (k_row + v_row + score_row + 24) + self.key_tile * max(k_row, v_row) + score_parts
 
 
+MAX_BACKWARD_HEAD_DIM = 256
+"""Of K and V: keys, values and the accumulators of their gradients are in threadgroup memory and registers together."""
+
+
 def backward_tiling(head_dim: int, v_head_dim: int, element_bytes: int, tuning: Tuning) -> BackwardTiling:
     """As many keys as there is room for, which is how seldom gradients of queries are loaded and stored; then rows."""
     chunk = LOAD_BYTES // element_bytes
