@@ -1,4 +1,4 @@
-"""Every model family of transformers as eager attention, or refused in one sentence. A quarter of them, all with --nightly."""
+"""Every family of transformers as eager attention, or refused in one sentence: a quarter of them, all with --nightly."""
 
 from __future__ import annotations
 

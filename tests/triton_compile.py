@@ -1,7 +1,7 @@
 """Compiles the kernels for an H100, on a machine without one: what Triton's interpreter takes, its compiler may reject.
 
 TRITON_INTERPRET=0 python tests/triton_compile.py          each kernel with all its options, and the widest tiles
-TRITON_INTERPRET=0 python tests/triton_compile.py --all    each kernel with each format, and wide tiles of every kind: minutes
+TRITON_INTERPRET=0 python tests/triton_compile.py --all    each kernel with each format, wide tiles of every kind: minutes
 """
 
 from __future__ import annotations
