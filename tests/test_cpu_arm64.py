@@ -24,7 +24,7 @@ pytest.importorskip("ziglang")
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "src/pagedflash/backends/cpu/native"
 SOURCES = [NATIVE / f"{name}.cpp" for name in ("entry", "validate", "plan", "isa", "kernels")]
-FLAGS = ["-O2", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-exceptions", "-fno-rtti"]
+FLAGS = ["-O1", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-exceptions", "-fno-rtti"]
 FLAGS += ["-fno-threadsafe-statics"]
 ISA = ["-DPAGEDFLASH_ISA=neon", "-DPAGEDFLASH_ISA_neon=1", "-DPAGEDFLASH_HAS_neon=1"]
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
