@@ -17,7 +17,7 @@ from ...geometry import scale_strides, strides
 from ...problem import Append, AttentionProblem, CacheWrite, KVCache, fold_scores, is_per_token
 from ...scoped import Scoped
 from ...validate_values import check_values, check_write_values
-from ..backward import Gradients, empty_gradients
+from ..backward import Gradients, empty_gradients, sinks_gradient
 from .abi import AttentionShape, QueryShape, ScaleStrides, Strides, WriteShape, mismatch, pack_addresses, pack_shape
 
 ISA_VARIABLE = "PAGEDFLASH_CPU_ISA"
@@ -164,9 +164,7 @@ def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor,
             check_values(problem)
         _fail(status)
     if problem.scores.sinks is not None:
-        sinks = problem.scores.sinks.view(-1, 1)
-        per_row = torch.exp(sinks - results[1]) * delta  # (B, Hq, Sq), or packed (Hq, total_q)
-        gradients.sinks.copy_(per_row.sum(-1).reshape(-1, sinks.shape[0]).sum(0).neg_())
+        gradients.sinks.copy_(sinks_gradient(problem, results[1], delta))
     return gradients
 
 
