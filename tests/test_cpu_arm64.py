@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pagedflash.backends.cpu import abi, launch
+from pagedflash.backends.cpu import launch
 from pagedflash.problem import AttentionProblem, KVCache, Queries, Scores
+from pagedflash.signature import addresses_of
 from pagedflash.testing import DTYPES, LAYOUTS, assert_matches_reference, random_problem
 
 pytest.importorskip("ziglang")
@@ -57,7 +58,7 @@ class Recording:
     def __init__(self, problem: AttentionProblem) -> None:
         self.out = torch.zeros(problem.out_shape, dtype=problem.queries.q.dtype)
         self.lse = torch.zeros(problem.lse_shape)
-        addresses = abi.pack_addresses(*problem.tensors, self.out, self.lse)
+        addresses = addresses_of(*problem.tensors, self.out, self.lse)
         self.tensors = [tensor for tensor in (*problem.tensors, self.out, self.lse) if tensor is not None]
         self.data = bytearray(addresses + launch.make_plan(problem).shape)
         self.places: dict[int, int] = {}  # address of a storage -> where it is in the file

@@ -33,25 +33,25 @@ def dense(
     *scores: Given,
 ) -> tuple[AttentionProblem, Names]:
     """The problem of ``flash_attn_func``, and its names."""
-    options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
-    names = _names(ATTENTION_NAMES, learnable_sink)
-    num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
-    seed = _dropout_seed(q, options)
-    tensors = (q, None, None, k, v, *_NONE[:13], alibi_slopes, s_aux, seed)
-    entry = plan_cache.entry_of_arguments(tensors, ("dense", num_splits, *options))
-    if (problem := _known(AttentionProblem, entry, tensors)) is not None:
-        return problem, names
+    *options, alibi_slopes, s_aux, learnable_sink = scores
+    tensors = (q, None, None, k, v, *_NONE[:13], alibi_slopes, learnable_sink if s_aux is None else s_aux, None)
+    found = plan_cache.entry_of_arguments(tensors, (_DENSE, num_splits, s_aux is None, learnable_sink is None, *options))
+    if (known := _known(AttentionProblem, found, tensors)) is not None:
+        return known
 
+    names = _names(ATTENTION_NAMES, learnable_sink)
+    num_splits = _integer("num_splits", num_splits)
+    numbers = _score_numbers(*options)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _require_axes(name, tensor, 4)
     problem = AttentionProblem.of(
         Queries(_inner_contiguous(q), max_seqlen_q=q.shape[1]),
         KVCache(_inner_contiguous(k), _inner_contiguous(v), max_seqlen_k=k.shape[1]),
         None,
-        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink), seed),
+        _scores(q, numbers, alibi_slopes, _sinks(s_aux, learnable_sink)),
         num_splits,
     )
-    return _keep(entry, tensors, problem), names
+    return _keep(found, tensors, problem, names)
 
 
 def packed(
@@ -74,27 +74,27 @@ def packed(
     *scores: Given,
 ) -> tuple[AttentionProblem, Names]:
     """The problem of ``flash_attn_varlen_func``, and its names."""
-    options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
-    names = _names(ATTENTION_NAMES, learnable_sink, page_table)
-    num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
-    table = _one_of("block_table", block_table, "page_table", page_table)
-    max_seqlen_q, max_seqlen_k = _integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)
+    *options, alibi_slopes, s_aux, learnable_sink = scores
     appends = k_new is not None or v_new is not None
-    cu_seqlens_new = cu_seqlens_q if appends else None
-    seed = _dropout_seed(q, options)
     tensors = (
-        q, cu_seqlens_q, seqused_q, k, v, k_descale, v_descale, table, None, None, seqused_k, cu_seqlens_k,
-        k_new, v_new, None, None, cu_seqlens_new, None, alibi_slopes, s_aux, seed,
+        q, cu_seqlens_q, seqused_q, k, v, k_descale, v_descale, page_table if block_table is None else block_table,
+        None, None, seqused_k, cu_seqlens_k, k_new, v_new, None, None, cu_seqlens_q if appends else None, None,
+        alibi_slopes, learnable_sink if s_aux is None else s_aux, None,
     )  # fmt: skip
-    entry = None
-    if not torch.compiler.is_compiling() and isinstance(max_seqlen_k, int):
-        seqlens = max_seqlen_q, plan_cache.round_hint(max_seqlen_k)
-        entry = plan_cache.entry_of_arguments(tensors, ("packed", *seqlens, num_splits, *options))
-    if (problem := _known(AttentionProblem, entry, tensors)) is not None:
+    given = block_table is None, page_table is None, s_aux is None, learnable_sink is None
+    seqlens = max_seqlen_q, plan_cache.round_hint(max_seqlen_k)
+    found = plan_cache.entry_of_arguments(tensors, (_PACKED, *seqlens, num_splits, *given, *options))
+    if (known := _known(AttentionProblem, found, tensors)) is not None:
+        problem, _ = known
         before, after = problem.numbers[: problem.HINT], problem.numbers[problem.HINT + 1 :]
         problem.numbers = (*before, max_seqlen_k, *after)  # what is kept has one of the same power of two
-        return problem, names
+        return known
 
+    names = _names(ATTENTION_NAMES, learnable_sink, page_table)
+    num_splits = _integer("num_splits", num_splits)
+    numbers = _score_numbers(*options)
+    table = _one_of("block_table", block_table, "page_table", page_table)
+    max_seqlen_q, max_seqlen_k = _integer("max_seqlen_q", max_seqlen_q), _integer("max_seqlen_k", max_seqlen_k)
     if appends and table is None:
         reject("k_new", "given without block_table", "pages to append to")
     _require_axes("q", q, 3)
@@ -129,10 +129,10 @@ def packed(
             max_seqlen_k=max_seqlen_k,
         ),
         append,
-        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink), seed),
+        _scores(q, numbers, alibi_slopes, _sinks(s_aux, learnable_sink)),
         num_splits,
     )
-    return _keep(entry, tensors, problem), names
+    return _keep(found, tensors, problem, names)
 
 
 def cached(
@@ -155,21 +155,21 @@ def cached(
     *scores: Given,
 ) -> tuple[AttentionProblem, Names]:
     """The problem of ``flash_attn_with_kvcache``, and its names."""
-    options, alibi_slopes, s_aux, learnable_sink = _score_arguments(*scores)
-    has_aliases = learnable_sink is not None or page_table is not None
-    names = _names(KVCACHE_NAMES, learnable_sink, page_table) if has_aliases else KVCACHE_NAMES
-    table = block_table if page_table is None else _one_of("block_table", block_table, "page_table", page_table)
-    num_splits = num_splits if num_splits.__class__ is int else _integer("num_splits", num_splits)
-    rotary_interleaved = bool(rotary_interleaved)
-    seed = _dropout_seed(q, options)
+    *options, alibi_slopes, s_aux, learnable_sink = scores
     tensors = (
-        q, None, None, k_cache, v_cache, k_descale, v_descale, table, cache_batch_idx, cache_leftpad, cache_seqlens, None,
-        k, v, rotary_cos, rotary_sin, None, None, alibi_slopes, s_aux, seed,
+        q, None, None, k_cache, v_cache, k_descale, v_descale, page_table if block_table is None else block_table,
+        cache_batch_idx, cache_leftpad, cache_seqlens, None, k, v, rotary_cos, rotary_sin, None, None,
+        alibi_slopes, learnable_sink if s_aux is None else s_aux, None,
     )  # fmt: skip
-    entry = plan_cache.entry_of_arguments(tensors, ("cached", rotary_interleaved, num_splits, *options))
-    if (problem := _known(AttentionProblem, entry, tensors)) is not None:
-        return problem, names
+    given = block_table is None, page_table is None, s_aux is None, learnable_sink is None
+    found = plan_cache.entry_of_arguments(tensors, (_CACHED, rotary_interleaved, num_splits, *given, *options))
+    if (known := _known(AttentionProblem, found, tensors)) is not None:
+        return known
 
+    names = _names(KVCACHE_NAMES, learnable_sink, page_table)
+    num_splits, rotary_interleaved = _integer("num_splits", num_splits), bool(rotary_interleaved)
+    numbers = _score_numbers(*options)
+    table = _one_of("block_table", block_table, "page_table", page_table)
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _require_axes(name, tensor, 4)
     append = None
@@ -195,10 +195,10 @@ def cached(
             max_seqlen_k=k_cache.shape[1] * (1 if table is None else _tensor("block_table", table).shape[-1]),
         ),
         append,
-        _scores(q, options, alibi_slopes, _sinks(s_aux, learnable_sink), seed),
+        _scores(q, numbers, alibi_slopes, _sinks(s_aux, learnable_sink)),
         num_splits,
     )
-    return _keep(entry, tensors, problem), names
+    return _keep(found, tensors, problem, names)
 
 
 def write(
@@ -215,11 +215,11 @@ def write(
     """The write of ``kv_paged_write``, and its names."""
     if slot_mapping is not None:
         cache = KVCache(k_cache, v_cache, k_descale, v_descale)
-        return _write_to_slots(k, v, cache, block_table, seq_lens, slot_mapping), WRITE_NAMES
+        return _write_to_slots(k, v, cache, block_table, seq_lens, slot_mapping)
     tensors = (k_cache, v_cache, k_descale, v_descale, block_table, None, None, seq_lens, None, k, v, *_NONE[:4])
-    entry = plan_cache.entry_of_arguments(tensors, ("write",))
-    if (problem := _known(CacheWrite, entry, tensors)) is not None:
-        return problem, WRITE_NAMES
+    found = plan_cache.entry_of_arguments(tensors, (_WRITE,))
+    if (known := _known(CacheWrite, found, tensors)) is not None:
+        return known
     for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         _require_axes(name, tensor, 4)
     problem = CacheWrite.of(
@@ -233,46 +233,57 @@ def write(
         ),
         Append(_inner_contiguous(k), _inner_contiguous(v)),
     )
-    return _keep(entry, tensors, problem), WRITE_NAMES
+    return _keep(found, tensors, problem, WRITE_NAMES)
 
 
 def _write_to_slots(
     k: Given, v: Given, cache: KVCache, block_table: Given, seq_lens: Given, slot_mapping: Given
-) -> CacheWrite:
+) -> tuple[CacheWrite, Names]:
     """Packed tokens, each to a slot of its own."""
     tensors = (*cache[:4], *_NONE[:5], k, v, *_NONE[:3], slot_mapping)
-    entry = plan_cache.entry_of_arguments((*tensors, block_table, seq_lens), ("slots",))
-    if (problem := _known(CacheWrite, entry, tensors)) is not None:
-        return problem
+    found = plan_cache.entry_of_arguments(tensors, (_SLOTS, block_table is None, seq_lens is None))
+    if (known := _known(CacheWrite, found, tensors)) is not None:
+        return known
     for name, other in (("block_table", block_table), ("seq_lens", seq_lens)):
         if other is not None:
             reject("slot_mapping", f"given together with {name}", "one of the two: a slot mapping already says where")
     for name, tensor, axes in (("k", k, 3), ("v", v, 3), ("k_cache", cache.k, 4), ("v_cache", cache.v, 4)):
         _require_axes(name, tensor, axes)
     append = Append(_inner_contiguous(k), _inner_contiguous(v), slot_mapping=_int64("slot_mapping", slot_mapping))
-    return _keep(entry, tensors, CacheWrite.of(cache, append))
+    return _keep(found, tensors, CacheWrite.of(cache, append), WRITE_NAMES)
 
 
 # A step of a generation is mostly like the one before, and short: how arguments became a problem is kept with their
 # signature, where no tensor had to be converted. Then the tensors of arguments like these are those of the problem.
 
 _NONE = (None,) * 13
+_DENSE, _PACKED, _CACHED, _WRITE, _SLOTS = range(5)
+"""The function that options belong to."""
+
+Found = tuple[Entry, bytes | None] | None
+"""The entry of arguments and their addresses, see ``plan_cache.entry_of_arguments``."""
 
 
-def _known(kind: type[Problem], entry: Entry | None, tensors: tuple[Given, ...]) -> Problem | None:
+def _known(kind: type[Problem], found: Found, tensors: tuple[Given, ...]) -> tuple[Problem, Names] | None:
     """The problem of arguments whose signature was seen before, without looking at each of them again."""
-    if entry is None or entry.problem is None:
+    if found is None:
         return None
-    numbers, problem_entry = entry.problem
+    entry, addresses = found
+    if entry.problem is None:
+        return None
+    numbers, problem_entry, names = entry.problem
     problem = kind(tensors, numbers)
     problem.entry = problem_entry
-    return problem
+    if addresses is not None:
+        problem.addresses = addresses
+    return problem, names
 
 
-def _keep(entry: Entry | None, tensors: tuple[Given, ...], problem: Problem) -> Problem:
-    if entry is not None and problem.entry is not None and all(a is b for a, b in zip(tensors, problem.tensors)):
-        entry.problem = problem.numbers, problem.entry
-    return problem
+def _keep(found: Found, tensors: tuple[Given, ...], problem: Problem, names: Names) -> tuple[Problem, Names]:
+    """A problem with dropout has a seed, which is none of ``tensors``: it is never kept."""
+    if found is not None and problem.entry is not None and all(a is b for a, b in zip(tensors, problem.tensors)):
+        found[0].problem = problem.numbers, problem.entry, names
+    return problem, names
 
 
 def _names(names: Names, learnable_sink: Given, page_table: Given = None) -> Names:
@@ -284,43 +295,26 @@ def _names(names: Names, learnable_sink: Given, page_table: Given = None) -> Nam
     return names
 
 
-def _score_arguments(
-    softmax_scale: Given,
-    causal: Given,
-    window_size: Given,
-    softcap: Given,
-    alibi_slopes: Given,
-    s_aux: Given,
-    learnable_sink: Given,
-    dropout_p: Given,
-) -> tuple[tuple[Any, ...], Given, Given, Given]:
-    """What all attention functions take about scores: ``(options, alibi_slopes, s_aux, learnable_sink)``.
-
-    The options are the numbers of :class:`~pagedflash.problem.Scores`, the scale possibly None, and whether the sinks are
-    ``s_aux``; plain numbers, since 1.0 would be found where 1 is kept.
-    """
-    options = (
+def _score_numbers(
+    softmax_scale: Given, causal: Given, window_size: Given, softcap: Given, dropout_p: Given
+) -> tuple[Any, ...]:
+    """The numbers of :class:`~pagedflash.problem.Scores`, the scale possibly None."""
+    return (
         softmax_scale if softmax_scale is None else _number("softmax_scale", softmax_scale),
-        softcap if softcap.__class__ is float else _number("softcap", softcap),
+        _number("softcap", softcap),
         *_window(window_size, causal),
-        dropout_p if dropout_p.__class__ is float else _number("dropout_p", dropout_p),
-        learnable_sink is None,
+        _number("dropout_p", dropout_p),
     )
-    return options, alibi_slopes, s_aux, learnable_sink
 
 
-def _dropout_seed(q: Given, options: tuple[Any, ...]) -> Tensor | None:
-    """Drawn from torch's generator, where there is dropout: the forward and the backward pass of a call share it."""
-    if options[-2] == 0.0:
-        return None
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=_tensor("q", q).device)
-
-
-def _scores(q: Tensor, options: tuple[Any, ...], alibi_slopes: Given, sinks: Given, seed: Tensor | None) -> Scores:
-    scale, *numbers, _ = options
+def _scores(q: Tensor, numbers: tuple[Any, ...], alibi_slopes: Given, sinks: Given) -> Scores:
+    scale, softcap, left, right, dropout_p = numbers
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1] or 1)
-    return Scores(_contiguous(alibi_slopes), sinks, seed, scale, *numbers)
+    seed = None
+    if dropout_p != 0.0:  # from torch's generator: the forward and the backward pass of a call share it
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
+    return Scores(_contiguous(alibi_slopes), sinks, seed, scale, softcap, left, right, dropout_p)
 
 
 def _window(window_size: Given, causal: Given) -> tuple[int, int]:

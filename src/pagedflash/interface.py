@@ -102,7 +102,7 @@ def flash_attn_func(
     arguments.reject_unsupported(scheduler_metadata, qv, attention_chunk)
     arguments.reject_dropped_probabilities(return_attn_probs, dropout_p)
     problem, names = arguments.dense(
-        q, k, v, num_splits, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink, dropout_p
+        q, k, v, num_splits, softmax_scale, causal, window_size, softcap, dropout_p, alibi_slopes, s_aux, learnable_sink
     )
     return _run(problem, names, out, return_attn_probs, return_softmax_lse)
 
@@ -194,7 +194,7 @@ def flash_attn_varlen_func(
     problem, names = arguments.packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         block_table, page_table, seqused_q, seqused_k, k_new, v_new, k_descale, v_descale, num_splits,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink, dropout_p,
+        softmax_scale, causal, window_size, softcap, dropout_p, alibi_slopes, s_aux, learnable_sink,
     )  # fmt: skip
     return _run(problem, names, out, return_attn_probs, return_softmax_lse)
 
@@ -286,7 +286,7 @@ def flash_attn_with_kvcache(
     problem, names = arguments.cached(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
         block_table, page_table, k_descale, v_descale, rotary_interleaved, num_splits,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink, dropout_p,
+        softmax_scale, causal, window_size, softcap, dropout_p, alibi_slopes, s_aux, learnable_sink,
     )  # fmt: skip
     return _run(problem, names, out, False, return_softmax_lse)
 

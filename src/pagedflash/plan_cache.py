@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+
+from .signature import signature
 
 if TYPE_CHECKING:
     from .problem import _Flat
 
 MAX_SIGNATURES = 4096
 
-Key = tuple[Hashable, ...]
 Problem = TypeVar("Problem", bound="_Flat")
 
 
@@ -61,25 +61,26 @@ class Entry:
         """The backend that the signature is valid for and that supports it."""
         self.plans: dict[Hashable, Any] = {}
         self.problem: Any = None
-        """For a signature of arguments: (numbers, entry) of the problem that they became."""
+        """For a signature of arguments: (numbers, entry, names for errors) of the problem that they became."""
 
 
-_entries: dict[Key, Entry] = {}
+_entries: dict[Hashable, Entry] = {}
 
 
 def entry_of(problem: _Flat) -> Entry | None:
     """The entry of a problem; made if it is the first of its signature. None where its tensors cannot be told apart."""
-    return _find(
-        problem.tensors,
-        problem.numbers,
-        problem.HINT,
-        lambda: Entry(signature_of(problem), _is_plain(problem.tensors)),
-    )
+    numbers = _rounded(problem.numbers, problem.HINT)
+    found = _find(problem.tensors, (None, *numbers), lambda: Entry(signature_of(problem), _is_plain(problem.tensors)))
+    return None if found is None else found[0]
 
 
-def entry_of_arguments(tensors: tuple[object, ...], options: tuple[Hashable, ...]) -> Entry | None:
-    """The entry of the arguments of a public function, as they came."""
-    return _find(tensors, options, None, _entry_of_nothing)
+def entry_of_arguments(tensors: tuple[object, ...], options: tuple[Hashable, ...]) -> tuple[Entry, bytes | None] | None:
+    """The entry of the arguments of a public function, as they came, and their addresses if these are known.
+
+    Args:
+        options: an int for the function, then all that is no tensor of a problem.
+    """
+    return _find(tensors, options, _entry_of_nothing)
 
 
 def _entry_of_nothing() -> Entry:
@@ -100,40 +101,22 @@ def _rounded(numbers: tuple[Any, ...], hint: int) -> tuple[Any, ...]:
 
 def round_hint(hint: int) -> int:
     """Up to a power of two, so that the steps of a generation share their plans."""
-    return 1 << (hint - 1).bit_length() if hint > 0 else hint
+    return 1 << (hint - 1).bit_length() if hint.__class__ is int and hint > 0 else hint
 
 
 def _find(
-    tensors: tuple[object, ...], numbers: tuple[Any, ...], hint: int | None, make: Callable[[], Entry]
-) -> Entry | None:
-    if torch.compiler.is_compiling():
+    tensors: tuple[object, ...], options: tuple[Any, ...], make: Callable[[], Entry]
+) -> tuple[Entry, bytes | None] | None:
+    """The entry, and the addresses of the tensors if they were read with the signature."""
+    if torch.compiler.is_compiling() or (found := signature(tensors, options)) is None:
         return None
-    tracks_grad = torch.is_grad_enabled()
-    parts: list[Hashable] = [tracks_grad]
-    add = parts.append
-    for tensor in tensors:
-        if tensor is None:
-            add(None)
-        elif tensor.__class__ is Tensor or tensor.__class__ is Parameter:  # sinks come as parameters
-            add(tensor.shape)  # one by one: a tuple of them would take half as long again
-            add(tensor.stride())
-            add(tensor.dtype)
-            add(tensor.device)
-            add(tensor.is_neg())
-            if tracks_grad:
-                add(tensor.requires_grad)
-        else:
-            return None
-    try:
-        parts.append(numbers if hint is None else _rounded(numbers, hint))
-        entry = _entries.get(key := tuple(parts))
-    except (AttributeError, TypeError):  # symbolic sizes
-        return None
+    key, addresses = found
+    entry = _entries.get(key)
     if entry is None:
         if len(_entries) >= MAX_SIGNATURES:
             _entries.clear()
         entry = _entries.setdefault(key, make())
-    return entry
+    return entry, addresses
 
 
 def _is_plain(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import plan_cache
+from .signature import addresses_of
 
 LOG2_E = 1 / math.log(2)
 
@@ -188,6 +189,11 @@ class _Flat:
     def entry(self) -> plan_cache.Entry | None:
         """What is kept for problems of this signature. None where there is no telling: tensor subclasses, symbolic sizes."""
         return plan_cache.entry_of(self)
+
+    @cached_property
+    def addresses(self) -> bytes:
+        """Where the tensors lie, 8 bytes each, 0 for None."""
+        return addresses_of(*self.tensors)
 
     def plan(self: Self, key: Hashable, make: Callable[[Self], Plan]) -> Plan:
         """``make(signature)``, made for the first problem of a signature and kept under ``key``.

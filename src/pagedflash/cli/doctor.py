@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.torch_version import TorchVersion
 
+from .. import signature
 from ..backends.cpu.launch import ISA_VARIABLE, library
 from ..backends.metal.tuning import SWEEP, gpu_name, tuning_in_force
 from ..dispatch import DEVICE_BACKENDS, availability
@@ -34,10 +35,13 @@ class FastPath(NamedTuple):
     remark: str  # what to do if not
 
 
+NO_NATIVE_SIGNATURES = "; without its native signatures (every call takes some microseconds longer): reinstall it"
+
+
 def versions() -> dict[str, str]:
     """Software -> version, or what its absence means."""
     return {
-        "pagedflash": _version("pagedflash", "run from its source"),
+        "pagedflash": _version("pagedflash", "run from its source") + ("" if signature.native else NO_NATIVE_SIGNATURES),
         "Python": f"{platform.python_version()} on {_system()} {platform.machine()}",
         "torch": _torch_version(),
         "transformers": _version("transformers", "not installed: pip install 'pagedflash[transformers]'"),

@@ -128,7 +128,7 @@ class BackendConformance:
         """Views of it, as ``flash_attn_qkvpacked_func`` makes them."""
         for tokens, _ in self.draw_tokens("qkvpacked", 30):
             qkv = torch.stack((tokens.k_new,) * 3, 1).view(2, 15, 3, *tokens.k_new.shape[1:])
-            problem, _ = arguments.dense(*qkv.unbind(2), 0, None, True, (-1, -1), 0.0, None, None, None, 0.0)
+            problem, _ = arguments.dense(*qkv.unbind(2), 0, None, True, (-1, -1), 0.0, 0.0, None, None, None)
             if self.supports(problem):
                 assert_matches_reference(problem, self.backend.attention)
 

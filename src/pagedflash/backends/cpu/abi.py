@@ -11,8 +11,6 @@ from itertools import zip_longest
 from struct import Struct
 from typing import Any, NamedTuple, get_type_hints
 
-from torch import Tensor
-
 from ...problem import AttentionProblem, CacheWrite, ScoreParams
 
 
@@ -83,22 +81,14 @@ _ADDRESSES = {
     "OutputAddresses": ["out", "lse"],
     "GradientAddresses": ["d_out", "d_lse", "d_q", "d_k", "d_v", "delta"],
 }
-"""Struct -> its tensors: those of a problem, in their order, then the outputs, then the gradients."""
+"""Struct -> its tensors: those of a problem, in their order, then the outputs, then the gradients.
 
-_POINTERS = {
-    count: Struct(f"{count}P") for count in (len(_WRITE_TENSORS), len(_TENSORS) + 2, sum(map(len, _ADDRESSES.values())))
-}
+Addresses are packed by ``signature.addresses_of``."""
 
 
 def pack_shape(record: WriteShape | AttentionShape) -> bytes:
     """The struct of a record's name."""
     return Struct(_format(type(record))).pack(*_flatten(record))
-
-
-def pack_addresses(*tensors: Tensor | None) -> bytes:
-    """``WriteAddresses`` of the tensors of a write, ``AttentionAddresses`` of those of a problem, out and LSE, or
-    ``BackwardAddresses`` of these and those of ``GradientAddresses``."""
-    return _POINTERS[len(tensors)].pack(*[0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
 def mismatch(native: str) -> str | None:

@@ -16,9 +16,11 @@ from torch import Tensor
 from ...geometry import scale_strides, strides
 from ...problem import Append, AttentionProblem, CacheWrite, KVCache, fold_scores, is_per_token
 from ...scoped import Scoped
+from ...signature import addresses_of
 from ...validate_values import check_values, check_write_values
+from ..allocation import Layout, contiguous, empty
 from ..backward import Gradients, empty_gradients, sinks_gradient
-from .abi import AttentionShape, QueryShape, ScaleStrides, Strides, WriteShape, mismatch, pack_addresses, pack_shape
+from .abi import AttentionShape, QueryShape, ScaleStrides, Strides, WriteShape, mismatch, pack_shape
 
 ISA_VARIABLE = "PAGEDFLASH_CPU_ISA"
 """The instruction set to use instead of the best: ``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``neon``, ``generic``."""
@@ -120,9 +122,8 @@ class Plan(NamedTuple):
     """What problems of one signature share."""
 
     shape: bytes  # AttentionShape
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
-    dtype: torch.dtype
+    out: Layout
+    lse: Layout
 
 
 def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -130,9 +131,9 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     native = library()
     plan = problem.plan("cpu", make_plan)
     if out is None:
-        out = torch.empty(*plan.out_shape, dtype=plan.dtype, device=_CPU)
-    lse = torch.empty(*plan.lse_shape, dtype=torch.float32, device=_CPU)
-    status = native.run_attention(plan.shape, pack_addresses(*problem.tensors, out, lse), _isa(native))
+        out = empty(plan.out, _CPU)
+    lse = empty(plan.lse, _CPU)
+    status = native.run_attention(plan.shape, problem.addresses + addresses_of(out, lse), _isa(native))
     if status != _OK:
         if status == _INVALID_VALUES:
             check_values(problem)
@@ -144,7 +145,7 @@ def kv_write(write: CacheWrite) -> None:
     """Write new keys and values. Lengths and tables are validated natively before anything is written."""
     native = library()
     shape = write.plan("cpu", make_write_plan)
-    status = native.run_write(shape, pack_addresses(*write.tensors), _isa(native))
+    status = native.run_write(shape, write.addresses, _isa(native))
     if status != _OK:
         if status == _INVALID_VALUES:
             check_write_values(write)
@@ -157,7 +158,7 @@ def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor,
     plan = problem.plan("cpu", make_plan)
     results = tuple(tensor.contiguous() for tensor in (out, lse, d_out, d_lse))
     gradients, delta = empty_gradients(problem), torch.empty_like(results[1])
-    addresses = pack_addresses(*problem.tensors, *results, *gradients[:3], delta)
+    addresses = problem.addresses + addresses_of(*results, *gradients[:3], delta)
     status = native.run_backward(plan.shape, addresses, _isa(native))
     if status != _OK:
         if status == _INVALID_VALUES:
@@ -190,7 +191,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
         alibi_batch_stride=slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         num_splits=problem.num_splits,
     )
-    return Plan(pack_shape(shape), problem.out_shape, problem.lse_shape, q.dtype)
+    return Plan(pack_shape(shape), contiguous(problem.out_shape, q.dtype), contiguous(problem.lse_shape, torch.float32))
 
 
 def make_write_plan(write: CacheWrite) -> bytes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import struct
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from typing import Any, cast
 
 import torch
@@ -129,14 +131,10 @@ def _takes_known_parameters(launcher: Callable[..., object]) -> bool:
     return is_known and rest.kind is inspect.Parameter.VAR_POSITIONAL
 
 
-def addresses_of(tensors: Tensors) -> tuple[Addresses, bool]:
-    """(the address of each tensor, whether all are multiples of 16)"""
-    addresses = tuple([None if tensor is None else tensor.data_ptr() for tensor in tensors])
-    bits = 0
-    for address in addresses:
-        if address is not None:
-            bits |= address
-    return addresses, bits % 16 == 0
+def unpack(addresses: bytes) -> tuple[Addresses, bool]:
+    """(the address of each tensor, None for None; whether all are multiples of 16) of packed ones."""
+    values = struct.unpack(f"{len(addresses) // 8}P", addresses)
+    return tuple([address or None for address in values]), reduce(or_, values) % 16 == 0
 
 
 @cache
@@ -161,17 +159,6 @@ def has_pdl(device: torch.device) -> bool:
 def has_words(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether :mod:`.kernels.words` runs there: its PTX needs Ampere, for float8 Ada or Hopper."""
     return INTERPRETED or (compute_capability(device) or (0, 0)) >= ((8, 0) if dtype == torch.int8 else (8, 9))
-
-
-_empty_on_current_device = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
-"""What code that torch compiles calls: a third of the time of ``torch.empty_strided``."""
-
-
-def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory on a device, of CUDA's the current one."""
-    if device.type == "cuda" and _empty_on_current_device is not None:
-        return cast(Tensor, _empty_on_current_device(shape, strides, dtype))
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 GLUON_SINCE, GLUON_BEFORE = TorchVersion("3.6"), TorchVersion("3.10")

@@ -16,7 +16,8 @@ from torch import Tensor
 from ...errors import reject_type
 from ...geometry import max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides, v_fits_in_k
 from ...problem import WRITE, Append, AttentionProblem, CacheWrite, K, V, fold_scores, is_per_token
-from .compiled import CompiledLaunch, addresses_of, compute_capability, empty, has_pdl, num_sms
+from ..allocation import Layout, contiguous, empty
+from .compiled import CompiledLaunch, compute_capability, has_pdl, num_sms, unpack
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
@@ -86,13 +87,11 @@ FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 class _Plan(NamedTuple):
     """What problems of one signature share."""
 
-    out_shape: tuple[int, ...]
-    out_strides: tuple[int, ...]
-    lse_shape: tuple[int, ...]
-    lse_strides: tuple[int, ...]
+    out: Layout
+    lse: Layout
     write: CompiledLaunch | None = None  # of new tokens that ``decode`` does not append itself
     attend: tuple[CompiledLaunch, ...] = ()  # one after another; none where there is nothing to attend to
-    partials: int = 0  # float32 elements of splits
+    partials: Layout | None = None  # of splits
     semaphores: int = 0  # where ``decode`` reduces splits itself
 
 
@@ -109,7 +108,7 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     if is_elsewhere(device):
         with torch.cuda.device(device):
             return attention(problem, out)
-    addresses, aligned = addresses_of(tensors)
+    addresses, aligned = unpack(problem.addresses)
     precision = precision_of(dtype)
     same = addresses[K] == addresses[V]
     plan = problem.plan(
@@ -117,15 +116,15 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     )
 
     if out is None:
-        out = empty(plan.out_shape, plan.out_strides, dtype, device)
-    lse = empty(plan.lse_shape, plan.lse_strides, torch.float32, device)
+        out = empty(plan.out, device)
+    lse = empty(plan.lse, device)
     if plan.write is not None:
         plan.write(tensors[WRITE], addresses[WRITE])
     if not plan.attend:
         return out.zero_(), lse.fill_(math.inf)
     counters = partials = counters_at = partials_at = None
-    if plan.partials:
-        partials = empty((plan.partials,), (1,), torch.float32, device)
+    if plan.partials is not None:
+        partials = empty(plan.partials, device)
         partials_at = partials.data_ptr()
         if plan.semaphores:
             counters = semaphores(device, plan.semaphores)
@@ -144,7 +143,7 @@ def kv_write(write: CacheWrite) -> None:
     if is_elsewhere(device):
         with torch.cuda.device(device):
             return kv_write(write)
-    addresses, aligned = addresses_of(tensors)
+    addresses, aligned = unpack(write.addresses)
     same = addresses[0] == addresses[1]
     launch = write.plan(("triton", aligned, same), lambda signature: _plan_write(signature, aligned, same))
     if launch is not None:
@@ -163,9 +162,7 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, sa
     is_decode = heads_together == group or (heads_together > 0 and max_seqlen_q <= FEW_QUERIES)
     is_mixed = not is_decode and may_be_mixed(problem)
     is_empty = problem.batch_size == 0 or 0 in problem.out_shape
-    plan = _Plan(
-        problem.out_shape, _contiguous_strides(problem.out_shape), problem.lse_shape, _contiguous_strides(problem.lse_shape)
-    )
+    plan = _Plan(contiguous(problem.out_shape, problem.queries.q.dtype), contiguous(problem.lse_shape, torch.float32))
     append, fused_tokens = problem.append, problem.num_new_tokens
     is_packed = append is not None and append.cu_seqlens_new is not None
     cannot_fuse = is_empty or is_packed or not is_decode or problem.scores.dropout_p > 0
@@ -269,7 +266,7 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     plan = plan._replace(attend=(launch,))
     if not split_kv:
         return plan
-    plan = plan._replace(partials=(work_tiles + num_ctas) * rows * (block_dv + 2))
+    plan = plan._replace(partials=contiguous(((work_tiles + num_ctas) * rows * (block_dv + 2),), torch.float32))
     if reduces_itself:
         return plan._replace(semaphores=work_tiles)
     grid = (kv_heads * rows // reduce_rows, batch_size, 1)
@@ -411,10 +408,6 @@ def _scale_strides(descale: Tensor | None) -> ScaleStrides | None:
 def _divided(tensor: Tensor, align: int) -> Strides:
     batch, token, head = strides(tensor)
     return Strides(batch // align, token // align, head // align, align)
-
-
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def is_elsewhere(device: torch.device) -> bool:
