@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,11 +21,45 @@ NAME = "cache-quality"
 """What the suite's attention is called in transformers."""
 
 
+GROUP = 32
+"""Neighbouring elements of a head that share what 4 bits are relative to."""
+
+
+def symmetric(x: Tensor) -> Tensor:
+    """What 4 bits and a float16 scale a group keep: -8 to 7 times the scale (llama.cpp's q4_0)."""
+    groups = x.unflatten(-1, (-1, GROUP))
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scale = (largest / -8).half().float()
+    steps = torch.where(scale == 0, 0.0, groups / scale)
+    rounded: Tensor = steps.round().clamp(-8, 7) * scale
+    return rounded.flatten(-2)
+
+
+def affine(x: Tensor) -> Tensor:
+    """What 4 bits, a float16 scale and a float16 minimum a group keep (llama.cpp's q4_1, MLX's 4 bits)."""
+    groups = x.unflatten(-1, (-1, GROUP))
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale, least = ((most - least) / 15).half().float(), least.half().float()
+    steps = torch.where(scale == 0, 0.0, (groups - least) / scale)
+    rounded: Tensor = steps.round().clamp(0, 15) * scale + least
+    return rounded.flatten(-2)
+
+
 class Format(NamedTuple):
     dtype: torch.dtype
     scales: str = ""  # "1": one scale of 1; "token and head": written by the append
+    four_bits: Callable[[Tensor], Tensor] | None = None  # values are rounded so before; no kernel reads 4 bits
+
+    @property
+    def bytes(self) -> int:
+        """Of a token and head."""
+        if self.four_bits is not None:
+            return 64 // 2 + 64 // GROUP * (4 if self.four_bits is affine else 2)
+        return self.dtype.itemsize * 64 + (4 if self.scales == "token and head" else 0)
 
     def __str__(self) -> str:
+        if self.four_bits is not None:
+            return f"4 bits, {self.four_bits.__name__}, in groups of {GROUP}"
         name = str(self.dtype).removeprefix("torch.")
         return f"{name}, a scale of 1" if self.scales == "1" else f"{name}, a scale a {self.scales}" if self.scales else name
 
@@ -38,6 +72,8 @@ FORMATS = (
     Format(torch.float8_e4m3fn, "token and head"),
     Format(torch.float8_e4m3fn, "1"),
     Format(torch.float8_e5m2, "token and head"),
+    Format(torch.float32, four_bits=affine),
+    Format(torch.float32, four_bits=symmetric),
 )
 
 
@@ -62,7 +98,7 @@ def quality(options: Options) -> Iterator[Row]:
         mine = Seen(math.exp(losses.mean()), best, answers)
         expected = expected or mine
         figures = {
-            "bytes a head and token": format.dtype.itemsize * 64 + (4 if format.scales == "token and head" else 0),
+            "bytes a head and token": format.bytes,
             "perplexity": f"{mine.perplexity:.4f}",
             "of float32": f"{100 * (mine.perplexity / expected.perplexity - 1):+.3f} %",
             "same next token": f"{100 * (mine.best == expected.best).float().mean():.2f} %",
@@ -115,6 +151,8 @@ def attention_over(model: Any, format: Format) -> Iterator[None]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **_: Any
     ) -> tuple[Any, None]:
         q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        if format.four_bits is not None:
+            k, v = format.four_bits(k), format.four_bits(v)
         k_cache, v_cache = (torch.empty(each.shape, dtype=format.dtype) for each in (k, v))
         scales: dict[str, Any] = {}
         if format.dtype in QUANTIZED:
