@@ -6,8 +6,7 @@ import inspect
 import struct
 import warnings
 from collections.abc import Callable
-from functools import cache, reduce
-from operator import or_
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on the CPU's memory or a device's."""
 
 Tensors = tuple[Tensor | None, ...]
-Addresses = tuple[int | None, ...]
+Addresses = tuple[int, ...]
 
 LAUNCHER_PARAMETERS = (
     "gridX", "gridY", "gridZ", "stream", "function",
@@ -132,9 +131,15 @@ def _takes_known_parameters(launcher: Callable[..., object]) -> bool:
 
 
 def unpack(addresses: bytes) -> tuple[Addresses, bool]:
-    """(the address of each tensor, None for None; whether all are multiples of 16) of packed ones."""
-    values = struct.unpack(f"{len(addresses) // 8}P", addresses)
-    return tuple([address or None for address in values]), reduce(or_, values) % 16 == 0
+    """(the address of each tensor, 0 for None; whether all are multiples of 16) of packed ones."""
+    words, low_bits = _packed(len(addresses))
+    return words.unpack(addresses), not int.from_bytes(addresses, "little") & low_bits
+
+
+@cache
+def _packed(size: int) -> tuple[struct.Struct, int]:
+    """How addresses of ``size`` bytes are packed, and as one number, which bits of them are those below 16."""
+    return struct.Struct(f"{size // 8}P"), int.from_bytes(b"\x0f\0\0\0\0\0\0\0" * (size // 8), "little")
 
 
 @cache

@@ -122,7 +122,8 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
         plan.write(tensors[WRITE], addresses[WRITE])
     if not plan.attend:
         return out.zero_(), lse.fill_(math.inf)
-    counters = partials = counters_at = partials_at = None
+    counters = partials = None
+    counters_at = partials_at = 0
     if plan.partials is not None:
         partials = empty(plan.partials, device)
         partials_at = partials.data_ptr()
