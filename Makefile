@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 TESTS ?= tests metalsim/tests
 PYTEST_FLAGS ?= -q
 
-SOURCES := pyproject.toml CMakeLists.txt $(shell find src tools metalsim/src -type f -not -path '*/__pycache__/*')
+# Less what pip itself writes among them: newer than the package, it would have it built again.
+SOURCES := pyproject.toml CMakeLists.txt $(shell find src tools metalsim/src -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*')
 
 .PHONY: demo test lint format docs test-matrix clean
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 
 
 def _to_float32(bits: np.ndarray) -> np.ndarray:
@@ -95,7 +98,22 @@ def _patch_lang_tensor(tensor: type, scope: interpreter._LangPatchScope) -> None
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
+def _patch_lang(fn: object) -> interpreter._LangPatchScope:
+    """All that the functions which ``fn`` calls need as well: Triton would patch its language anew at each of their calls."""
+    return _patch_lang_of_triton(SimpleNamespace(__globals__=dict(tl=tl, core=tl.core)))
+
+
+def _call_device_function(self: interpreter.InterpretedFunction, *args, **kwargs):
+    try:
+        return self.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise InterpreterError(repr(error)) from error
+
+
 if triton.knobs.runtime.interpret:
-    _patch_lang_tensor_of_triton = interpreter._patch_lang_tensor
-    interpreter._patch_lang_tensor = _patch_lang_tensor
+    _patch_lang_tensor_of_triton, _patch_lang_of_triton = interpreter._patch_lang_tensor, interpreter._patch_lang
+    interpreter._patch_lang_tensor, interpreter._patch_lang = _patch_lang_tensor, _patch_lang
+    interpreter.InterpretedFunction.__call__ = _call_device_function
     interpreter.interpreter_builder.__class__ = _Builder
+    # Overflows are worked out for every sum, and then looked at only with ``debug``.
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
