@@ -2,6 +2,7 @@
 # The CPU backend's tests with all C++ under the address and undefined-behaviour sanitizers (GCC or Clang, Linux).
 #
 #   tests/sanitize.sh [pytest arguments]
+#   tests/sanitize.sh --build     only builds it, for which no Python is needed
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 build=$root/build/sanitize
@@ -9,6 +10,7 @@ python=${PYTHON:-python}
 
 cmake -S "$root" -B "$build" -DPAGEDFLASH_SANITIZE=ON >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 cmake --build "$build" --parallel 2
+[ "${1:-}" != --build ] || exit 0
 # Python itself is not instrumented: the runtime must be there before it, and its own leaks are none of ours.
 runtime=$(${CXX:-c++} -print-file-name=libasan.so)
 export LD_PRELOAD="$runtime${LD_PRELOAD:+:$LD_PRELOAD}"
