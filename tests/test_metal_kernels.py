@@ -113,6 +113,21 @@ def test_the_order_of_threads_changes_no_gradient(launches, device) -> None:
     assert splits > group[0] and parts > 2
 
 
+@pytest.mark.parametrize("queries, head_dim, dtype", ((1, 64, torch.float16), (5, 32, torch.float32), (5, 128, torch.float16),
+                                                      (40, 32, torch.float16), (40, 128, torch.float32)), ids=str)  # fmt: skip
+def test_dropout_under_the_simulator_checks(launches, device, queries, head_dim, dtype) -> None:
+    """Decode over lanes and with matrices, prefill, backward; one, two and four matrices of keys and of rows. With the threads in
+    every order."""
+    if device != "cpu":
+        pytest.skip("the checks are the simulator's")
+    q, k, v = (torch.randn(2, length, heads, head_dim).to(dtype) for length, heads in ((queries, 6), (70, 2), (70, 2)))
+    sizes = dict(max_seqlen_q=queries, max_seqlen_k=70, scale=0.1, window_right=0)
+    problem = AttentionProblem.of_fields(q=q, k=k, v=v, dropout_seed=torch.tensor(2**62 + 5), dropout_p=0.4, **sizes)
+    assert_gradients_match_reference(problem, metal.attention, metal.backward)
+    out, lse = metalsim.in_every_order(lambda: metal.attention(problem))
+    metalsim.in_every_order(lambda: metal.backward(problem, out, lse, torch.ones_like(out), torch.ones_like(lse))[:3])
+
+
 WRONG_LENGTHS = (-(2**31), -7, 5, 2**20, 2**31 - 1)
 
 

@@ -436,6 +436,7 @@ def _definitions(
     return {
         **_cache_definitions(problem.cache),
         "GROUP": problem.group,
+        "DROPOUT": int(problem.scores.dropout_p > 0),
         "ALIGNED": int(aligned),
         **{name.upper(): value for name, value in tiling._asdict().items()},
     }
