@@ -93,10 +93,24 @@ def test_gradients_under_the_simulator_checks(rng: random.Random, rounds, launch
             assert_gradients_match_reference(problem, metal.attention, metal.backward)
 
 
-@pytest.mark.parametrize("head_dim", (1, 40, 72, 96, 136, 256))
+@pytest.mark.parametrize("head_dim", (1, 40, 72, 96, 136, 256, 288, 320, 512))
 def test_gradients_of_head_dims(rng: random.Random, launches, device, head_dim) -> None:
-    problem = random_problem(rng, layout="varlen", head_dims=(head_dim,), max_queries=40, device=device, capabilities=LIMITS)
+    """In float32 up to 288: more do not fit threadgroup memory, and run in torch's operations."""
+    dtype = torch.float32 if head_dim <= 288 else torch.float16
+    problem = random_problem(
+        rng, dtype=dtype, layout="varlen", head_dims=(head_dim,), max_queries=40, device=device, capabilities=LIMITS
+    )
+    assert has_backward_kernel(problem)
+    with metalsim.simulate(check=device == "cpu"):
+        assert_gradients_match_reference(problem, metal.attention, metal.backward)
+
+
+def test_gradients_of_wide_heads_in_float32(launches, device) -> None:
+    q = torch.randn(1, 5, 1, 289, device=device)
+    problem = AttentionProblem.of_fields(q=q, k=q, v=q, max_seqlen_q=5, max_seqlen_k=5, scale=0.1)
+    assert not has_backward_kernel(problem)
     assert_gradients_match_reference(problem, metal.attention, metal.backward)
+    assert all(launch.kernel != "backward" for launch in launches)
 
 
 def test_the_order_of_threads_changes_no_gradient(launches, device) -> None:

@@ -38,7 +38,6 @@ from .tiling import (
     DECODE_MAX_QUERIES,
     LANES,
     LOAD_BYTES,
-    MAX_BACKWARD_HEAD_DIM,
     MAX_SPLITS,
     MIN_SIMDGROUPS,
     MIXED_DECODE_QUERIES,
@@ -117,8 +116,12 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
 
 def has_backward_kernel(problem: AttentionProblem) -> bool:
     """Not for sequences that pick rows of a cache, since several may pick the same, nor for heads that are too wide."""
-    cache = problem.cache
-    return cache.cache_batch_idx is None and max(cache.k.shape[-1], cache.v.shape[-1]) <= MAX_BACKWARD_HEAD_DIM
+    return problem.cache.cache_batch_idx is None and _backward_tiling(problem, current_target()) is not None
+
+
+def _backward_tiling(problem: AttentionProblem, target: Target) -> BackwardTiling | None:
+    q, k, v = problem.queries.q, *problem.cache[:2]
+    return backward_tiling(k.shape[-1], v.shape[-1], q.element_size(), target.tuning)
 
 
 def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> Gradients:
@@ -326,7 +329,8 @@ def _add_prefill(planner: _Planner, problem: AttentionProblem, offset: int, deco
 def _plan_backward(problem: AttentionProblem, target: Target, offset: int) -> Plan:
     q, (k, v) = problem.queries.q, problem.cache[:2]
     kv_heads, group = k.shape[-2], problem.group
-    tiling = backward_tiling(k.shape[-1], v.shape[-1], q.element_size(), target.tuning)
+    tiling = _backward_tiling(problem, target)
+    assert tiling is not None
     parts, num_splits = choose_backward_parts(
         max(1, problem.batch_size * kv_heads),
         group,
