@@ -297,8 +297,10 @@ class BackwardTiling(NamedTuple):
 
 @lru_cache(maxsize=256)
 def backward_tiling(head_dim: int, v_head_dim: int, element_bytes: int, tuning: Tuning) -> BackwardTiling | None:
-    """As many keys as there is room for, which is how seldom gradients of queries are loaded and stored; then rows. None where
-    threadgroup memory is too small for 8 of each."""
+    """As many keys as there is room for, which is how seldom gradients of queries are loaded and stored; then rows.
+
+    None where threadgroup memory is too small for 8 of each.
+    """
     chunk = LOAD_BYTES // element_bytes
 
     def part(dims: int, dim_split: int) -> tuple[int, int]:
