@@ -93,10 +93,24 @@ def test_gradients_under_the_simulator_checks(rng: random.Random, rounds, launch
             assert_gradients_match_reference(problem, metal.attention, metal.backward)
 
 
-@pytest.mark.parametrize("head_dim", (1, 40, 72, 96, 136, 256))
+@pytest.mark.parametrize("head_dim", (1, 40, 72, 96, 136, 256, 288, 320, 512))
 def test_gradients_of_head_dims(rng: random.Random, launches, device, head_dim) -> None:
-    problem = random_problem(rng, layout="varlen", head_dims=(head_dim,), max_queries=40, device=device, capabilities=LIMITS)
+    """In float32 up to 288: more do not fit threadgroup memory, and run in torch's operations."""
+    dtype = torch.float32 if head_dim <= 288 else torch.float16
+    problem = random_problem(
+        rng, dtype=dtype, layout="varlen", head_dims=(head_dim,), max_queries=40, device=device, capabilities=LIMITS
+    )
+    assert has_backward_kernel(problem)
+    with metalsim.simulate(check=device == "cpu"):
+        assert_gradients_match_reference(problem, metal.attention, metal.backward)
+
+
+def test_gradients_of_wide_heads_in_float32(launches, device) -> None:
+    q = torch.randn(1, 5, 1, 289, device=device)
+    problem = AttentionProblem.of_fields(q=q, k=q, v=q, max_seqlen_q=5, max_seqlen_k=5, scale=0.1)
+    assert not has_backward_kernel(problem)
     assert_gradients_match_reference(problem, metal.attention, metal.backward)
+    assert all(launch.kernel != "backward" for launch in launches)
 
 
 def test_the_order_of_threads_changes_no_gradient(launches, device) -> None:
@@ -111,6 +125,26 @@ def test_the_order_of_threads_changes_no_gradient(launches, device) -> None:
     metalsim.in_every_order(lambda: metal.backward(problem, out, lse, *weights)[:3])
     (splits, parts, _), group = launches[0].threads, launches[0].group_size
     assert splits > group[0] and parts > 2
+
+
+WITH_DROPOUT = ((1, 64, torch.float16), (5, 32, torch.float32), (5, 128, torch.float16), (40, 32, torch.float16),
+                (40, 128, torch.float32))  # fmt: skip
+"""Queries, head dim, dtype: decode over lanes and with matrices, prefill; one, two and four matrices of keys and of rows."""
+
+
+@pytest.mark.parametrize("queries, head_dim, dtype", WITH_DROPOUT, ids=str)
+def test_dropout_under_the_simulator_checks(launches, device, queries, head_dim, dtype) -> None:
+    """With the threads in every order."""
+    if device != "cpu":
+        pytest.skip("the checks are the simulator's")
+    q, k, v = (torch.randn(1, length, heads, head_dim).to(dtype) for length, heads in ((queries, 4), (40, 2), (40, 2)))
+    sizes = dict(max_seqlen_q=queries, max_seqlen_k=40, scale=0.1, window_right=0)
+    problem = AttentionProblem.of_fields(q=q, k=k, v=v, dropout_seed=torch.tensor(2**62 + 5), dropout_p=0.4, **sizes)
+    assert_matches_reference(problem, metal.attention)
+    out, lse = metalsim.in_every_order(lambda: metal.attention(problem))
+    if queries == 40:
+        assert_gradients_match_reference(problem, metal.attention, metal.backward)
+        metalsim.in_every_order(lambda: metal.backward(problem, out, lse, torch.ones_like(out), torch.ones_like(lse))[:3])
 
 
 WRONG_LENGTHS = (-(2**31), -7, 5, 2**20, 2**31 - 1)
@@ -265,6 +299,20 @@ def test_strided_inputs_are_bound_where_they_lie(launches, device) -> None:
     )
     bound = {argument.data_ptr() for argument in launches[0].arguments if isinstance(argument, torch.Tensor)}
     assert {tensor.data_ptr() for tensor in (q, k, v, k_new, v_new)} <= bound
+
+
+@pytest.mark.parametrize("queries", (1, 20), ids=("decode", "prefill"))
+def test_values_in_keys_with_one_scale_a_token(launches, device, queries) -> None:
+    """What is appended is written once: its scale is that of the keys, not that of their part."""
+    k, scales = torch.ones(3, 16, 1, 64, dtype=torch.int8, device=device), torch.ones(3, 16, 1, device=device)
+    new = torch.randn(1, queries, 1, 64, device=device)
+    cache = dict(k=k, v=k[..., :16], k_descale=scales, v_descale=scales, seqused_k=torch.tensor([7], device=device).int())
+    table = torch.tensor([[2, 0]], dtype=torch.int32, device=device)
+    problem = AttentionProblem.of_fields(
+        q=torch.randn(1, queries, 4, 64, device=device), **cache, block_table=table, k_new=new, v_new=new[..., :16],
+        max_seqlen_q=queries, max_seqlen_k=32, scale=0.1,
+    )  # fmt: skip
+    assert_matches_reference(problem, metal.attention)
 
 
 def test_rows_to_skip_read_and_write_nothing(launches, device) -> None:

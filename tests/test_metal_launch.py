@@ -288,16 +288,3 @@ def test_few_keys_are_shared_by_all_simdgroups(
 ) -> None:
     t = tiling.decode_tiling(1, 1, 128, 128, element_bytes, 16, metal.Tuning())
     assert tiling.choose_team(threadgroups, t, split_keys, 256 * element_bytes, 1760, metal.Tuning()) == team
-
-
-def test_quantized_values_that_are_part_of_their_keys_are_not_appended() -> None:
-    pages, scales = torch.zeros(2, 16, 1, 64, dtype=torch.int8), torch.ones(2, 16, 1)
-    table, lengths = torch.tensor([[1, 0]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
-    q, new = torch.randn(1, 1, 4, 64), torch.randn(1, 1, 1, 64)
-    refused = pytest.raises(ValueError, match="v_descale is the memory of k_descale, expected memory of its own")
-    with kernels_on("cpu"), pagedflash.use_backend("metal"), refused:
-        flash_attn_with_kvcache(
-            q, pages, pages[..., :32], new, new[..., :32], cache_seqlens=lengths, block_table=table, k_descale=scales,
-            v_descale=scales,
-        )  # fmt: skip
-    assert not pages.any() and (scales == 1).all()

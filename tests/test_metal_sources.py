@@ -38,7 +38,7 @@ SHAPES = ((64, 64, 1), (64, 64, 4), (80, 80, 1), (96, 96, 4), (128, 128, 1), (12
 def test_apples_compiler_takes_every_kernel(
     dtype: torch.dtype, head_dim: int, v_head_dim: int, group: int, paged: bool, device: str
 ) -> None:
-    """Every kernel; decode with 8 rows and with 16. On a Mac; elsewhere the other tests compile them."""
+    """Every kernel, with dropout and without. On a Mac; elsewhere the other tests compile them."""
     if device != "mps":
         pytest.skip("needs --device mps")
 
@@ -50,13 +50,14 @@ def test_apples_compiler_takes_every_kernel(
     k, v = (tensor(64, 16, 2, d) if paged else tensor(1, 1024, 2, d) for d in (head_dim, v_head_dim))
 
     def run() -> None:
-        for queries in (1, 8, 64):
-            q, k_new, v_new = (
-                tensor(1, queries, heads, d) for heads, d in ((2 * group, head_dim), (2, head_dim), (2, v_head_dim))
-            )
-            flash_attn_with_kvcache(q, k, v, k_new, v_new, cache_seqlens=lengths, block_table=table, causal=True)
-        q.requires_grad_()
-        flash_attn_func(q, k_new, v_new, causal=True).sum().backward()
+        for dropout_p in (0.0, 0.1):
+            options = dict(causal=True, dropout_p=dropout_p)
+            for queries in (1, 8, 64):
+                q, k_new, v_new = (
+                    tensor(1, queries, heads, d) for heads, d in ((2 * group, head_dim), (2, head_dim), (2, v_head_dim))
+                )
+                flash_attn_with_kvcache(q, k, v, k_new, v_new, cache_seqlens=lengths, block_table=table, **options)
+            flash_attn_func(q.requires_grad_(), k_new, v_new, **options).sum().backward()
 
     sources = sources_of(run)
     assert set(sources) == set(compiler.SOURCES)
@@ -99,6 +100,17 @@ def test_backward_has_its_arrays_in_registers(simulated: None, dtype: torch.dtyp
     q, kv = (torch.zeros(1, 64, heads, head_dim, dtype=dtype, requires_grad=True) for heads in (4, 1))
     (source,) = sources_of(lambda: flash_attn_func(q, kv, kv, causal=True).sum().backward())["backward"]
     assert metalsim.stack_arrays(source) == []
+
+
+def test_with_dropout_arrays_are_in_registers(simulated: None) -> None:
+    def run() -> None:
+        for queries in (1, 8, 64):
+            q, kv = (torch.zeros(1, queries, heads, 64, requires_grad=True) for heads in (4, 1))
+            flash_attn_func(q, kv, kv, 0.1, causal=True).sum().backward()
+
+    sources = sources_of(run)
+    assert set(sources) == {"decode", "prefill", "backward"}
+    assert all(metalsim.stack_arrays(source) == [] for kernel in sources.values() for source in set(kernel))
 
 
 def test_kv_write_has_its_arrays_in_registers(simulated: None) -> None:

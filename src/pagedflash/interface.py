@@ -62,7 +62,7 @@ def flash_attn_func(
         k: ``(B, Sk, Hkv, D)``.
         v: ``(B, Sk, Hkv, Dv)``.
         dropout_p: share of the probabilities that is dropped; the others are scaled by ``1 / (1 - dropout_p)``. Which ones,
-            torch's generator says: one number drawn from it is the seed of the call. On CPUs; elsewhere it must be 0.
+            torch's generator says: one number drawn from it is the seed of the call.
         softmax_scale: factor on ``q @ k^T``; ``1 / sqrt(D)`` if None.
         causal: query ``i`` sees keys ``j <= i + Sk - Sq``.
         window_size: ``(left, right)``, inclusive, -1 = unbounded: query ``i`` sees keys from ``i + Sk - Sq - left`` to

@@ -15,4 +15,4 @@ from .tuning import Tuning
 __all__ = ["CAPABILITIES", "NAME", "Tuning", "attention", "available", "backward", "kv_write", "supports", "use_compiler"]
 
 NAME = "metal"
-CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, torch.int8))
+CAPABILITIES = Capabilities(cache_dtypes=(torch.float16, torch.bfloat16, torch.int8), dropout=True)

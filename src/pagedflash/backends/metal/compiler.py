@@ -40,13 +40,14 @@ SOURCES = {
         "softmax",
         "score",
         "matrix",
+        "dropout",
         "decode_lanes",
         "decode_matrix",
         "decode",
     ),
     "combine": ("sequence", "softmax", "combine"),
-    "prefill": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "prefill"),
-    "backward": ("kv_format", "sequence", "softmax", "score", "matrix", "backward"),
+    "prefill": ("kv_format", "sequence", "paging", "rotary", "softmax", "score", "matrix", "dropout", "prefill"),
+    "backward": ("kv_format", "sequence", "softmax", "score", "matrix", "dropout", "backward"),
 }
 """Kernel -> the files it is made of, in order, behind the prologue, its definitions and the structs."""
 

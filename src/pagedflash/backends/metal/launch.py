@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import reject
 from ...geometry import decode_rows, max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides
 from ...problem import (
     K_NEW,
@@ -39,7 +38,6 @@ from .tiling import (
     DECODE_MAX_QUERIES,
     LANES,
     LOAD_BYTES,
-    MAX_BACKWARD_HEAD_DIM,
     MAX_SPLITS,
     MIN_SIMDGROUPS,
     MIXED_DECODE_QUERIES,
@@ -103,11 +101,12 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     target = current_target()
     tensors: tuple[Any, ...] = problem.tensors
     q = tensors[_Q]
-    if tensors[K_NEW] is not None:
-        _reject_shared_scales(tensors[WRITE])
+    shared = tensors[K_NEW] is not None and _shares_scales(tensors[WRITE])
     # A signature holds no storage offsets, and wide loads need them to be multiples of a chunk.
     offset = (q.storage_offset() | tensors[_K].storage_offset() | tensors[_V].storage_offset()) % LOAD_BYTES
-    plan = problem.plan(("metal", target, offset), lambda signature: _plan_attention(signature, target, offset))
+    plan = problem.plan(
+        ("metal", target, offset, shared), lambda signature: _plan_attention(signature, target, offset, shared)
+    )  # fmt: skip
     device = q.device
     results = [] if out is None else [out]
     results += [torch.empty(*shape, dtype=dtype, device=device) for shape, dtype in plan.results[len(results) :]]
@@ -117,8 +116,12 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
 
 def has_backward_kernel(problem: AttentionProblem) -> bool:
     """Not for sequences that pick rows of a cache, since several may pick the same, nor for heads that are too wide."""
-    cache = problem.cache
-    return cache.cache_batch_idx is None and max(cache.k.shape[-1], cache.v.shape[-1]) <= MAX_BACKWARD_HEAD_DIM
+    return problem.cache.cache_batch_idx is None and _backward_tiling(problem, current_target()) is not None
+
+
+def _backward_tiling(problem: AttentionProblem, target: Target) -> BackwardTiling | None:
+    q, k, v = problem.queries.q, *problem.cache[:2]
+    return backward_tiling(k.shape[-1], v.shape[-1], q.element_size(), target.tuning)
 
 
 def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor) -> Gradients:
@@ -149,21 +152,16 @@ def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor,
 def kv_write(write: CacheWrite) -> None:
     """Rotate the new keys (if asked) and put each token into its slot: one dispatch."""
     target = current_target()
-    _reject_shared_scales(write.tensors)
-    _run(write.plan(("metal", target), lambda signature: _plan_write(signature, target)), write.tensors)
+    shared = _shares_scales(write.tensors)
+    _run(write.plan(("metal", target, shared), lambda signature: _plan_write(signature, target, shared)), write.tensors)
 
 
-def _reject_shared_scales(tensors: Tensors) -> None:
-    """Values that are a part of their keys share the scales of these: written after them, they would write others."""
+def _shares_scales(tensors: Tensors) -> bool:
+    """Whether values are a part of their keys with one scale for both: written again, they would write another."""
     _, _, k_descale, v_descale, *_ = tensors
-    if k_descale is None or v_descale is None or not k_descale.numel() or k_descale.data_ptr() != v_descale.data_ptr():
-        return
-    if is_per_token(k_descale):
-        reject(
-            "v_descale",
-            "the memory of {k_descale}",
-            "memory of its own: Metal appends no values that are part of their keys",
-        )
+    if k_descale is None or v_descale is None or not is_per_token(k_descale):
+        return False
+    return k_descale.data_ptr() == v_descale.data_ptr()
 
 
 def _run(plan: Plan, tensors: tuple[Any, ...]) -> None:
@@ -175,8 +173,10 @@ def _run(plan: Plan, tensors: tuple[Any, ...]) -> None:
 class _Planner:
     """Collects the dispatches of a plan. Kernels name their buffers as a problem its fields; that is how they are bound."""
 
-    def __init__(self, signature: AttentionProblem | CacheWrite, target: Target, dtype: torch.dtype) -> None:
-        self.target = target
+    def __init__(
+        self, signature: AttentionProblem | CacheWrite, target: Target, dtype: torch.dtype, shared: bool = False
+    ) -> None:
+        self.target, self.shared = target, shared
         self.device, self.dtype = signature.cache.k.device, dtype
         self.names = [
             field.name if tensor is not None and tensor.numel() else None  # what is empty cannot be bound
@@ -185,6 +185,9 @@ class _Planner:
         self.results: dict[str, Result] = {}
         self.constants: dict[str, Any] = {}
         self.dispatches: list[tuple[str, Any, Grid, Grid]] = []
+
+    def bind(self, params: Params) -> None:
+        self.constants["params"] = packed(params._replace(writes_values=int(not self.shared)))
 
     def dispatch(self, name: str, definitions: Mapping[str, int | str], threads: Grid, group_size: Grid) -> None:
         kernel = compiled(self.target.compile_shader, name, source_of(name, self.dtype, definitions))
@@ -209,15 +212,15 @@ def _stand_in(device: torch.device, buffer: str) -> Tensor:
     return torch.zeros(4, device=device)
 
 
-def _plan_write(write: CacheWrite, target: Target) -> Plan:
-    planner = _Planner(write, target, write.append.k_new.dtype)
-    planner.constants["params"] = packed(_write_params(write))
+def _plan_write(write: CacheWrite, target: Target, shared: bool) -> Plan:
+    planner = _Planner(write, target, write.append.k_new.dtype, shared)
+    planner.bind(_write_params(write))
     _add_write(planner, write.cache, write.append)
     return planner.plan()
 
 
-def _plan_attention(problem: AttentionProblem, target: Target, offset: int) -> Plan:
-    planner = _Planner(problem, target, problem.queries.q.dtype)
+def _plan_attention(problem: AttentionProblem, target: Target, offset: int, shared: bool) -> Plan:
+    planner = _Planner(problem, target, problem.queries.q.dtype, shared)
     planner.results["out"] = Result(problem.out_shape, planner.dtype)
     planner.results["lse"] = Result(problem.lse_shape, torch.float32)
     planner.constants["score_params"] = packed(fold_scores(problem.scores))
@@ -228,7 +231,7 @@ def _plan_attention(problem: AttentionProblem, target: Target, offset: int) -> P
         _add_decode(planner, problem, offset, MIXED_DECODE_QUERIES)
         _add_prefill(planner, problem, offset, MIXED_DECODE_QUERIES)
     else:
-        planner.constants["params"] = packed(_params(problem))
+        planner.bind(_params(problem))
         if append is not None:
             _add_write(planner, problem.cache, append)
         if has_rows:
@@ -273,7 +276,7 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int, decod
     threadgroups = sequences * row_tiles * num_splits
     team = choose_team(threadgroups, tiling, split_keys, key_bytes, planner.target.simdgroups, tuning)
     appends = append is not None and append.cu_seqlens_new is None and row_tiles == 1 and not decode_limit
-    planner.constants["params"] = packed(
+    planner.bind(
         _params(problem)._replace(
             num_splits=num_splits,
             tile_bits=team.tile_keys.bit_length() - 1,
@@ -326,7 +329,8 @@ def _add_prefill(planner: _Planner, problem: AttentionProblem, offset: int, deco
 def _plan_backward(problem: AttentionProblem, target: Target, offset: int) -> Plan:
     q, (k, v) = problem.queries.q, problem.cache[:2]
     kv_heads, group = k.shape[-2], problem.group
-    tiling = backward_tiling(k.shape[-1], v.shape[-1], q.element_size(), target.tuning)
+    tiling = _backward_tiling(problem, target)
+    assert tiling is not None
     parts, num_splits = choose_backward_parts(
         max(1, problem.batch_size * kv_heads),
         group,
@@ -340,7 +344,7 @@ def _plan_backward(problem: AttentionProblem, target: Target, offset: int) -> Pl
     for name, keys in (("d_k", k), ("d_v", v)):
         *tokens, heads, width = keys.shape
         planner.results[name] = Result((*tokens, heads * parts, width), keys.dtype)
-    planner.constants["params"] = packed(_params(problem)._replace(num_splits=num_splits))
+    planner.bind(_params(problem)._replace(num_splits=num_splits))
     planner.constants["score_params"] = packed(fold_scores(problem.scores))
     if math.prod(problem.out_shape) and k.numel():
         threads = LANES * tiling.simdgroups
@@ -436,6 +440,7 @@ def _definitions(
     return {
         **_cache_definitions(problem.cache),
         "GROUP": problem.group,
+        "DROPOUT": int(problem.scores.dropout_p > 0),
         "ALIGNED": int(aligned),
         **{name.upper(): value for name, value in tiling._asdict().items()},
     }

@@ -64,6 +64,7 @@ class Params(NamedTuple):
     v_descale_head_stride: int
     writes_k_descale: int  # there is one scale a token and head
     writes_v_descale: int
+    writes_values: int  # not where they are a part of their keys, with one scale a token for both
     k_new_batch_stride: int
     k_new_token_stride: int
     k_new_head_stride: int

@@ -6,6 +6,7 @@ The numbers chosen here go to the shader as definitions, so host and kernel cann
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 from .tuning import Tuning
@@ -40,6 +41,7 @@ MAX_DIM_SPLIT = 4
 
 BACKWARD_REGISTERS = 80  # of a lane, at most, for keys, values and the accumulators of their gradients
 BACKWARD_SIMDGROUPS_PER_CORE = 16  # to plan backward for
+MAX_BACKWARD_DIM_SPLIT = 8
 MAX_BACKWARD_SPLITS = 4  # each holds the gradients of all queries in float32
 
 
@@ -293,12 +295,12 @@ class BackwardTiling(NamedTuple):
         return self.query_tile * (k_row + v_row + score_row + 24) + self.key_tile * max(k_row, v_row) + score_parts
 
 
-MAX_BACKWARD_HEAD_DIM = 256
-"""Of K and V: keys, values and the accumulators of their gradients are in threadgroup memory and registers together."""
+@lru_cache(maxsize=256)
+def backward_tiling(head_dim: int, v_head_dim: int, element_bytes: int, tuning: Tuning) -> BackwardTiling | None:
+    """As many keys as there is room for, which is how seldom gradients of queries are loaded and stored; then rows.
 
-
-def backward_tiling(head_dim: int, v_head_dim: int, element_bytes: int, tuning: Tuning) -> BackwardTiling:
-    """As many keys as there is room for, which is how seldom gradients of queries are loaded and stored; then rows."""
+    None where threadgroup memory is too small for 8 of each.
+    """
     chunk = LOAD_BYTES // element_bytes
 
     def part(dims: int, dim_split: int) -> tuple[int, int]:
@@ -309,16 +311,17 @@ def backward_tiling(head_dim: int, v_head_dim: int, element_bytes: int, tuning: 
         matrices = sum(chunks * chunk + tail for chunks, tail in (part(head_dim, dim_split), part(v_head_dim, dim_split)))
         return matrices * (element_bytes // 2 + 2)
 
-    dim_split = next(split for split in (1, 2, 4) if split == 4 or registers(split) <= BACKWARD_REGISTERS)
+    splits = (1, 2, 4, MAX_BACKWARD_DIM_SPLIT)
+    dim_split = next(split for split in splits if split == splits[-1] or registers(split) <= BACKWARD_REGISTERS)
     parts = (*part(head_dim, dim_split), *part(v_head_dim, dim_split))
     simdgroups = min(8, tuning.prefill_simdgroups * dim_split)
     tilings = (
         BackwardTiling(chunk, *parts, dim_split, query_tile, number)
-        for number in (simdgroups, 4)
+        for number in (simdgroups, max(4, dim_split))
         for query_tile in (32, 16, 8)
         if number * MATRIX >= query_tile
     )
-    return next(tiling for tiling in tilings if tiling.threadgroup_bytes <= THREADGROUP_BYTES)
+    return next((tiling for tiling in tilings if tiling.threadgroup_bytes <= THREADGROUP_BYTES), None)
 
 
 def choose_backward_parts(threadgroups: int, group: int, key_tiles: int, slots: int) -> tuple[int, int]:

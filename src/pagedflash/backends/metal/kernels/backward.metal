@@ -4,6 +4,8 @@
 //
 //   P = 2^(scale Q K^T - LSE)     dP = dO V^T     dS = P (dP - delta)     dV += P^T dO     dK += dS^T Q     dQ += dS K
 //
+// With dropout the P of dV and dP are dropped.
+//
 // A threadgroup takes every num_splits-th tile of keys, and to each the rows that see it: the queries times HEADS heads that share
 // the KV head. A simdgroup has 8 keys, whose K, V, dK and dV stay in registers. It computes S and dP transposed, keys x rows: in
 // the registers they come in they are the first factor of dV and dK. Only dS goes through threadgroup memory, to
@@ -113,6 +115,7 @@ kernel void backward(
     device const float* alibi_slopes [[buffer(15)]],
     constant Params& params [[buffer(16)]],
     constant ScoreParams& score_params [[buffer(17)]],
+    device const uint2* dropout_seed [[buffer(18)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]]
@@ -140,6 +143,9 @@ kernel void backward(
     find_keys(
         s, b, params, score_params, cu_seqlens_k, load_length(b, params, seqused_k, lane), cache_batch_idx, cache_leftpad
     );
+
+    const uint2 seed = load_seed(dropout_seed);
+    const float scale_of_kept = DROPOUT ? score_params.dropout_scale : 1.0f;
 
     const int shift = position_of(s, 0);
     const KVRange used = {max(0, s.leftpad - s.window_right - shift) * HEADS, s.seqlen_q * HEADS};  // rows that see a key
@@ -230,6 +236,8 @@ kernel void backward(
 #endif
 
             // To P and dS.
+            const Dropout dropout = {seed, b, first_row, first_head, HEADS};
+            const uint kept = kept_of_key<QUERY_BLOCKS>(dropout, first_key + row_of_key, score_params, lane);
             UNROLL
             for (int j = 0; j < QUERY_BLOCKS; j++) {
                 UNROLL
@@ -240,8 +248,9 @@ kernel void backward(
                     const float weight = contains(score.range, first_key + row_of_key)
                         ? fast::exp2(distant_score(capped, first_key + row_of_key, score) - lse_and_delta[row].x)
                         : 0.0f;
-                    p[j][e] = weight;
-                    d_p[j][e] = weight * (d_p[j][e] - lse_and_delta[row].y) * cap_slope(capped, score_params);
+                    p[j][e] = is_kept(kept, 2 * j + e) ? weight : 0.0f;
+                    const float d_weight = is_kept(kept, 2 * j + e) ? d_p[j][e] * scale_of_kept : 0.0f;
+                    d_p[j][e] = weight * (d_weight - lse_and_delta[row].y) * cap_slope(capped, score_params);
                     if (part == 0) d_scores[row * SCORE_ROW + row_of_key] = T(d_p[j][e]);
                 }
             }
@@ -283,7 +292,7 @@ kernel void backward(
             store_row<K_MATRICES, HEAD_DIM>(
                 d_k + row * HEAD_DIM, d_key, natural_scale(score_params), part * K_MATRICES * 8 + column
             );
-            store_row<V_MATRICES, V_HEAD_DIM>(d_v + row * V_HEAD_DIM, d_value, 1.0f, part * V_MATRICES * 8 + column);
+            store_row<V_MATRICES, V_HEAD_DIM>(d_v + row * V_HEAD_DIM, d_value, scale_of_kept, part * V_MATRICES * 8 + column);
         }
     }
 }

@@ -60,6 +60,7 @@ kernel void decode(
     constant ScoreParams& score_params [[buffer(21)]],
     device float* k_descale [[buffer(22)]],
     device float* v_descale [[buffer(23)]],
+    device const uint2* dropout_seed [[buffer(24)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint simdgroup_count [[simdgroups_per_threadgroup]],
@@ -149,6 +150,7 @@ kernel void decode(
         simdgroup_barrier(mem_flags::mem_device);
     }
 
+    const Dropout dropout = {load_seed(dropout_seed), b, first_row, first_head, GROUP};
     const int my_first_tile = tiles_begin + simdgroup, my_tiles_end = range.begin < range.end ? tiles_end : 0;
 
     // ---- The first keys, and after them what the rows need
@@ -171,7 +173,7 @@ kernel void decode(
     clear(accumulator);
     attend(
         accumulator, queries, score_rows, cache, start, my_first_tile, my_tiles_end, simdgroups, range, tile_bits, score_params,
-        lane
+        dropout, lane
     );
 
     // ---- Reduce the simdgroups, some rows at a time
@@ -196,6 +198,7 @@ kernel void decode(
                 x += outputs[other * reduce_rows * V_HEAD_DIM + i];
                 total += row_total[other * ROWS + r] * exp2(row_maximum[other * ROWS + r] - top);
             }
+            if (DROPOUT) x *= score_params.dropout_scale;
             const int row = s.first_row + query;
             const long out_row = long(row) * params.num_heads + head;
             if (num_splits > 1) {

@@ -280,7 +280,7 @@ inline void load_first(
 inline void attend(
     thread Accumulator& rows, threadgroup const QueryElement* queries, threadgroup const ScoreRow* score_rows,
     thread const HeadCache& cache, thread Start& start, int t, int tiles_end, int simdgroups, KVRange range, int tile_bits,
-    constant ScoreParams& score_params, int lane
+    constant ScoreParams& score_params, thread const Dropout& dropout, int lane
 ) {
     threadgroup const float* my_queries = queries + (lane & (K_LANES - 1)) * SLICE;
     const int k_steps = steps_of(K_LANES, tile_bits), v_steps = steps_of(V_LANES, tile_bits);
@@ -330,7 +330,7 @@ inline void attend(
             const float weight = weight_of(score, maximum);
             rows.maximum[r] = maximum;
             rows.sum[r] = rows.sum[r] * alpha + weight;
-            weights[r] = weight * v_scale;
+            weights[r] = is_kept(dropout, r, tile.key, score_params) ? weight * v_scale : 0.0f;
             UNROLL
             for (int d = 0; d < V_DIMS; d++) rows.output[r][d] *= alpha;
         }

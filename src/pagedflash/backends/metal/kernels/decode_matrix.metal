@@ -201,7 +201,7 @@ inline void load_first(
 inline void attend(
     thread Accumulator& rows, threadgroup const QueryElement* queries, threadgroup const ScoreRow* score_rows,
     thread const HeadCache& cache, thread Start& start, int t, int tiles_end, int simdgroups, KVRange range, int tile_bits,
-    constant ScoreParams& score_params, int lane
+    constant ScoreParams& score_params, thread const Dropout& dropout, int lane
 ) {
     threadgroup const Pair* my_queries = reinterpret_cast<threadgroup const Pair*>(queries) + lane;
     int looked_up = start.looked_up, page = 0, lookups = 0;  // tiles whose pages are looked up
@@ -280,12 +280,13 @@ inline void attend(
             const float alpha = fast::exp2(rows.maximum[r] - new_maximum);
             rows.maximum[r] = new_maximum;
             rows.sum[r] *= alpha;
+            const uint kept = kept_of_row<KEY_BLOCKS>(dropout, r * 8 + matrix_row(lane), tile.first_key, score_params, lane);
             UNROLL
             for (int i = 0; i < KEY_BLOCKS; i++) {
                 const float2 score = scores[r * KEY_BLOCKS + i];
                 const float2 weight = float2(weight_of(score.x, new_maximum), weight_of(score.y, new_maximum));
                 rows.sum[r] += weight.x + weight.y;
-                weights[r * KEY_BLOCKS + i] = transposed(weight, lane);
+                weights[r * KEY_BLOCKS + i] = transposed(kept_weights(weight, kept, i), lane);
             }
             const float2 alphas = of_columns(alpha, lane);
             UNROLL

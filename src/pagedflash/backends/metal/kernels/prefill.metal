@@ -91,6 +91,7 @@ kernel void prefill(
     constant ScoreParams& score_params [[buffer(17)]],
     device float* k_descale [[buffer(18)]],
     device float* v_descale [[buffer(19)]],
+    device const uint2* dropout_seed [[buffer(20)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup_index [[simdgroup_index_in_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]]
@@ -184,6 +185,7 @@ kernel void prefill(
     const long k_page_stride = params.k_page_stride, v_page_stride = params.v_page_stride;
     const int k_token_stride = int(params.k_token_stride), v_token_stride = int(params.v_token_stride);
 
+    const Dropout dropout = {load_seed(dropout_seed), b, first_row, first_head, GROUP};
     float maximum = LOWEST, sum = 0.0f;  // of this lane's row; the sum over this lane's columns only
     float2 output[V_MATRICES];
     UNROLL
@@ -252,10 +254,12 @@ kernel void prefill(
         maximum = new_maximum;
         sum *= alpha;
         Pair weights[KEY_TILE / 8];
+        const uint kept = kept_of_row<KEY_TILE / 8>(dropout, row_group * 8 + slot, first_key, score_params, lane);
         UNROLL
         for (int j = 0; j < KEY_TILE / 8; j++) {
-            const float2 weight = float2(weight_of(scores[j].x, maximum), weight_of(scores[j].y, maximum));
+            float2 weight = float2(weight_of(scores[j].x, maximum), weight_of(scores[j].y, maximum));
             sum += weight.x + weight.y;
+            weight = kept_weights(weight, kept, j);
             weights[j] = Pair(T(weight.x), T(weight.y));
         }
 
@@ -295,6 +299,7 @@ kernel void prefill(
     const float total = row_sum(sum);
     if (query >= s.rows) return;
     const Normaliser n = normaliser_of(maximum, total, params.has_sinks, params.has_sinks ? sinks[head] : 0.0f);
+    const float factor = DROPOUT ? n.factor * score_params.dropout_scale : n.factor;
     const int row = s.first_row + query;
     device T* out_row = out + (long(row) * params.num_heads + head) * V_HEAD_DIM;
     UNROLL
@@ -302,8 +307,8 @@ kernel void prefill(
         const int chunk = i / (CHUNK / 2);
         const int d = part * V_MATRICES * 8
             + (chunk < V_CHUNKS ? chunk * 4 * CHUNK + column / 2 * CHUNK + i % (CHUNK / 2) * 2 : i * 8 + column);
-        if (d < V_HEAD_DIM) out_row[d] = T(output[i].x * n.factor);
-        if (d + 1 < V_HEAD_DIM) out_row[d + 1] = T(output[i].y * n.factor);
+        if (d < V_HEAD_DIM) out_row[d] = T(output[i].x * factor);
+        if (d + 1 < V_HEAD_DIM) out_row[d + 1] = T(output[i].y * factor);
     }
     if (column == 0 && part == 0) lse[lse_index(params, row, head)] = n.lse;
 }

@@ -57,6 +57,7 @@ inline void append_token(
         const T x = params.rotary_half ? rotated(k_new, d, position, rotary_cos, rotary_sin, params) : k_new[d];
         k_slot[d] = stored<K_T>(x, reciprocal);
     }
+    if (!params.writes_values) return;
 #if V_QUANTIZED
     largest = 0.0f;
     for (int d = lane; d < V_HEAD_DIM; d += 32) largest = max(largest, fabs(float(v_new[d])));
