@@ -32,6 +32,7 @@ from pagedflash.testing import PagedProblem, paged_problem
 
 DTYPE, DEVICE = torch.bfloat16, "cuda"
 HEADS = (32, 8)  # of prefill
+PACKED = ([4096, 2048, 1024, 512, 512], [300, 5000, 17, 1200, 64, 1611])  # lengths of packed prompts
 
 
 def no_cuda() -> str:
@@ -277,8 +278,7 @@ def prefill(options: Options) -> Iterator[Row]:
     dense = ((8192, 128), (2048, 128), (512, 128), (8192, 64), (8192, 80), (8192, 96), (8192, 192), (8192, 256))
     for tokens, head_dim in options.size(dense, ((256, 64),)):
         yield prefill_row(f"dense {tokens} D={head_dim}", prompts([tokens], HEADS, head_dim, DTYPE, DEVICE), rounds, clock)
-    packed = ([4096, 2048, 1024, 512, 512], [300, 5000, 17, 1200, 64, 1611], [128] * 64)
-    for lengths in options.size(packed, ([40, 300],)):
+    for lengths in options.size((*PACKED, [128] * 64), ([40, 300],)):
         name = f"packed {len(lengths)} x {lengths[0]}" if len(set(lengths)) == 1 else f"packed {lengths}"
         yield prefill_row(name, prompts(lengths, HEADS, 128, DTYPE, DEVICE), rounds, clock)
     for page_size in (16, 256):
@@ -307,7 +307,7 @@ def training(options: Options) -> Iterator[Row]:
     """Forward and backward pass of causal prompts, dense and packed, beside SDPA's kernels"""
     clock, rounds = GraphClock(), options.rounds_or(20)
     cases = [([tokens], head_dim) for head_dim in (64, 128) for tokens in (2048, 8192)]
-    cases += [([4096, 2048, 1024, 512, 512], 128)]
+    cases += [(lengths, 128) for lengths in PACKED] + [(PACKED[0], 64)]
     for lengths, head_dim in options.size(cases, [([64], 32), ([40, 30], 32)]):
         torch.cuda.empty_cache()
         problem = prompts(lengths, HEADS, head_dim, DTYPE, DEVICE)
@@ -315,6 +315,8 @@ def training(options: Options) -> Iterator[Row]:
         for name, kernel in (("SDPA flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
             run = partial(sdpa_of_sequences, problem, kernel)
             contenders |= that_run({name: partial(with_gradients, run, *problem[:3])})
+        if len(lengths) > 1:
+            contenders |= that_run({"SDPA flash, packed": partial(with_gradients, flash_of_packed(problem), *problem[:3])})
         yield compared(f"{lengths} D={head_dim}", measure(contenders, rounds, clock), "us")
 
 
@@ -330,6 +332,13 @@ def sdpa_of_sequences(problem: PackedProblem, kernel: SDPBackend, q: Tensor, k: 
     with sdpa_kernel(kernel):
         parts = zip(*(x.split(problem.lengths_q) for x in (q, k, v)))
         return torch.cat([sdpa.attention(*(x[None] for x in part), is_causal=True)[0] for part in parts])
+
+
+def flash_of_packed(problem: PackedProblem) -> Callable[..., Tensor]:
+    """All at once, by the operator that SDPA takes nested tensors to."""
+    offsets, longest = problem.cu_seqlens_q, max(problem.lengths_q)
+    flash = torch.ops.aten._flash_attention_forward
+    return lambda q, k, v: flash(q, k, v, offsets, offsets, longest, longest, 0.0, True, False)[0]
 
 
 @suite("cuda-window", needs=no_cuda)
