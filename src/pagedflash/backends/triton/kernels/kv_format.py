@@ -78,6 +78,8 @@ def load_scales(base, strides, pages, within, inside):
     """The scale of each token; any numbers where there are none."""
     if strides is None:
         scales = within.to(tl.float32)
+    elif not strides.IS_WRITTEN:
+        scales = tl.zeros([within.shape[0]], tl.float32) + base
     else:
         offsets = pages.to(tl.int64) * tl.cast(strides.batch, tl.int64) + within * tl.cast(strides.token, tl.int64)
         scales = tl.load(base + offsets, inside, other=0.0)

@@ -17,7 +17,7 @@ class KVView(NamedTuple):
     v: Any
     k_strides: Any  # in what is pointed to
     v_strides: Any
-    k_descale: Any  # pointers to the scales of the sequence and KV head; to anything where there are none
+    k_descale: Any  # the scale of the sequence and KV head; a pointer to its tokens' own; anything where there are none
     v_descale: Any
     row: Any  # the sequence's row of the block table (a pointer) or of a dense cache; packed keys are one long row
     offset: Any  # slots from there to the sequence
@@ -68,6 +68,8 @@ def descale_of(descale, strides, b, kv_head, anything):
         of_head = anything
     else:
         of_head = descale + b.to(tl.int64) * strides.sequence + kv_head.to(tl.int64) * strides.head
+        if not strides.IS_WRITTEN:
+            of_head = tl.load(of_head)
     return of_head
 
 
