@@ -537,6 +537,36 @@ def test_formats_of_decode(
     assert in_words == (names if reads_words else [None, None])
 
 
+@pytest.mark.parametrize("queries", (1, 70))
+@pytest.mark.parametrize(
+    "head_dim, kv_heads, pieces", ((59, 2, 2), (59, 8, 4), (111, 8, 8), (36, 2, 8), (26, 4, 8), (59, 3, 1), (104, 2, 8))
+)
+def test_rows_that_do_not_begin_at_multiples_of_16_bytes(
+    device: str, head_dim: int, kv_heads: int, pieces: int, queries: int
+) -> None:
+    """They are loaded in pieces of so many elements, with some of the heads beside theirs, which may be NaN."""
+    lengths = [70, 3, 0, 33]
+    problem = _decode_problem(
+        device, lengths, append=queries == 1, heads=2 * kv_heads, kv_heads=kv_heads, head_dim=head_dim, dtype=torch.bfloat16
+    )
+    if queries > 1:
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(len(lengths), queries, 2 * kv_heads, head_dim, generator=generator).to(device, torch.bfloat16)
+        problem = problem.replace(q=q, max_seqlen_q=queries)
+    planned = launch.problem_params(plan_cache.signature_of(problem), True, "ieee", None, False).cache
+    assert planned.k_strides.ALIGN == pieces
+    assert_matches_reference(problem, backend.attention)
+
+    def heads_of(problem: AttentionProblem) -> torch.Tensor:
+        out, _ = backend.attention(problem.map_tensors(torch.clone))
+        return out.unflatten(2, (kv_heads, 2))
+
+    k, v = (cache.clone() for cache in problem.cache[:2])
+    k[:, :, 1], v[:, :, 1] = torch.nan, torch.inf
+    others = [head for head in range(kv_heads) if head != 1]
+    assert heads_of(problem.replace(k=k, v=v))[:, :, others].equal(heads_of(problem)[:, :, others])
+
+
 def test_quantized_values_have_tiles_as_wide_as_keys(rng: random.Random, device: str) -> None:
     """On Hopper, narrower ones were wrong."""
     seen = 0
@@ -638,7 +668,7 @@ class _Kernel:
 
 _COUNT = len(params.WriteTensors._fields)
 _TENSORS, _ADDRESSES = tuple(torch.zeros(_COUNT)), tuple(range(1024, 1024 + _COUNT * 16, 16))
-_STRIDES = params.Strides(64, 32, None, ALIGN=8)
+_STRIDES = params.Strides(64, 32, None, ALIGN=8, HEAD_ALIGN=8)
 
 
 def _launch_twice(run: object, monkeypatch: pytest.MonkeyPatch) -> _Kernel:

@@ -32,6 +32,7 @@ from pagedflash.testing import PagedProblem, paged_problem
 
 DTYPE, DEVICE = torch.bfloat16, "cuda"
 HEADS = (32, 8)  # of prefill
+PACKED = ([4096, 2048, 1024, 512, 512], [300, 5000, 17, 1200, 64, 1611])  # lengths of packed prompts
 
 
 def no_cuda() -> str:
@@ -65,7 +66,7 @@ SPECULATIVE = [
         ((64, 8), 8, 8192),
         ((8, 1), 1, 131072),
     )
-    for queries in (4, 8)
+    for queries in (2, 4, 8, 16)
 ]
 
 
@@ -194,7 +195,7 @@ def quantized_decode(problem: PagedProblem, per_token: bool) -> Contender:
 
 @suite("cuda-speculative", needs=no_cuda)
 def speculative(options: Options) -> Iterator[Row]:
-    """Paged decode of 4 and 8 tokens a sequence, beside its peers"""
+    """Paged decode of 2 to 16 tokens a sequence, beside its peers"""
     clock = GraphClock()
     bandwidth = read_bandwidth(clock, options)
     for case, lengths, queries in options.size(SPECULATIVE, SPECULATIVE[:1]):
@@ -204,26 +205,38 @@ def speculative(options: Options) -> Iterator[Row]:
 
 @suite("cuda-head-dims", needs=no_cuda)
 def head_dims(options: Options) -> Iterator[Row]:
-    """Paged decode of wide heads, of odd ones beside the next multiple of 8, and of MLA: of read bandwidth"""
+    """Paged decode of wide heads, and of odd ones beside the next multiple of 8: of read bandwidth"""
     clock, rounds = GraphClock(), options.rounds_or(30)
     bandwidth = read_bandwidth(clock, options)
     yield limits(bandwidth, clock, options)
     batch, context = options.size((32, 4096), (2, 64))
 
-    def row(name: str, problem: PagedProblem) -> Row:
-        q, v = problem.q, problem.v_cache
-        seconds = measure({OURS: pagedflash_decode(problem)}, rounds, clock).median(OURS)
-        operations = 2 * q.shape[2] * (q.shape[3] + v.shape[3]) * int(problem.cache_seqlens.sum())
-        figures: Figures = {"us": 1e6 * seconds, "KV MB": problem.cache_bytes / 1e6, "TFLOP/s": operations / seconds / 1e12}
-        return Row(name, figures | {"of read bandwidth": problem.cache_bytes / seconds / bandwidth})
-
-    for head_dim in (256, 512, 59, 64, 100, 104, 111, 112):
+    for head_dim in (256, 512, 26, 32, 36, 40, 59, 64, 100, 104, 111, 112):
         heads = (16, 4) if head_dim >= 256 else (32, 8)
-        yield row(f"{heads} D={head_dim}", paged(shape(heads, head_dim), [context] * batch))
-    for q_heads in (16, 64, 128):
-        for lengths in ([context] * batch, [batch // 2 * context]):
-            problem = paged_problem(lengths, heads=(q_heads, 1), page_size=64, dtype=DTYPE, device=DEVICE, mla=True)
-            yield row(f"MLA, {q_heads} heads, {len(lengths)} x {lengths[0]}", problem)
+        problem = paged(shape(heads, head_dim), [context] * batch)
+        measured = measure({OURS: pagedflash_decode(problem)}, rounds, clock)
+        share = problem.cache_bytes / measured.median(OURS) / bandwidth
+        figures = {"KV MB": problem.cache_bytes / 1e6, "of read bandwidth": share}
+        yield compared(f"{heads[0]}/{heads[1]} D={head_dim}", measured, "us", figures)
+
+
+@suite("cuda-mla", needs=no_cuda)
+def mla(options: Options) -> Iterator[Row]:
+    """Decode of MLA, keys of 576 whose first 512 are the values, on pages of 64: beside FlashInfer's"""
+    clock, rounds = GraphClock(), options.rounds_or(30)
+    bandwidth = read_bandwidth(clock, options)
+    yield limits(bandwidth, clock, options)
+    batch, context = options.size((32, 4096), (2, 64))
+    even, single = [context] * batch, [batch // 2 * context]
+    for q_heads, lengths, queries in ((16, even, 1), (64, even, 1), (128, even, 1), (128, single, 1), (128, even, 4)):
+        layout: Any = dict(heads=(q_heads, 1), page_size=64, dtype=DTYPE, device=DEVICE, mla=True)
+        problem = paged_problem(lengths, num_queries=queries, **layout)
+        contenders = {OURS: pagedflash_decode(problem), **that_run(baselines.cuda_mla(problem))}
+        measured = measure({name: with_packed_output(each) for name, each in contenders.items()}, rounds, clock)
+        seconds, pairs = measured.median(OURS), queries * q_heads * sum(lengths)
+        figures = {"KV MB": problem.cache_bytes / 1e6, "TFLOP/s": 2 * (576 + 512) * pairs / seconds / 1e12}
+        name = f"{q_heads} heads, {len(lengths)} x {lengths[0]}" + (f", {queries} tokens" if queries > 1 else "")
+        yield compared(name, measured, "us", figures | {"of read bandwidth": problem.cache_bytes / seconds / bandwidth})
 
 
 @suite("cuda-grid", needs=no_cuda)
@@ -277,8 +290,7 @@ def prefill(options: Options) -> Iterator[Row]:
     dense = ((8192, 128), (2048, 128), (512, 128), (8192, 64), (8192, 80), (8192, 96), (8192, 192), (8192, 256))
     for tokens, head_dim in options.size(dense, ((256, 64),)):
         yield prefill_row(f"dense {tokens} D={head_dim}", prompts([tokens], HEADS, head_dim, DTYPE, DEVICE), rounds, clock)
-    packed = ([4096, 2048, 1024, 512, 512], [300, 5000, 17, 1200, 64, 1611], [128] * 64)
-    for lengths in options.size(packed, ([40, 300],)):
+    for lengths in options.size((*PACKED, [128] * 64), ([40, 300],)):
         name = f"packed {len(lengths)} x {lengths[0]}" if len(set(lengths)) == 1 else f"packed {lengths}"
         yield prefill_row(name, prompts(lengths, HEADS, 128, DTYPE, DEVICE), rounds, clock)
     for page_size in (16, 256):
@@ -307,7 +319,7 @@ def training(options: Options) -> Iterator[Row]:
     """Forward and backward pass of causal prompts, dense and packed, beside SDPA's kernels"""
     clock, rounds = GraphClock(), options.rounds_or(20)
     cases = [([tokens], head_dim) for head_dim in (64, 128) for tokens in (2048, 8192)]
-    cases += [([4096, 2048, 1024, 512, 512], 128)]
+    cases += [(lengths, 128) for lengths in PACKED] + [(PACKED[0], 64)]
     for lengths, head_dim in options.size(cases, [([64], 32), ([40, 30], 32)]):
         torch.cuda.empty_cache()
         problem = prompts(lengths, HEADS, head_dim, DTYPE, DEVICE)
@@ -315,6 +327,8 @@ def training(options: Options) -> Iterator[Row]:
         for name, kernel in (("SDPA flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
             run = partial(sdpa_of_sequences, problem, kernel)
             contenders |= that_run({name: partial(with_gradients, run, *problem[:3])})
+        if len(lengths) > 1:
+            contenders |= that_run({"SDPA flash, packed": partial(with_gradients, flash_of_packed(problem), *problem[:3])})
         yield compared(f"{lengths} D={head_dim}", measure(contenders, rounds, clock), "us")
 
 
@@ -330,6 +344,13 @@ def sdpa_of_sequences(problem: PackedProblem, kernel: SDPBackend, q: Tensor, k: 
     with sdpa_kernel(kernel):
         parts = zip(*(x.split(problem.lengths_q) for x in (q, k, v)))
         return torch.cat([sdpa.attention(*(x[None] for x in part), is_causal=True)[0] for part in parts])
+
+
+def flash_of_packed(problem: PackedProblem) -> Callable[..., Tensor]:
+    """All at once, by the operator that SDPA takes nested tensors to."""
+    offsets, longest = problem.cu_seqlens_q, max(problem.lengths_q)
+    flash = torch.ops.aten._flash_attention_forward
+    return lambda q, k, v: flash(q, k, v, offsets, offsets, longest, longest, 0.0, True, False)[0]
 
 
 @suite("cuda-window", needs=no_cuda)

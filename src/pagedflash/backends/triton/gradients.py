@@ -102,7 +102,7 @@ def _plan(problem: AttentionProblem, aligned: bool, precision: str) -> _Plan:
         for parts in range(1, problem.group + 1)
         if problem.group % parts == 0 and (parts == problem.group or math.prod(tiles) * parts >= 3 * num_sms(q.device))
     )
-    params = problem_params(problem, aligned, precision, None, False)
+    params = problem_params(problem, aligned, precision, None, False, leads=False)
     of_keys = BackwardTile(keys.block_m, keys.block_n, problem.group // parts, lengths_together(batch_size))
     of_queries = of_keys._replace(BLOCK_M=queries.block_m, BLOCK_N=queries.block_n)
     rows = q.shape[0] * (1 if is_packed_q else q.shape[1]) * heads

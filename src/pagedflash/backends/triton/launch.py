@@ -43,6 +43,7 @@ from .tiling import (
     max_decode_rows,
     power_of_two,
     prefill_tiling,
+    row_align,
     stride_factor,
     tile_widths,
     widest,
@@ -315,9 +316,10 @@ def problem_params(
     same: bool,
     share: int = 1,
     words: bool = False,
+    leads: bool = True,
 ) -> ProblemParams:
     """``same``: whether k and v have the same address; ``share``: blocks of the query heads of a KV head; ``words``: whether
-    the kernel reads elements of one byte in words where it can."""
+    the kernel reads elements of one byte in words where it can; ``leads``: whether it may load rows from before them."""
     q, _, _, max_seqlen_q = problem.queries
     new_tokens = [] if problem.append is None else list(problem.append[:2])
     align = stride_factor((q, problem.cache.k, problem.cache.v, *new_tokens), aligned)
@@ -338,7 +340,7 @@ def problem_params(
             GROUP=problem.group // share,
             DECODE_LIMIT=decode_limit,
         ),
-        _cache_params(problem, align, same, share, words and q.element_size() == 2),
+        _cache_params(problem, align, same, share, words and q.element_size() == 2, leads and aligned),
         _append_params(problem.append, align, queries_rotate_by_position(problem)),
         ScoreParams(
             **used,
@@ -349,14 +351,22 @@ def problem_params(
 
 
 def _cache_params(
-    problem: AttentionProblem | CacheWrite, align: int, same: bool, share: int = 1, words: bool = False
+    problem: AttentionProblem | CacheWrite, align: int, same: bool, share: int = 1, words: bool = False, leads: bool = False
 ) -> CacheParams:
     k, v, k_descale, v_descale, block_table = problem.cache[:5]
     _reject_missing_formats(k, v)
     widths = tile_widths(problem.cache, same)
+    k_words = word_format(k, widths, align) if words else None
+    v_words = word_format(v, widths, align) if words else None
+    k_align = v_align = align
+    if leads and not widths.tail:
+        k_align = align if k_words else row_align(k, widths.block_d, align)
+        v_align = align if v_words else row_align(v, widths.block_dv, align)
+        if strides(v) == strides(k):
+            k_align = v_align = min(k_align, v_align)
     return CacheParams(
-        k_strides=_divided(k, align),
-        v_strides=None if strides(v) == strides(k) else _divided(v, align),
+        k_strides=_divided(k, k_align, align),
+        v_strides=None if strides(v) == strides(k) else _divided(v, v_align, align),
         k_descale_strides=_scale_strides(k_descale),
         v_descale_strides=_scale_strides(v_descale),
         capacity=problem.capacity if k.shape[0] else 0,
@@ -370,8 +380,8 @@ def _cache_params(
         BLOCK_DV=widths.block_dv,
         TAIL=widths.tail,
         BLOCK_TAIL=widths.block_tail,
-        K_WORDS=word_format(k, widths, align) if words else None,
-        V_WORDS=word_format(v, widths, align) if words else None,
+        K_WORDS=k_words,
+        V_WORDS=v_words,
         V_IN_K=same and v_fits_in_k(k, v),
         PAGE_SIZE=None if block_table is None else problem.page_size,
     )
@@ -406,9 +416,10 @@ def _scale_strides(descale: Tensor | None) -> ScaleStrides | None:
     return None if descale is None else ScaleStrides(*scale_strides(descale), is_per_token(descale))
 
 
-def _divided(tensor: Tensor, align: int) -> Strides:
+def _divided(tensor: Tensor, align: int, head_align: int | None = None) -> Strides:
+    head_align = head_align or align
     batch, token, head = strides(tensor)
-    return Strides(batch // align, token // align, head // align, align)
+    return Strides(batch // align, token // align, head // head_align, align, head_align)
 
 
 def is_elsewhere(device: torch.device) -> bool:

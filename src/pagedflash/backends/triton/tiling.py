@@ -191,3 +191,19 @@ def stride_factor(tensors: Sequence[Tensor], aligned: bool) -> int:
         for stride in strides(tensor):
             bits |= stride
     return next((align for align in (16, 8, 4, 2) if aligned and bits % align == 0), 1)
+
+
+def row_align(keys: Tensor, block: int, align: int) -> int:
+    """ALIGN of rows of keys or values whose heads lie at multiples of ``align`` only.
+
+    The largest whose pieces have up to 16 bytes, so that a row and what is loaded before it fit a tile of ``block`` columns,
+    and the last piece of the last head ends with it: else ``align``.
+    """
+    batch, token, head = strides(keys)
+    head_dim, last = keys.shape[-1], (keys.shape[-2] - 1) * head + keys.shape[-1]
+
+    def fits(larger: int) -> bool:
+        longest_lead = larger - math.gcd(head, larger)
+        return larger > align and (batch | token | last) % larger == 0 and head_dim + longest_lead <= block
+
+    return next(filter(fits, (16 // keys.element_size() >> i for i in range(4))), align)

@@ -69,6 +69,12 @@ def cuda_decode(problem: PagedProblem) -> Peers:
     return peers | vllm_kernels(PackedProblem.of(problem))
 
 
+def cuda_mla(problem: PagedProblem) -> Peers:
+    from . import flashinfer
+
+    return {f"FlashInfer, {variant}": partial(flashinfer.mla, problem, variant) for variant in flashinfer.MLA_VARIANTS}
+
+
 def cuda_prefill(problem: PackedProblem) -> Peers:
     from . import flash_attention, flashinfer
 

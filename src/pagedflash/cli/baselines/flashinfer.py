@@ -14,6 +14,7 @@ from .packed import PackedProblem
 WORKSPACE_BYTES = 512 << 20
 DECODE_VARIANTS = ("CUDA cores", "fa2", "fa3")
 PREFILL_VARIANTS = ("fa2", "fa3")
+MLA_VARIANTS = ("fa2", "fa3")
 
 
 def decode(problem: PagedProblem, variant: str) -> Contender:
@@ -68,6 +69,38 @@ def prefill(problem: PackedProblem, variant: str) -> Contender:
     )
     wrapper.plan(offsets, *pages, *heads, k.shape[1], **options)
     return Contender(lambda: wrapper.run(q, (k, v), out=out))
+
+
+def mla(problem: PagedProblem, variant: str) -> Contender:
+    """Values that are the first part of their keys, on one KV head."""
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper, MLAPlanMetadata
+
+    q, latents, values, lengths, table = problem
+    pages = _Pages.of(lengths.tolist(), table, latents.shape[1])
+    offsets = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device) * q.shape[1]
+    wrapper = BatchMLAPagedAttentionWrapper(
+        _workspace(),
+        use_cuda_graph=True,
+        qo_indptr=offsets.clone(),
+        kv_indptr=pages.offsets.clone(),
+        kv_indices=pages.indices.clone(),
+        kv_len_arr=lengths.clone(),
+        backend=variant,
+    )
+    wrapper.plan(
+        metadata=MLAPlanMetadata.csr(offsets, pages.offsets, pages.indices, lengths),
+        num_heads=q.shape[2],
+        head_dim_ckv=values.shape[-1],
+        head_dim_kpe=q.shape[-1] - values.shape[-1],
+        page_size=latents.shape[1],
+        causal=True,
+        sm_scale=q.shape[-1] ** -0.5,
+        q_data_type=q.dtype,
+        kv_data_type=latents.dtype,
+    )
+    rows, cache = q.flatten(0, 1), latents[:, :, 0]
+    out = torch.empty_like(rows[..., : values.shape[-1]])
+    return Contender(lambda: wrapper.run(query=rows, kv_cache=cache, out=out))
 
 
 class _Pages(NamedTuple):

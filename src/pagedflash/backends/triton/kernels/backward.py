@@ -80,7 +80,7 @@ def load_block(tensors, problem, tile, b, head, block, first_row, seqlen_q, seql
     offsets = lse_offsets(tensors, problem, b, row, i, head)
     end = tl.maximum(seqlen_k, 0)
     return QueryBlock(
-        load_queries(tensors, problem, b, first_row, i, head, used).q,
+        load_queries(tensors, problem, b, first_row, i, head, used, 0).q,
         tl.load(pointers, used[:, None] & (d < problem.cache.DV)[None, :], other=0.0),
         tl.load(tensors.lse + offsets, used, other=float("inf")) * LOG2E,
         tl.load(tensors.delta + offsets, used, other=0.0),

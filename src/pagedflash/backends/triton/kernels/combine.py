@@ -62,7 +62,7 @@ def combine(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     i = row // problem.queries.GROUP
     head = kv_head * problem.queries.GROUP + row % problem.queries.GROUP
     state = SoftmaxState(acc, row_max, row_sum)
-    store_output(tensors, problem, state, b, first_row, i, head, owned)
+    store_output(tensors, problem, state, b, first_row, i, kv_head, head, owned)
 
 
 @triton.jit

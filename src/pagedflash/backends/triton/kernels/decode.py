@@ -85,7 +85,7 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
         cached_rows = RowScores(
             rows.position, rows.first, tl.minimum(rows.last, work.end - 1), rows.slope, rows.dropout
         )  # fmt: skip
-        q_tile = load_queries(tensors, problem, b, first_row, i, head, used)
+        q_tile = load_queries(tensors, problem, b, first_row, i, head, used, kv.k_lead)
 
         # The keys.
         state = SoftmaxState(
@@ -124,9 +124,9 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
                         reduced_i = reduced_row // GROUP
                         reduced_head = kv_head * GROUP + reduced_row % GROUP
                         owned = reduced_i < owned_rows
-                        store_output(tensors, problem, reduced, b, first_row, reduced_i, reduced_head, owned)
+                        store_output(tensors, problem, reduced, b, first_row, reduced_i, kv_head, reduced_head, owned)
         if count == work.tiles:
-            store_output(tensors, problem, total, b, first_row, i, head, i < owned_rows)
+            store_output(tensors, problem, total, b, first_row, i, kv_head, head, i < owned_rows)
 
         tile_index += count
         if tile_index == sequence_begin + work.tiles * KV_HEADS:

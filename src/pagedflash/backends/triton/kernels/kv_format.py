@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .paging import slots_in_page
+from .paging import leads_of, slots_in_page
 from .params import in_elements
 from .words import join_columns, unpack
 
@@ -41,17 +41,27 @@ def load_kv(problem, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.
     inside = (slots >= view.begin) & (slots < view.end)
     K_UNIT: tl.constexpr = 1 if problem.cache.K_WORDS is None else 2
     V_UNIT: tl.constexpr = 1 if problem.cache.V_WORDS is None else 2
-    WIDTH: tl.constexpr = (problem.cache.D - problem.cache.TAIL) // K_UNIT
-    k = load_tile(view.k, view.k_strides, pages, within, inside, WIDTH, problem.cache.BLOCK_D // K_UNIT, MASKED)
+    WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
+    TAIL: tl.constexpr = problem.cache.TAIL
+    DV: tl.constexpr = problem.cache.DV
+    BLOCK_D: tl.constexpr = problem.cache.BLOCK_D
+    BLOCK_TAIL: tl.constexpr = problem.cache.BLOCK_TAIL
+    BLOCK_DV: tl.constexpr = problem.cache.BLOCK_DV
+    k = load_tile(view.k, view.k_strides, pages, within, inside, view.k_end, BLOCK_D // K_UNIT, WIDTH < BLOCK_D, MASKED)
+    if problem.cache.k_strides.HEAD_ALIGN < problem.cache.k_strides.ALIGN:
+        element = tl.arange(0, BLOCK_D) - view.k_lead
+        k = tl.where(((element >= 0) & (element < WIDTH))[None, :], k, tl.zeros_like(k))  # another head's may be NaN
     k_tail = k
-    if problem.cache.TAIL > 0:
-        tail = view.k + WIDTH
-        TAIL: tl.constexpr = problem.cache.TAIL // K_UNIT
-        k_tail = load_tile(tail, view.k_strides, pages, within, inside, TAIL, problem.cache.BLOCK_TAIL // K_UNIT, MASKED)
+    if TAIL > 0:
+        tail = view.k + WIDTH // K_UNIT
+        k_tail = load_tile(
+            tail, view.k_strides, pages, within, inside, TAIL // K_UNIT, BLOCK_TAIL // K_UNIT, TAIL < BLOCK_TAIL, MASKED
+        )  # fmt: skip
     v = k
     if not problem.cache.V_IN_K:
-        DV: tl.constexpr = problem.cache.DV // V_UNIT
-        v = load_tile(view.v, view.v_strides, pages, within, inside, DV, problem.cache.BLOCK_DV // V_UNIT, MASKED)
+        v = load_tile(
+            view.v, view.v_strides, pages, within, inside, view.v_end, BLOCK_DV // V_UNIT, DV < BLOCK_DV, MASKED
+        )  # fmt: skip
     k_scales = load_scales(view.k_descale, problem.cache.k_descale_strides, pages, within, inside)
     v_scales = load_scales(view.v_descale, problem.cache.v_descale_strides, pages, within, inside)
     return KVTile(k, k_tail, v, k_scales, v_scales, slots)
@@ -59,17 +69,18 @@ def load_kv(problem, view, pages, tile_index, BLOCK_N: tl.constexpr, MASKED: tl.
 
 @triton.jit
 def load_tile(
-    base, strides, pages, within, inside, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr
+    base, strides, pages, within, inside, end, BLOCK_WIDTH: tl.constexpr, HAS_END: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
+    """The columns ``[0, end)`` of a tile, which are all of them if not HAS_END."""
     d = tl.arange(0, BLOCK_WIDTH)
     rows = pages.to(tl.int64) * strides.batch + within * strides.token
     pointers = base + rows[:, None] + d[None, :]
     if MASKED:
-        tile = tl.load(pointers, inside[:, None] & (d < WIDTH)[None, :], other=0.0)
-    elif WIDTH == BLOCK_WIDTH:
-        tile = tl.load(pointers)
+        tile = tl.load(pointers, inside[:, None] & (d < end)[None, :], other=0.0)
+    elif HAS_END:
+        tile = tl.load(pointers, (d < end)[None, :], other=0.0)
     else:
-        tile = tl.load(pointers, (d < WIDTH)[None, :], other=0.0)
+        tile = tl.load(pointers)
     return tile
 
 
@@ -78,6 +89,8 @@ def load_scales(base, strides, pages, within, inside):
     """The scale of each token; any numbers where there are none."""
     if strides is None:
         scales = within.to(tl.float32)
+    elif not strides.IS_WRITTEN:
+        scales = tl.zeros([within.shape[0]], tl.float32) + base
     else:
         offsets = pages.to(tl.int64) * tl.cast(strides.batch, tl.int64) + within * tl.cast(strides.token, tl.int64)
         scales = tl.load(base + offsets, inside, other=0.0)
@@ -150,6 +163,7 @@ def store_kv(tensors, problem, b, kv_head, page, slot, k, k_tail, v, written):
         Them as a KVTile without slots: as the cache holds them.
     """
     WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
+    k_lead, v_lead = leads_of(problem, kv_head)
     k_strides = in_elements(problem.cache.k_strides)
     v_strides = k_strides
     if problem.cache.v_strides is not None:
@@ -158,13 +172,13 @@ def store_kv(tensors, problem, b, kv_head, page, slot, k, k_tail, v, written):
     k, k_scales = quantize(
         tensors.k, tensors.k_descale, problem.cache.k_descale_strides, b, kv_head, page, slot, k, largest, written
     )  # fmt: skip
-    store_tile(tensors.k, k_strides, kv_head, page, slot, k, written, WIDTH, problem.cache.BLOCK_D)
+    store_tile(tensors.k, k_strides, kv_head, page, slot, k, k_lead, written, WIDTH, problem.cache.BLOCK_D)
     if problem.cache.TAIL > 0:
         k_tail, k_scales = quantize(
             tensors.k, tensors.k_descale, problem.cache.k_descale_strides, b, kv_head, page, slot, k_tail, largest, written
         )  # fmt: skip
         tail = tensors.k + WIDTH
-        store_tile(tail, k_strides, kv_head, page, slot, k_tail, written, problem.cache.TAIL, problem.cache.BLOCK_TAIL)
+        store_tile(tail, k_strides, kv_head, page, slot, k_tail, 0, written, problem.cache.TAIL, problem.cache.BLOCK_TAIL)
     if problem.cache.V_IN_K:
         v = k
         v_scales = k_scales
@@ -172,17 +186,17 @@ def store_kv(tensors, problem, b, kv_head, page, slot, k, k_tail, v, written):
         v, v_scales = quantize(
             tensors.v, tensors.v_descale, problem.cache.v_descale_strides, b, kv_head, page, slot, v, largest_of(v), written
         )  # fmt: skip
-        store_tile(tensors.v, v_strides, kv_head, page, slot, v, written, problem.cache.DV, problem.cache.BLOCK_DV)
+        store_tile(tensors.v, v_strides, kv_head, page, slot, v, v_lead, written, problem.cache.DV, problem.cache.BLOCK_DV)
     return k, k_tail, v, k_scales, v_scales
 
 
 @triton.jit
 def store_tile(
-    base, strides, kv_head, page, slot, tile, written, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+    base, strides, kv_head, page, slot, tile, lead, written, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_WIDTH)
+    d = tl.arange(0, BLOCK_WIDTH) - lead
     rows = base + kv_head * strides.head + page.to(tl.int64) * strides.batch + slot.to(tl.int64) * strides.token
-    tl.store(rows[:, None] + d[None, :], tile, written[:, None] & (d < WIDTH)[None, :])
+    tl.store(rows[:, None] + d[None, :], tile, written[:, None] & ((d >= 0) & (d < WIDTH))[None, :])
 
 
 @triton.jit

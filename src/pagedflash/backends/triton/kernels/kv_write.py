@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .kv_format import KVTile, store_kv
+from .paging import leads_of
 from .params import WriteParams, WriteTensors, WriteTile, in_elements
 from .rotary import load_rotated_parts
 from .sequence import clamp
@@ -35,15 +36,17 @@ def append_tokens(tensors, problem, b, kv_head, row, token, seqlen_cached, valid
 def write_tokens(tensors, problem, b, kv_head, row, position, page, slot, valid):
     """Rotate the keys of new tokens to their positions, and put keys and values in their slots, if there is such a page."""
     kv_head = kv_head // problem.cache.SHARE
+    k_lead, v_lead = leads_of(problem, kv_head)
     rows = row.to(tl.int64)
     new = in_elements(problem.append.k_strides)
     source = tensors.k_new + b.to(tl.int64) * new.batch + kv_head.to(tl.int64) * new.head + rows * new.token
-    k, k_tail = load_rotated_parts(tensors, problem, source, valid, position)
+    k, k_tail = load_rotated_parts(tensors, problem, source, valid, position, k_lead)
 
     new = in_elements(problem.append.v_strides)
-    d = tl.arange(0, problem.cache.BLOCK_DV)
+    d = tl.arange(0, problem.cache.BLOCK_DV) - v_lead
     source = tensors.v_new + b.to(tl.int64) * new.batch + kv_head.to(tl.int64) * new.head + rows * new.token
-    v = tl.load(source[:, None] + d[None, :], valid[:, None] & (d < problem.cache.DV)[None, :], other=0.0)
+    is_value = (d >= 0) & (d < problem.cache.DV)
+    v = tl.load(source[:, None] + d[None, :], valid[:, None] & is_value[None, :], other=0.0)
 
     written = valid & (page >= 0) & (page < problem.cache.num_pages)
     k, k_tail, v, k_scales, v_scales = store_kv(tensors, problem, b, kv_head, page, slot, k, k_tail, v, written)

@@ -3,18 +3,21 @@
 import triton
 import triton.language as tl
 
+from .paging import leads_of
 from .softmax import normalize
 
 
 @triton.jit
-def store_output(tensors, problem, state, b, first_row, i, head, owned):
-    """Normalise the rows of query ``i`` for query head ``head`` and store those ``owned``, with their LSE."""
+def store_output(tensors, problem, state, b, first_row, i, kv_head, head, owned):
+    """Normalise the rows of query ``i`` for query head ``head`` of ``kv_head``, store those ``owned``, with their LSE."""
     HEADS: tl.constexpr = problem.cache.HEADS * problem.queries.GROUP
     values, lse = normalize(tensors, state, head, owned)
     row = (first_row + i).to(tl.int64)
-    d = tl.arange(0, problem.cache.BLOCK_DV)
+    _, lead = leads_of(problem, kv_head // problem.cache.SHARE)
+    d = tl.arange(0, problem.cache.BLOCK_DV) - lead
     pointers = tensors.out + ((row * HEADS + head) * problem.cache.DV)[:, None] + d[None, :]
-    tl.store(pointers, values.to(tensors.out.dtype.element_ty), owned[:, None] & (d < problem.cache.DV)[None, :])
+    is_value = (d >= 0) & (d < problem.cache.DV)
+    tl.store(pointers, values.to(tensors.out.dtype.element_ty), owned[:, None] & is_value[None, :])
     tl.store(tensors.lse + lse_offsets(tensors, problem, b, row, i, head), lse, owned)
 
 

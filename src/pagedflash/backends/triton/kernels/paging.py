@@ -17,7 +17,10 @@ class KVView(NamedTuple):
     v: Any
     k_strides: Any  # in what is pointed to
     v_strides: Any
-    k_descale: Any  # pointers to the scales of the sequence and KV head; to anything where there are none
+    k_lead: Any  # :func:`lead_of` the keys
+    k_end: Any  # columns [0, end) of a tile are loaded
+    v_end: Any
+    k_descale: Any  # the scale of the sequence and KV head; a pointer to its tokens' own; anything where there are none
     v_descale: Any
     row: Any  # the sequence's row of the block table (a pointer) or of a dense cache; packed keys are one long row
     offset: Any  # slots from there to the sequence
@@ -28,11 +31,15 @@ class KVView(NamedTuple):
 @triton.jit
 def view_kv(tensors, problem, b, kv_head, begin, end):
     """The slots ``[begin, end)`` of sequence ``b`` and KV head ``kv_head``."""
-    k, k_strides = pointer_and_strides(tensors.k, problem.cache.k_strides, problem.cache.K_WORDS)
+    kv_head = kv_head // problem.cache.SHARE
+    K_WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
+    V_WIDTH: tl.constexpr = problem.cache.DV
+    k, k_strides, k_end = view_head(tensors.k, problem.cache.k_strides, kv_head, K_WIDTH, problem.cache.K_WORDS)
+    k_lead = lead_of(problem.cache.k_strides, kv_head)
     if problem.cache.v_strides is None:
-        v, v_strides = pointer_and_strides(tensors.v, problem.cache.k_strides, problem.cache.V_WORDS)
+        v, v_strides, v_end = view_head(tensors.v, problem.cache.k_strides, kv_head, V_WIDTH, problem.cache.V_WORDS)
     else:
-        v, v_strides = pointer_and_strides(tensors.v, problem.cache.v_strides, problem.cache.V_WORDS)
+        v, v_strides, v_end = view_head(tensors.v, problem.cache.v_strides, kv_head, V_WIDTH, problem.cache.V_WORDS)
     row = b * 0
     offset = b * 0
     if tensors.block_table is not None:
@@ -43,23 +50,49 @@ def view_kv(tensors, problem, b, kv_head, begin, end):
         row = clamp(tl.load(tensors.cache_batch_idx + b), 0, problem.cache.num_pages - 1)
     else:
         row = b
-    kv_head = kv_head // problem.cache.SHARE
-    k += kv_head * k_strides.head
-    v += kv_head * v_strides.head
     k_descale = descale_of(tensors.k_descale, problem.cache.k_descale_strides, b, kv_head, k)
     v_descale = descale_of(tensors.v_descale, problem.cache.v_descale_strides, b, kv_head, v)
-    return KVView(k, v, k_strides, v_strides, k_descale, v_descale, row, offset, begin, end)
+    return KVView(k, v, k_strides, v_strides, k_lead, k_end, v_end, k_descale, v_descale, row, offset, begin, end)
 
 
 @triton.jit
-def pointer_and_strides(base, strides, WORDS: tl.constexpr):
-    """To elements and in elements, or to words and in words."""
-    if WORDS is None:
-        in_units = in_elements(strides)
-    else:
-        base = base.to(tl.pointer_type(tl.int16), bitcast=True)
+def view_head(base, strides, kv_head, WIDTH: tl.constexpr, WORDS: tl.constexpr):
+    """What the rows of a KV head are loaded by: (pointer, strides, end of the columns), in elements or in words."""
+    if WORDS is not None:
         in_units = in_words(strides)
-    return base, in_units
+        start = base.to(tl.pointer_type(tl.int16), bitcast=True) + kv_head * in_units.head
+        end = kv_head * 0 + WIDTH // 2
+    elif strides.HEAD_ALIGN < strides.ALIGN:
+        in_units = in_elements(strides)
+        start = base + kv_head * in_units.head // strides.ALIGN * strides.ALIGN
+        end = tl.cdiv(lead_of(strides, kv_head) + WIDTH, strides.ALIGN) * strides.ALIGN
+    else:
+        in_units = in_elements(strides)
+        start = base + kv_head * in_units.head
+        end = kv_head * 0 + WIDTH
+    return start, in_units, end
+
+
+@triton.jit
+def leads_of(problem, kv_head):
+    """:func:`lead_of` the keys and the values of a KV head of the cache."""
+    k_lead = lead_of(problem.cache.k_strides, kv_head)
+    v_lead = k_lead
+    if problem.cache.v_strides is not None:
+        v_lead = lead_of(problem.cache.v_strides, kv_head)
+    return k_lead, v_lead
+
+
+@triton.jit
+def lead_of(strides, kv_head):
+    """Elements that are loaded before each row of a KV head: back to a multiple of ALIGN.
+
+    Column c of a tile is element ``c - lead`` then, and so it is of queries, which are multiplied with it, and accumulators.
+    """
+    lead = kv_head * 0
+    if strides.HEAD_ALIGN < strides.ALIGN:
+        lead = (kv_head * in_elements(strides).head % strides.ALIGN).to(tl.int32)
+    return lead
 
 
 @triton.jit
@@ -68,6 +101,8 @@ def descale_of(descale, strides, b, kv_head, anything):
         of_head = anything
     else:
         of_head = descale + b.to(tl.int64) * strides.sequence + kv_head.to(tl.int64) * strides.head
+        if not strides.IS_WRITTEN:
+            of_head = tl.load(of_head)
     return of_head
 
 

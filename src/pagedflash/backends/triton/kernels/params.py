@@ -98,15 +98,17 @@ class WriteTensors(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Elements from one sequence (or page), token and head to the next, divided by ALIGN.
+    """Elements from one sequence (or page), token and head to the next, divided by ALIGN, the last by HEAD_ALIGN.
 
-    So the compiler knows that rows start at multiples of ALIGN elements, and loads them in one piece.
+    So the compiler knows that rows start at multiples of ALIGN elements, and loads them in pieces of so many.
+    Where HEAD_ALIGN is less, rows are loaded from the multiple of ALIGN before them (:func:`.paging.lead_of`).
     """
 
     batch: int
     token: int
     head: int
     ALIGN: int
+    HEAD_ALIGN: int
 
 
 class ElementStrides(NamedTuple):
@@ -231,7 +233,7 @@ def in_elements(strides):
     return ElementStrides(
         tl.cast(strides.batch, tl.int64) * strides.ALIGN,
         tl.cast(strides.token, tl.int64) * strides.ALIGN,
-        tl.cast(strides.head, tl.int64) * strides.ALIGN,
+        tl.cast(strides.head, tl.int64) * strides.HEAD_ALIGN,
     )
 
 

@@ -76,10 +76,11 @@ def attend_block(tensors, problem, tile, head, b, block, first_row, owned_rows):
     end = tl.where(block * tile.BLOCK_M < seqlen_q, tl.maximum(end, 0), 0)
     begin = tl.minimum(begin, end)
     rows = row_scores(tensors, problem, b, head + i * 0, i, used, seqlen_q, seqlen_k, begin, end)
-    q_tile = load_queries(tensors, problem, b, first_row, i, head, used)
 
     # ---- The keys: left edge, the middle that needs no mask, right edge ----
-    kv = view_kv(tensors, problem, b, head // problem.queries.GROUP, begin, end)
+    kv_head = head // problem.queries.GROUP
+    kv = view_kv(tensors, problem, b, kv_head, begin, end)
+    q_tile = load_queries(tensors, problem, b, first_row, i, head, used, kv.k_lead)
     first_tile = begin // tile.BLOCK_N
     end_tile = tl.cdiv(end, tile.BLOCK_N)
     left_end = first_tile
@@ -98,7 +99,7 @@ def attend_block(tensors, problem, tile, head, b, block, first_row, owned_rows):
 
     # Rows past the used ones saw the middle as if they were there.
     state = SoftmaxState(state.acc, state.row_max, tl.where(used, state.row_sum, 0.0))
-    store_output(tensors, problem, state, b, first_row, i, head + i * 0, i < owned_rows)
+    store_output(tensors, problem, state, b, first_row, i, kv_head, head + i * 0, i < owned_rows)
 
 
 @triton.jit

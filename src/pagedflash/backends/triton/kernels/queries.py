@@ -19,8 +19,8 @@ class QueryTile(NamedTuple):
 
 
 @triton.jit
-def load_queries(tensors, problem, b, first_row, i, head, used):
-    """Query ``i`` of the sequence for query head ``head`` (each a vector, or one for all rows).
+def load_queries(tensors, problem, b, first_row, i, head, used, lead):
+    """Query ``i`` of the sequence for query head ``head`` (each a vector, or one for all rows), behind ``lead`` zeros.
 
     Rotated if there are tables; zeros where not ``used``.
     """
@@ -36,7 +36,7 @@ def load_queries(tensors, problem, b, first_row, i, head, used):
         if problem.append.QUERIES_BY_POSITION:
             position += i
         position = tl.minimum(position, problem.append.rotary_len - 1)
-    q, tail = load_rotated_parts(tensors, problem, rows, used, position)
+    q, tail = load_rotated_parts(tensors, problem, rows, used, position, lead)
     q_odd = q
     tail_odd = tail
     if problem.cache.K_WORDS is not None:

@@ -5,17 +5,14 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rotated(
-    tensors, problem, rows, used, position, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
-):  # fmt: skip
-    """Load ``(rows, BLOCK_WIDTH)`` values, the WIDTH from FIRST on of the rows at the pointers ``rows``, rotated to
-    ``position`` if there are tables.
+def load_rotated(tensors, problem, rows, used, position, d, END: tl.constexpr):
+    """Load the elements ``d`` (a vector), as far as they lie in ``[0, END)``, of the rows at the pointers ``rows``, rotated
+    to ``position`` if there are tables.
 
     Each element is loaded with its partner of the pair: ``(2i, 2i + 1)`` if INTERLEAVED, else ``(i, i + ROTARY_DIM / 2)``.
     Elements from ROTARY_DIM on are left as they are. Rounded to the type they come in. Zeros where not ``used``.
     """
-    d = FIRST + tl.arange(0, BLOCK_WIDTH)
-    loaded = used[:, None] & (d < FIRST + WIDTH)[None, :]
+    loaded = used[:, None] & ((d >= 0) & (d < END))[None, :]
     x = tl.load(rows[:, None] + d[None, :], loaded, other=0.0)
     if tensors.rotary_cos is not None:
         HALF: tl.constexpr = problem.append.ROTARY_DIM // 2
@@ -37,13 +34,16 @@ def load_rotated(
 
 
 @triton.jit
-def load_rotated_parts(tensors, problem, rows, used, position):
-    """:func:`load_rotated` of whole rows as (what tiles hold of D, their TAIL). Without a TAIL the two are the same."""
+def load_rotated_parts(tensors, problem, rows, used, position, lead):
+    """:func:`load_rotated` of whole rows as (what tiles hold of D, their TAIL), behind ``lead`` columns of zeros.
+
+    Without a TAIL the two are the same.
+    """
     WIDTH: tl.constexpr = problem.cache.D - problem.cache.TAIL
-    x = load_rotated(tensors, problem, rows, used, position, 0, WIDTH, problem.cache.BLOCK_D)
+    d = tl.arange(0, problem.cache.BLOCK_D) - lead
+    x = load_rotated(tensors, problem, rows, used, position, d, WIDTH)
     tail = x
     if problem.cache.TAIL > 0:
-        tail = load_rotated(
-            tensors, problem, rows, used, position, WIDTH, problem.cache.TAIL, problem.cache.BLOCK_TAIL
-        )  # fmt: skip
+        d_tail = WIDTH + tl.arange(0, problem.cache.BLOCK_TAIL)
+        tail = load_rotated(tensors, problem, rows, used, position, d_tail, problem.cache.D)
     return x, tail
