@@ -554,7 +554,7 @@ def test_rows_that_do_not_begin_at_multiples_of_16_bytes(
         q = torch.randn(len(lengths), queries, 2 * kv_heads, head_dim, generator=generator).to(device, torch.bfloat16)
         problem = problem.replace(q=q, max_seqlen_q=queries)
     planned = launch.problem_params(plan_cache.signature_of(problem), True, "ieee", None, False).cache
-    assert planned.k_strides.ALIGN == pieces
+    assert pieces == planned.k_strides.ALIGN
     assert_matches_reference(problem, backend.attention)
 
     def heads_of(problem: AttentionProblem) -> torch.Tensor:

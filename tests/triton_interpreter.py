@@ -99,7 +99,7 @@ def _patch_lang_tensor(tensor: type, scope: interpreter._LangPatchScope) -> None
 
 
 def _patch_lang(fn: object) -> interpreter._LangPatchScope:
-    """All that the functions which ``fn`` calls need as well: Triton would patch its language anew at each of their calls."""
+    """All that the functions which ``fn`` calls need too: Triton would patch its language anew at each of their calls."""
     return _patch_lang_of_triton(SimpleNamespace(__globals__=dict(tl=tl, core=tl.core)))
 
 
