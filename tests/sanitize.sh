@@ -8,6 +8,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 build=$root/build/sanitize
 python=${PYTHON:-python}
 
+mkdir -p "$root/build"
 cmake -S "$root" -B "$build" -DPAGEDFLASH_SANITIZE=ON >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 cmake --build "$build" --parallel 2
 [ "${1:-}" != --build ] || exit 0
