@@ -1,6 +1,6 @@
 # make demo   the main job on a real model: questions on four long texts, beside transformers' sdpa; two minutes, once all is built
 # make test   all tests (make test TESTS=tests/test_reference.py for some)
-# make lint   ruff and mypy
+# make lint   ruff and mypy; the workflows against GitHub's schema
 # make docs   the documentation as a site, in build/site
 # make test-matrix   other versions of transformers, Triton and Python; a user's type checkers
 #
@@ -27,6 +27,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
