@@ -569,6 +569,29 @@ def test_rows_that_do_not_begin_at_multiples_of_16_bytes(
     assert heads_of(problem.replace(k=k, v=v))[:, :, others].equal(heads_of(problem)[:, :, others])
 
 
+@pytest.mark.parametrize("queries, heads", ((4, 4), (16, 8), (16, 16)))
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_decode_takes_several_queries_of_quantized_keys(
+    device: str, launches: Launches, format: torch.dtype, queries: int, heads: int
+) -> None:
+    """Up to 16, in several tiles of rows if need be: ``prefill`` would convert keys and values one by one."""
+    problem = _decode_problem(device, [70, 17, 300], heads=heads, kv_heads=2, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, queries, heads, 32, generator=generator).to(device, torch.bfloat16)
+    k, v = ((cache * 20).nan_to_num(7).to(format) for cache in problem.cache[:2])
+    scale = torch.tensor(0.05, device=device)
+    problem = problem.replace(q=q, k=k, v=v, k_descale=scale, v_descale=scale.clone(), max_seqlen_q=queries)
+    assert_matches_reference(problem, backend.attention)
+    assert launches.kernels[0] == "decode"
+
+
+def test_decode_takes_several_queries_of_few_work_tiles(device: str, launches: Launches) -> None:
+    problem = _decode_problem(device, [300], heads=8, kv_heads=1, dtype=torch.bfloat16)
+    q = torch.randn(1, 16, 8, 32, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    assert_matches_reference(problem.replace(q=q, max_seqlen_q=16), backend.attention)
+    assert launches.kernels[0] == "decode"
+
+
 def test_quantized_values_have_tiles_as_wide_as_keys(rng: random.Random, device: str) -> None:
     """On Hopper, narrower ones were wrong."""
     seen = 0

@@ -53,6 +53,10 @@ from .tiling import (
 FEW_QUERIES = 4
 """Queries of a sequence up to which a call goes to ``decode`` even if the query heads of a KV head take several tiles."""
 
+MORE_QUERIES = 16
+"""The same where ``prefill`` is slow: quantized keys, which it converts one by one, or too few work tiles for half of the
+SMs, since it splits none."""
+
 MIXED_DECODE_ROWS = 16
 """The same of each sequence of a mixed batch, unless one query has more: what the matrix units take at least, so that decode
 is as fast as in a call of its own."""
@@ -161,7 +165,8 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, sa
     """``same``: whether k and v have the same address."""
     max_seqlen_q, group = problem.queries.max_seqlen_q, problem.group
     heads_together = _heads_together(problem, max_seqlen_q, same)
-    is_decode = heads_together == group or (heads_together > 0 and max_seqlen_q <= FEW_QUERIES)
+    few_queries = MORE_QUERIES if _is_prefill_slow(problem) else FEW_QUERIES
+    is_decode = heads_together == group or (heads_together > 0 and max_seqlen_q <= few_queries)
     is_mixed = not is_decode and may_be_mixed(problem)
     is_empty = problem.batch_size == 0 or 0 in problem.out_shape
     plan = _Plan(contiguous(problem.out_shape, problem.queries.q.dtype), contiguous(problem.lse_shape, torch.float32))
@@ -183,6 +188,13 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, sa
         params = problem_params(problem, aligned, precision, decode_limit, same)
         plan = plan._replace(attend=(*plan.attend, _plan_prefill(problem, params, aligned)))
     return plan
+
+
+def _is_prefill_slow(problem: AttentionProblem) -> bool:
+    """Of a few queries."""
+    _, _, k_descale, v_descale = problem.cache[:4]
+    is_quantized = k_descale is not None or v_descale is not None
+    return is_quantized or 2 * problem.batch_size * problem.cache.k.shape[-2] < num_sms(problem.queries.q.device)
 
 
 def _heads_together(problem: AttentionProblem, queries: int, same: bool) -> int:

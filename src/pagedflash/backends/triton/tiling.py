@@ -89,8 +89,8 @@ def decode_tiling(
 ) -> Tiling:
     """Decode needs bytes in flight: about 64 KiB an SM, in two CTAs or more. Elements of one byte that are not read in words
     take longer to convert than to load: there larger tiles are what helps."""
-    if words and rows <= 16 and block_d < WIDE:
-        return Tiling(16, min(128, 16384 // block_d), 4, 3, ctas_per_sm=2)
+    if words and rows <= 32 and block_d < WIDE:
+        return Tiling(max(16, rows), min(128, 16384 // block_d), 4, 3, ctas_per_sm=2)
     if not words and cache_element_size == 1 and element_size == 2 and rows <= 16 and block_d >= 128:
         return Tiling(16, 16384 // block_d, 4, 2, ctas_per_sm=2)
     row_bytes = block_d * element_size
@@ -100,11 +100,9 @@ def decode_tiling(
         return Tiling(rows, 64 if v_in_k else 32, 8, 2, ctas_per_sm=1)
     if block_d == WIDE and v_in_k:
         return Tiling(16, 32, 4, 2, ctas_per_sm=2)
-    block_n = max(16, min(128, 16384 // row_bytes))
+    block_n = max(16, min(64 if row_bytes >= 128 else 128, 16384 // row_bytes))
     if rows > 32 and element_size == 4:
         block_n = min(block_n, 32)
-    if row_bytes <= 128:
-        return Tiling(max(16, rows), min(block_n, 64), 4, 3, ctas_per_sm=3)
     return Tiling(max(16, rows), block_n, 4, 3, ctas_per_sm=2)
 
 
