@@ -4,8 +4,8 @@
 //   scores    16 tokens x rows    += 16 tokens x 32 elements of K   *  16 pairs of elements x rows of the queries
 //   output    rows x 16 elements  += rows x 32 tokens               *  16 pairs of tokens x 16 elements of V
 //
-// Keys are multiplied where they lie, if they are bfloat16 and 16 tokens lie at equal distances; else they are packed. Values are
-// always packed, two tokens interleaved. What is packed for one head stays in the first-level cache.
+// Keys are multiplied where they lie, if they are bfloat16 and 16 tokens lie at equal distances; else they are packed. Values
+// are always packed, two tokens interleaved. What is packed for one head stays in the first-level cache.
 #pragma once
 
 #include "decode_task.h"
@@ -14,21 +14,27 @@
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
-constexpr int64_t TILE_TOKENS = 16;           // of a tile of keys
-constexpr int64_t PASS = 2 * TILE_TOKENS;     // tokens that are multiplied together
+constexpr int64_t TILE_TOKENS = 16;        // of a tile of keys
+constexpr int64_t PASS = 2 * TILE_TOKENS;  // tokens that are multiplied together
 static_assert(CHUNK == 32 && MAX_DECODE_ROWS == 16);
 
-// The upper halves of the lanes of two registers, which are bfloat16, as pairs.
+// Pairs of the upper halves of the lanes of two registers: floats that are exact in bfloat16.
 PAGEDFLASH_INLINE Vec pair_halves(Vec low, Vec high) {
   const __m512i shifted = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
   const __m512i upper = _mm512_set1_epi32((int)0xFFFF0000);
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(upper, _mm512_castps_si512(high), shifted, 0xCA));  // upper ? high : low
 }
 
+// A chunk of the first n elements, zeros beyond them.
+template <class E>
+PAGEDFLASH_INLINE Chunk load_chunk_of(const E* p, int64_t n) {
+  return n >= CHUNK ? load_chunk(p) : load_chunk_part(p, n);
+}
+
 // Two chunks interleaved: pairs of what load_chunk() has in its first and in its second register.
 template <class E>
 PAGEDFLASH_INLINE Chunk pair_chunks(const E* a, const E* b, int64_t n) {
-  const Chunk first = n >= CHUNK ? load_chunk(a) : load_chunk_part(a, n), second = n >= CHUNK ? load_chunk(b) : load_chunk_part(b, n);
+  const Chunk first = load_chunk_of(a, n), second = load_chunk_of(b, n);
   return {pair_halves(first.a, second.a), pair_halves(first.b, second.b)};
 }
 template <>
@@ -42,7 +48,7 @@ PAGEDFLASH_INLINE Chunk pair_chunks(const bf16* a, const bf16* b, int64_t n) {
 // A chunk of a key as pairs: of neighbours, or of elements LANES apart.
 template <class E>
 PAGEDFLASH_INLINE Vec key_pairs(const E* key, int64_t n) {
-  const Chunk chunk = n >= CHUNK ? load_chunk(key) : load_chunk_part(key, n);
+  const Chunk chunk = load_chunk_of(key, n);
   return pair_halves(chunk.a, chunk.b);
 }
 template <>
@@ -73,8 +79,9 @@ class TileDecode : public DecodeTask<TileDecode, PASS> {
                   {TILE_TOKENS, LANES}, {TILE_TOKENS, LANES},                  // keys or values
                   {rows_, LANES}, {rows_, LANES}, {rows_, LANES}}) {}          // probabilities, two of output
 
-  static bool takes(const CacheWrite& write) {
-    return write.dtype == BFLOAT16 && is_exact(write.k_dtype) && is_exact(write.v_dtype);
+  // A single row is as fast in registers.
+  static bool takes(const CacheWrite& write, const Task& task) {
+    return task.rows.size() > 1 && write.dtype == BFLOAT16 && is_exact(write.k_dtype) && is_exact(write.v_dtype);
   }
 
   // Pairs in the order of key_pairs(): a row's first pair of all rows, the second pair of all rows, ...

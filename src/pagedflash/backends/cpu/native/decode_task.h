@@ -1,6 +1,6 @@
-// What the kernels of decode share: few packed-GQA rows per KV head against a range of keys. All rows of a KV head meet each key
-// together, so that keys and values are read once; a task takes all KV heads of its tokens, so that memory is read in address
-// order.
+// What the kernels of decode share: few packed-GQA rows per KV head against a range of keys. All rows of a KV head meet each
+// key together, so that keys and values are read once; a task takes all KV heads of its tokens, so that memory is read in
+// address order.
 //
 //   queries        heads x rows x head_dim, kept for the whole task
 //   for each tile of tokens, for as many heads as the near caches hold queries of
@@ -50,7 +50,8 @@ struct DecodeScratch {
     bytes = arena.used();
   }
 
-  // Accumulators lie chunk by chunk, the rows of a chunk together, and so do queries: what meets a loaded chunk lies side by side.
+  // Accumulators lie chunk by chunk, the rows of a chunk together, and so do queries: what meets a loaded chunk lies side by
+  // side.
   void* queries;             // (heads, head_dim / CHUNK rounded up, rows, CHUNK), as the kernel takes them
   float* accumulators;       // (heads, v_head_dim / CHUNK rounded up, rows, CHUNK)
   float* scores;             // (heads, rows, DECODE_TILE)
@@ -102,40 +103,47 @@ class DecodeTask {
     return max(AHEAD, min(DECODE_TILE, NEAR_BYTES / write.token_bytes() / AHEAD * AHEAD));
   }
 
-  // Prefetches a block of tokens in address order, line after line: all heads of a token, then the next token; or, where the
-  // tokens of a head are nearer to each other than the heads of a token, all tokens of a head.
+  // Prefetches AHEAD tokens in address order, line after line: all heads of a token, then the next token; or, where the tokens
+  // of a head are nearer to each other than the heads of a token, all tokens of a head.
   class Prefetcher {
    public:
-    PAGEDFLASH_INLINE Prefetcher(const char* const* tokens, Range heads, const Strides& stride, int64_t element_bytes, int64_t size)
+    // `size` bytes of each head.
+    PAGEDFLASH_INLINE Prefetcher(const char* const* tokens, Range heads, const Strides& stride, int64_t element_bytes,
+                                 int64_t size)
         : tokens_(tokens), heads_(heads), stride_(stride.head * element_bytes), size_(size),
-          by_head_(stride.head > stride.token), left_(AHEAD * heads.size() * divide_up(size, CACHE_LINE)),
-          head_(heads.begin) {}
+          by_head_(stride.head > stride.token), head_(heads.begin) {
+      if (stride_ == size_) heads_ = {heads.begin, heads.begin + 1}, size_ *= heads.size();  // as one
+      go_to_piece();
+    }
     PAGEDFLASH_INLINE void next(int64_t lines) {
-      lines = min(lines, left_);
-      left_ -= lines;
-      for (; lines > 0; lines--) {
-        prefetch(tokens_[token_] + head_ * stride_ + byte_);
-        byte_ += CACHE_LINE;
-        if (byte_ < size_) continue;
-        byte_ = 0;
-        if (by_head_) {
-          if (++token_ < AHEAD) continue;
-          token_ = 0;
-          head_++;
-        } else {
-          if (++head_ < heads_.end) continue;
-          head_ = heads_.begin;
-          token_++;
-        }
+      for (; lines > 0 && line_ < end_; lines--) {
+        prefetch(line_);
+        line_ += CACHE_LINE;
+        if (line_ >= end_) finish_piece();
       }
     }
 
    private:
-    const char* const* tokens_;
-    const Range heads_;
-    const int64_t stride_, size_;  // bytes from head to head, of a head
+    void finish_piece() {
+      if (by_head_) {
+        if (++token_ == AHEAD) token_ = 0, head_++;
+      } else {
+        if (++head_ == heads_.end) head_ = heads_.begin, token_++;
+      }
+      if (token_ < AHEAD && head_ < heads_.end) go_to_piece();
+    }
+    PAGEDFLASH_INLINE void go_to_piece() {
+      line_ = tokens_[token_] + head_ * stride_;
+      end_ = line_ + size_;
+    }
+
+    const char* const* const tokens_;
+    Range heads_;
+    const int64_t stride_;  // bytes from head to head
+    int64_t size_;
     const bool by_head_;
-    int64_t left_, token_ = 0, head_, byte_ = 0;
+    int64_t token_ = 0, head_;
+    const char *line_ = nullptr, *end_ = nullptr;  // of a piece of memory: a head of a token, or all its heads
   };
 
   // store_query(head, row, query) stores a query of T as the kernel takes it.

@@ -20,7 +20,7 @@ void kv_write(const CacheWrite& write, Range tokens) {
 
 void decode(const Plan& plan, const Task& task, void* scratch) {
 #if defined(PAGEDFLASH_ISA_amx)
-  if (TileDecode::takes(plan.problem.write)) return TileDecode(plan, task, scratch).run();
+  if (TileDecode::takes(plan.problem.write, task)) return TileDecode(plan, task, scratch).run();
 #endif
   Decode(plan, task, scratch).run();
 }
