@@ -38,11 +38,6 @@ struct CacheWrite : WriteAddresses, WriteShape {
     return v == k && v_dtype == k_dtype && v_head_dim <= head_dim && v_stride.batch == k_stride.batch &&
            v_stride.token == k_stride.token && v_stride.head == k_stride.head;
   }
-  // The key and the value of a token and head lie in one row, the value behind the key, as in a cache of vLLM.
-  PAGEDFLASH_INLINE bool v_follows_k() const {
-    return v == static_cast<char*>(k) + head_dim * element_size(k_dtype) && v_dtype == k_dtype &&
-           v_stride.batch == k_stride.batch && v_stride.token == k_stride.token && v_stride.head == k_stride.head;
-  }
   // Bytes of a token in the cache.
   PAGEDFLASH_INLINE int64_t token_bytes() const {
     const int64_t v_bytes = v_is_in_k() ? 0 : v_head_dim * element_size(v_dtype);

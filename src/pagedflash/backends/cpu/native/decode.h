@@ -10,7 +10,7 @@ constexpr int64_t BLOCK_TOKENS = 8;        // tokens that pass together, all hea
 constexpr int ROW_BLOCK = 4;               // rows that share each loaded key
 
 // A single row works so little on each line that the hardware prefetcher keeps up, and prefetching would only be more work, if
-// the heads of a token take so many bytes: the hardware prefetches within pages of that size.
+// so many bytes of a token lie one behind another: the hardware prefetches within pages of that size.
 constexpr int64_t LONG_TOKEN_BYTES = 4 << 10;
 
 // As many accumulators as there are registers for, in independent chains: a multiply-add takes longer than the next can start.
@@ -40,8 +40,7 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
  public:
   Decode(const Plan& plan, const Task& task, void* scratch)
       : DecodeTask(plan, task, scratch),
-        prefetches_(rows_ > 1 || v_follows_k_ ||
-                    heads_ * head_dim_ * element_size(problem_.write.k_dtype) < LONG_TOKEN_BYTES) {}
+        prefetches_(rows_ > 1 || contiguous_bytes() < LONG_TOKEN_BYTES) {}
 
   void load_queries() {
     const CacheWrite& write = problem_.write;
@@ -76,6 +75,12 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
  private:
   static constexpr int64_t STEP = 2 * CHUNK;
 
+  // Keys of a token that lie one behind another: those of all heads, or, as where values lie between them, of one.
+  int64_t contiguous_bytes() const {
+    const int64_t heads = problem_.write.k_stride.head == head_dim_ ? heads_ : 1;
+    return heads * head_dim_ * element_size(problem_.write.k_dtype);
+  }
+
   // What the loops need lies in local constants, here and in accumulate_rows: behind every store the compiler would read the
   // members again.
   template <class Dot, int ROWS>
@@ -85,7 +90,7 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
     constexpr int TOKENS = tokens_at_once(ROWS);
     const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, query_size = query_size_;
     const int64_t k_head = problem_.write.k_stride.head;
-    const int64_t bytes = (head_dim_ + (v_follows_k_ ? v_head_dim_ : 0)) * sizeof(Element);  // values come with their keys
+    const int64_t bytes = head_dim_ * sizeof(Element);
     const int64_t lines = prefetches_ ? divide_up(TOKENS * divide_up(bytes, CACHE_LINE), divide_up(head_dim_, STEP)) : 0;
     const char* const* k = scratch_.tokens.k;
     const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
@@ -176,7 +181,7 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
     const int64_t v_head = problem_.write.v_stride.head, v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
     const char* const* v = scratch_.tokens.v;
     const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
-    const bool prefetches = prefetches_ && !problem_.write.v_is_in_k() && !v_follows_k_;  // else scores have brought them near
+    const bool prefetches = prefetches_ && !problem_.write.v_is_in_k();  // else scores have brought them near
     const int64_t bytes = v_head_dim * sizeof(Element);
     const int64_t lines = prefetches ? divide_up(BLOCK_TOKENS * CHUNK * sizeof(Element), CACHE_LINE) : 0;  // for each chunk
     for (int64_t t = 0; t < tokens; t += BLOCK_TOKENS) {

@@ -79,9 +79,9 @@ class TileDecode : public DecodeTask<TileDecode, PASS> {
                   {TILE_TOKENS, LANES}, {TILE_TOKENS, LANES},                  // keys or values
                   {rows_, LANES}, {rows_, LANES}, {rows_, LANES}}) {}          // probabilities, two of output
 
-  // A single row is as fast in registers.
+  // Fewer rows keep up with memory in registers.
   static bool takes(const CacheWrite& write, const Task& task) {
-    return task.rows.size() > 1 && write.dtype == BFLOAT16 && is_exact(write.k_dtype) && is_exact(write.v_dtype);
+    return task.rows.size() > 4 && write.dtype == BFLOAT16 && is_exact(write.k_dtype) && is_exact(write.v_dtype);
   }
 
   // Pairs in the order of key_pairs(): a row's first pair of all rows, the second pair of all rows, ...
@@ -131,7 +131,7 @@ class TileDecode : public DecodeTask<TileDecode, PASS> {
     const CacheWrite& write = problem_.write;
     const char* const* k = scratch_.tokens.k + first;
     const int64_t query_size = query_size_, row_bytes = rows_ * 4;
-    const int64_t bytes = (head_dim_ + (v_follows_k_ ? v_head_dim_ : 0)) * sizeof(E);
+    const int64_t bytes = head_dim_ * sizeof(E);
     const int64_t lines = divide_up(PASS * divide_up(bytes, CACHE_LINE), query_size / CHUNK * 2);
     const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
     Prefetcher prefetcher(k + PASS, all_heads, write.k_stride, sizeof(E), bytes);
@@ -181,7 +181,7 @@ class TileDecode : public DecodeTask<TileDecode, PASS> {
     const CacheWrite& write = problem_.write;
     const char* const* v = scratch_.tokens.v + first;
     const int64_t v_head_dim = v_head_dim_, out_size = out_size_, rows = rows_;
-    const bool prefetches = !write.v_is_in_k() && !v_follows_k_;  // else scores have brought them near
+    const bool prefetches = !write.v_is_in_k();  // else scores have brought them near
     const int64_t lines = prefetches ? divide_up(2 * CHUNK * sizeof(E), CACHE_LINE) : 0;
     const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
     Prefetcher prefetcher(v + PASS, all_heads, write.v_stride, sizeof(E), v_head_dim * sizeof(E));

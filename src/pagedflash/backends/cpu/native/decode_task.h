@@ -28,10 +28,9 @@
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
 
-constexpr int64_t DECODE_TILE = 64;  // most tokens of a tile, or of a block
+constexpr int64_t DECODE_TILE = 64;  // tokens
 static_assert(DECODE_TILE <= MAX_TILE);
 constexpr int64_t QUERY_BYTES = 64 << 10;  // queries (or accumulators) of the heads that pass together: should stay cached
-constexpr int64_t NEAR_BYTES = 256 << 10;  // keys and values that stay cached while they pass once
 
 struct DecodeScratch {
   DecodeScratch(ScratchArena arena, const AttentionProblem& problem, int64_t heads, int64_t rows) {
@@ -72,7 +71,7 @@ class DecodeTask {
       : plan_(plan), problem_(plan.problem), task_(task), sequence_(plan.sequences[task.sequence]), score_(problem_),
         heads_(task.kv_heads.size()), rows_(task.rows.size()), head_dim_(problem_.write.head_dim),
         v_head_dim_(problem_.write.v_head_dim), query_size_(round_up(head_dim_, CHUNK)),
-        out_size_(round_up(v_head_dim_, CHUNK)), v_follows_k_(problem_.write.v_follows_k()), tile_(tile_size(problem_.write)),
+        out_size_(round_up(v_head_dim_, CHUNK)),
         scratch_(ScratchArena(scratch), problem_, heads_, rows_) {}
 
   void run() {
@@ -81,8 +80,8 @@ class DecodeTask {
     kernel.load_queries();
     const int64_t head_bytes = rows_ * max(query_size_, out_size_) * sizeof(float);
     const int64_t heads_at_once = max<int64_t>(1, QUERY_BYTES / head_bytes);
-    for (int64_t first = task_.keys.begin; first < task_.keys.end; first += tile_) {
-      const int64_t tokens = min(tile_, task_.keys.end - first);
+    for (int64_t first = task_.keys.begin; first < task_.keys.end; first += DECODE_TILE) {
+      const int64_t tokens = min(DECODE_TILE, task_.keys.end - first);
       locate_tile(first);
       for (int64_t head = 0; head < heads_; head += heads_at_once) {
         const Range heads = {head, min(heads_, head + heads_at_once)};
@@ -97,12 +96,6 @@ class DecodeTask {
   }
 
  protected:
-  // Where values come with their keys, those of a tile stay near until their keys have been used.
-  static int64_t tile_size(const CacheWrite& write) {
-    if (!write.v_follows_k()) return DECODE_TILE;
-    return max(AHEAD, min(DECODE_TILE, NEAR_BYTES / write.token_bytes() / AHEAD * AHEAD));
-  }
-
   // Prefetches AHEAD tokens in address order, line after line: all heads of a token, then the next token; or, where the tokens
   // of a head are nearer to each other than the heads of a token, all tokens of a head.
   class Prefetcher {
@@ -163,10 +156,10 @@ class DecodeTask {
 
   // The tile's tokens and the next block's, some of which the tile before has located. Behind the last key it is repeated.
   void locate_tile(int64_t first) {
-    const int64_t count = tile_ + AHEAD, known = first == task_.keys.begin ? 0 : AHEAD;
+    const int64_t count = DECODE_TILE + AHEAD, known = first == task_.keys.begin ? 0 : AHEAD;
     const TokenAddresses& tokens = scratch_.tokens;
     const int64_t located = max(known, min(count, task_.keys.end - first));
-    const auto move = [&](auto* addresses) { memcpy(addresses, addresses + tile_, known * sizeof *addresses); };
+    const auto move = [&](auto* addresses) { memcpy(addresses, addresses + DECODE_TILE, known * sizeof *addresses); };
     const auto repeat_last = [&](auto* addresses) {
       for (int64_t t = located; t < count; t++) addresses[t] = addresses[located - 1];
     };
@@ -226,8 +219,6 @@ class DecodeTask {
   const Sequence& sequence_;
   const Score score_;
   const int64_t heads_, rows_, head_dim_, v_head_dim_, query_size_, out_size_;
-  const bool v_follows_k_;
-  const int64_t tile_;  // tokens
   const DecodeScratch scratch_;
 };
 
