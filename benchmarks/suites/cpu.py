@@ -281,6 +281,56 @@ def speculative(options: Options) -> Iterator[Row]:
             yield Row(f"{shape}, {name} tokens", figures, (), measured.seconds)
 
 
+@suite("cpu-packed")
+def packed_cache(options: Options) -> Iterator[Row]:
+    """Paged decode where K and V of a token and head lie in one row, as in vLLM's cache, beside separate pages"""
+    cache_bytes, context = options.size((128 * MIB, 4096), (2 * MIB, 64))
+    for dtype in DTYPES[:2]:
+        for heads in ((32, 8), (16, 16)):
+            shape = Shape(heads, dtype=dtype)
+            apart = paged(shape, long_caches(shape, cache_bytes, context))
+            by_token = torch.cat([apart.k_cache, apart.v_cache], -1)
+            by_head = by_token.transpose(1, 2).contiguous().transpose(1, 2)
+            problems = {"separate pages": apart}
+            for name, rows in (("(pages, tokens, heads, 2 D)", by_token), ("(pages, heads, tokens, 2 D)", by_head)):
+                k_cache, v_cache = rows.chunk(2, -1)
+                problems[name] = apart._replace(k_cache=k_cache, v_cache=v_cache)
+            contenders = {name: pagedflash_decode(problem) for name, problem in problems.items()}
+            measured = measure(contenders, options.rounds_or(15), WallClock())
+            for name in contenders:
+                figures = {"ms": 1e3 * measured.median(name), "x separate": measured.ratio("separate pages", name)}
+                yield Row(f"{shape}, {name}", figures, measured.disagreements(), {name: measured.seconds[name]})
+
+
+@suite("cpu-threads", needs=lambda: "" if torch.get_num_threads() > 1 else "torch has one thread")
+def threads(options: Options) -> Iterator[Row]:
+    """A causal prompt and paged decode on one thread, and on all"""
+    most, tokens = torch.get_num_threads(), options.size(2048, 128)
+    cache_bytes, context = options.size((256 * MIB, 4096), (2 * MIB, 64))
+    for dtype in DTYPES[:2]:
+        shape = Shape(dtype=dtype)
+        for name, contender in (
+            (f"prompt of {tokens}", prefill_contenders(*dense_prompt(tokens, shape))[OURS]),
+            ("decode", pagedflash_decode(paged(shape, long_caches(shape, cache_bytes, context)))),
+        ):
+            counts = {f"{count} threads": on_threads(count, most, contender) for count in (1, most)}
+            measured = measure(counts, options.rounds_or(7), WallClock())
+            figures: dict[str, Any] = {f"{name} ms": 1e3 * measured.median(name) for name in counts}
+            figures["ratio"] = measured.ratio(*counts)
+            yield Row(f"{shape}, {name}", figures, measured.disagreements(), measured.seconds)
+
+
+def on_threads(count: int, usual: int, contender: Contender) -> Contender:
+    def run() -> Any:
+        torch.set_num_threads(count)
+        try:
+            return contender.run()
+        finally:
+            torch.set_num_threads(usual)
+
+    return contender._replace(run=run)
+
+
 @suite("isas")
 def isas(options: Options) -> Iterator[Row]:
     """The CPU kernels of every instruction set that this processor has: right against the reference, and how fast"""

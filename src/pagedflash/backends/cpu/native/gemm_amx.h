@@ -1,7 +1,7 @@
 // Products of pairs of bfloat16 in AMX's tiles. See gemm.h.
 #pragma once
 
-#include "vec.h"
+#include "tiles.h"
 
 namespace pagedflash {
 namespace PAGEDFLASH_ISA {
@@ -15,20 +15,9 @@ struct TileGemm {
   static constexpr int64_t PASS_ROWS = 2 * ROWS;  // two blocks share a panel in the first-level cache; their scores stay near
   static_assert(PANEL == 2 * TILE && LANES == TILE);
 
-  // The shapes of a thread's tiles.
-  struct Session {
-    Session() {
-      alignas(64) uint8_t config[64] = {1};  // palette 1; then 16-bit bytes of a row, from byte 16, and rows, from byte 48
-      for (int tile = 0; tile < 8; tile++) {
-        config[16 + 2 * tile] = 64;
-        config[48 + tile] = TILE;
-      }
-      before_tiles_read();
-      _tile_loadconfig(config);
-    }
-    ~Session() { _tile_release(); }
-    Session(const Session&) = delete;
-    Session& operator=(const Session&) = delete;
+  struct Session : TileSession {
+    Session() : TileSession({FULL, FULL, FULL, FULL, FULL, FULL, FULL, FULL}) {}
+    static constexpr TileShape FULL = {TILE, TILE};
   };
 
   // c is rescaled in memory, where alpha is not 1: tiles only add.
@@ -44,13 +33,13 @@ struct TileGemm {
             store(c + r * c_stride + i, mul(splat(alpha[r]), load(c + r * c_stride + i)));
         }
       }
-      before_tiles_read();
+      Session::before_tiles_read();
       _tile_loadd(0, c, c_stride * sizeof(float));
       _tile_loadd(1, c + TILE, c_stride * sizeof(float));
       _tile_loadd(2, c_low, c_stride * sizeof(float));
       _tile_loadd(3, c_low + TILE, c_stride * sizeof(float));
     } else {
-      before_tiles_read();
+      Session::before_tiles_read();
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
@@ -71,10 +60,6 @@ struct TileGemm {
     _tile_stored(2, c_low, c_stride * sizeof(float));
     _tile_stored(3, c_low + TILE, c_stride * sizeof(float));
   }
-
- private:
-  // GCC's tile loads do not say that they read memory: what they read must be stored before.
-  static PAGEDFLASH_INLINE void before_tiles_read() { __asm__ volatile("" ::: "memory"); }
 };
 
 }  // namespace PAGEDFLASH_ISA

@@ -4,6 +4,9 @@
 #include "backward.h"
 #include "combine.h"
 #include "decode.h"
+#if defined(PAGEDFLASH_ISA_amx)
+#include "decode_amx.h"
+#endif
 #include "kv_write.h"
 #include "prefill.h"
 
@@ -15,7 +18,12 @@ void kv_write(const CacheWrite& write, Range tokens) {
   with_dtype(write.dtype, [&](auto element) { kv_write_tokens<decltype(element)>(write, tokens); });
 }
 
-void decode(const Plan& plan, const Task& task, void* scratch) { Decode(plan, task, scratch).run(); }
+void decode(const Plan& plan, const Task& task, void* scratch) {
+#if defined(PAGEDFLASH_ISA_amx)
+  if (TileDecode::takes(plan.problem.write, task)) return TileDecode(plan, task, scratch).run();
+#endif
+  Decode(plan, task, scratch).run();
+}
 
 void prefill(const Plan& plan, const Task& task, void* scratch) {
   with_dtype(plan.problem.write.dtype, [&](auto element) { Prefill<decltype(element)>(plan, task, scratch).run(); });
@@ -30,7 +38,12 @@ int64_t scratch_bytes(const AttentionProblem& problem) {
   with_dtype(problem.write.dtype, [&](auto element) {
     using T = decltype(element);
     const ScratchArena nothing(nullptr);
-    bytes = max(DecodeScratch(nothing, problem, problem.write.kv_heads, MAX_DECODE_ROWS).bytes,
+#if defined(PAGEDFLASH_ISA_amx)
+    using ForDecode = TileDecodeScratch;
+#else
+    using ForDecode = DecodeScratch;
+#endif
+    bytes = max(ForDecode(nothing, problem, problem.write.kv_heads, MAX_DECODE_ROWS).bytes,
                 PrefillScratch<T>(nothing, problem).bytes);
   });
   return bytes;
