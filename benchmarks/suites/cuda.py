@@ -211,7 +211,7 @@ def head_dims(options: Options) -> Iterator[Row]:
     yield limits(bandwidth, clock, options)
     batch, context = options.size((32, 4096), (2, 64))
 
-    for head_dim in (256, 512, 26, 32, 36, 40, 59, 64, 100, 104, 111, 112):
+    for head_dim in (256, 512, 26, 32, 36, 40, 59, 63, 64, 100, 104, 111, 112, 127, 128):
         heads = (16, 4) if head_dim >= 256 else (32, 8)
         problem = paged(shape(heads, head_dim), [context] * batch)
         measured = measure({OURS: pagedflash_decode(problem)}, rounds, clock)
@@ -234,7 +234,8 @@ def mla(options: Options) -> Iterator[Row]:
         contenders = {OURS: pagedflash_decode(problem), **that_run(baselines.cuda_mla(problem))}
         measured = measure({name: with_packed_output(each) for name, each in contenders.items()}, rounds, clock)
         seconds, pairs = measured.median(OURS), queries * q_heads * sum(lengths)
-        figures = {"KV MB": problem.cache_bytes / 1e6, "TFLOP/s": 2 * (576 + 512) * pairs / seconds / 1e12}
+        operations = 2 * pairs * (problem.q.shape[-1] + problem.v_cache.shape[-1])
+        figures = {"KV MB": problem.cache_bytes / 1e6, "TFLOP/s": operations / seconds / 1e12}
         name = f"{q_heads} heads, {len(lengths)} x {lengths[0]}" + (f", {queries} tokens" if queries > 1 else "")
         yield compared(name, measured, "us", figures | {"of read bandwidth": problem.cache_bytes / seconds / bandwidth})
 
