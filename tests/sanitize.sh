@@ -12,8 +12,9 @@ mkdir -p "$root/build"
 cmake -S "$root" -B "$build" -DPAGEDFLASH_SANITIZE=ON >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 cmake --build "$build" --parallel 2
 [ "${1:-}" != --build ] || exit 0
-# Python itself is not instrumented: the runtime must be there before it, and its own leaks are none of ours.
-runtime=$(${CXX:-c++} -print-file-name=libasan.so)
+# Python itself is not instrumented: the runtime must be there before it, and its own leaks are none of ours. With it comes
+# the C++ library, without which it cannot pass on what torch throws.
+runtime=$(${CXX:-c++} -print-file-name=libasan.so):$(${CXX:-c++} -print-file-name=libstdc++.so)
 export LD_PRELOAD="$runtime${LD_PRELOAD:+:$LD_PRELOAD}"
 export ASAN_OPTIONS=detect_leaks=0
 export UBSAN_OPTIONS=print_stacktrace=1
