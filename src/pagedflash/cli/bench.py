@@ -321,8 +321,9 @@ def draw_lines(axes: Axes, x: Sequence[float], lines: Mapping[str, Sequence[floa
             axes.plot(x, values, marker="o", linewidth=2.5 if name == OURS else 1.5, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [f"{value:g}" for value in x])
+    axes.margins(y=0.25)  # room for the legend
     axes.set_ylim(bottom=0)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper right")
