@@ -8,7 +8,7 @@ keyword arguments behind them. Every argument is a named parameter, since caller
 Common to the three attention functions:
 
 * ``B`` sequences, ``Sq`` queries, ``Sk`` keys, ``Hq`` query heads, ``Hkv`` key/value heads (``Hq % Hkv == 0``: query head
-  ``h`` reads key head ``h // (Hq // Hkv)``), ``D`` head dim, ``Dv`` head dim of v (each from 1 to 512, on Metal to 256).
+  ``h`` reads key head ``h // (Hq // Hkv)``), ``D`` head dim, ``Dv`` head dim of v (each from 1 to 512).
 * MLA: ``D`` = 576 with a ``v_cache`` that is a view of ``k_cache``, the first ``Dv`` = 512 of each key. It is read once, and
   an append writes keys only: v_new is the same part of k_new, and the scales of a quantized cache are one tensor for both.
 * q, k, v share one dtype: float32, float16 or bfloat16; a cache may have a format of its own. Sums and the softmax are

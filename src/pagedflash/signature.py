@@ -10,6 +10,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Hashable
+from functools import cache
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -83,15 +84,13 @@ def signature(tensors: Arguments, options: Arguments) -> tuple[Hashable, bytes |
 
 def addresses_of(*tensors: Tensor | None) -> bytes:
     """8 bytes for each, 0 for None."""
-    return _POINTERS[len(tensors)].pack(*[0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+    return pointers(len(tensors)).pack(*[0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-class _Pointers(dict[int, Struct]):
-    def __missing__(self, count: int) -> Struct:
-        return self.setdefault(count, Struct(f"{count}P"))
-
-
-_POINTERS = _Pointers()
+@cache
+def pointers(count: int) -> Struct:
+    """How so many addresses are packed."""
+    return Struct(f"{count}P")
 
 
 def _in_python(tensors: Arguments, options: Arguments, tracks_grad: bool) -> Hashable | None:

@@ -93,9 +93,10 @@ void add_option(Words& words, PyObject* option) {
   if (option == objects.none || option == objects.yes || option == objects.no) {
     words.add(option == objects.none ? NONE : option == objects.yes ? YES : NO);
   } else if (type == objects.int_type) {
+    const int64_t value = python.int_value(option);
     words.add(INT);
-    words.add(python.int_value(option));
-    if (words.size && words.values[words.size - 1] == -1 && python.error()) words.known = false;  // too large
+    words.add(value);
+    if (value == -1 && python.error()) words.known = false;  // too large
   } else if (type == objects.float_type) {
     const double value = python.float_value(option);
     int64_t bits;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import struct
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -14,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
+
+from ...signature import pointers
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on the CPU's memory or a device's."""
@@ -132,14 +133,14 @@ def _takes_known_parameters(launcher: Callable[..., object]) -> bool:
 
 def unpack(addresses: bytes) -> tuple[Addresses, bool]:
     """(the address of each tensor, 0 for None; whether all are multiples of 16) of packed ones."""
-    words, low_bits = _packed(len(addresses))
-    return words.unpack(addresses), not int.from_bytes(addresses, "little") & low_bits
+    count = len(addresses) // 8
+    return pointers(count).unpack(addresses), not int.from_bytes(addresses, "little") & _low_bits(count)
 
 
 @cache
-def _packed(size: int) -> tuple[struct.Struct, int]:
-    """How addresses of ``size`` bytes are packed, and as one number, which bits of them are those below 16."""
-    return struct.Struct(f"{size // 8}P"), int.from_bytes(b"\x0f\0\0\0\0\0\0\0" * (size // 8), "little")
+def _low_bits(count: int) -> int:
+    """In so many packed addresses as one number, the bits below 16 of each."""
+    return int.from_bytes(b"\x0f\0\0\0\0\0\0\0" * count, "little")
 
 
 @cache
