@@ -85,6 +85,65 @@ def test_values_that_are_the_first_part_of_keys(device: str, heads: int, queries
     assert_matches_reference(problem, backend.attention)
 
 
+def _mla_problem(
+    device: str,
+    lengths: list[int],
+    heads: int,
+    *,
+    queries: int = 1,
+    page_size: int | None = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> AttentionProblem:
+    """Keys of 576 whose first 512 are the values, paged or not; NaN wherever no key is, and no page behind the last."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    batch, size = len(lengths), page_size or max(*lengths, 1)
+    width = -(-max(*lengths, 1) // size)
+    latent = torch.randn(batch * width, size, 1, 576, generator=generator).to(dtype)
+    table = torch.randperm(batch * width, generator=generator).to(torch.int32).view(batch, width)
+    for pages, length in zip(table, lengths):
+        for page, left in zip(pages.tolist(), range(length, length - width * size, -size)):
+            latent[page, max(left, 0) :] = torch.nan
+        pages[-(-length // size) :] = -1
+    problem = AttentionProblem.of_fields(
+        q=torch.randn(batch, queries, heads, 576, generator=generator).to(dtype), k=latent, v=latent,
+        seqused_k=torch.tensor(lengths, dtype=torch.int32), block_table=table, max_seqlen_q=queries,
+        max_seqlen_k=width * size, scale=0.05, window_right=0,
+    ).map_tensors(lambda tensor: tensor.to(device))  # fmt: skip
+    k = problem.cache.k
+    if page_size is None:
+        order = table[:, 0].clamp(min=0).long().to(device)
+        k = k[torch.where(torch.tensor(lengths, device=device) > 0, order, order[0])].contiguous()
+        problem = problem.replace(block_table=None)
+    return problem.replace(k=k, v=k[..., :512])
+
+
+@pytest.mark.parametrize("page_size", (16, 32, 64, 256, None))
+@pytest.mark.parametrize("heads, queries", ((1, 1), (20, 3), (64, 1), (128, 4)))
+def test_mla_decode(device: str, heads: int, queries: int, page_size: int | None) -> None:
+    _on_gpu(device)
+    for lengths in ([5000, 1, 63, 64, 65, 777, 2048], [40] * 300):
+        problem = _mla_problem(device, lengths, heads, queries=queries, page_size=page_size)
+        for options in (
+            {},
+            dict(window_left=100),
+            dict(softcap=3.0),
+            dict(sinks=torch.randn(heads, device=device)),
+            dict(num_splits=3),
+        ):
+            assert_matches_reference(problem.replace(**options), backend.attention)
+
+
+def test_mla_decode_of_wrong_lengths_and_tables(device: str) -> None:
+    """What comes out lies within what the cache holds: the sanitizer runs this too."""
+    _on_gpu(device)
+    problem = _mla_problem(device, [5000, 1, 0, 777], 128)
+    for value in WRONG_LENGTHS:
+        for name in ("seqused_k", "block_table"):
+            tensor = dict(problem.named_fields())[name]
+            backend.attention(problem.replace(**{name: torch.full_like(tensor, value)}))
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize(
     "head_dim, v_head_dim, in_k, widths",
     (
@@ -658,18 +717,40 @@ def test_kernels_compile_without_a_gpu(tmp_path: Path, request: pytest.FixtureRe
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     kernels = {"decode", "combine", "kv_write", "prefill", "row_gradients", "keys_backward", "queries_backward"}
-    kernels |= {"prefill_hopper"} if compiled.knows_gluon() else set()
+    kernels |= {"prefill_hopper", "decode_hopper"} if compiled.knows_gluon() else set()
     assert set(run.stdout.split()) == kernels
 
 
 @pytest.mark.parametrize("row, taken", ((128, True), (136, True), (132, False), (130, False), (129, False)))
 def test_prefill_on_hopper_takes_only_the_strides_of_tma(monkeypatch: pytest.MonkeyPatch, row: int, taken: bool) -> None:
     """Multiples of 16 bytes; in a cache of other strides rows are loaded in smaller pieces, which is the other kernel's."""
-    monkeypatch.setattr(tiling, "has_hopper_prefill", lambda device: True)
+    monkeypatch.setattr(tiling, "has_hopper_kernels", lambda device: True)
     x = torch.zeros(1, 640, 2, row, dtype=torch.bfloat16)[..., :128]
     problem = AttentionProblem.of_fields(q=x, k=x, v=x, max_seqlen_q=640, max_seqlen_k=640)
     tile = tiling.hopper_tile(problem, launch.problem_params(problem, True, "ieee", None, False))
     assert (tile is not None) == taken
+
+
+@pytest.mark.parametrize(
+    "change, taken",
+    (
+        ({}, True),
+        (dict(page_size=16), True),
+        (dict(page_size=None), True),
+        (dict(page_size=8), False),
+        (dict(dtype=torch.float32), False),
+        (dict(queries=4), True),
+    ),
+    ids=str,
+)
+def test_mla_decode_on_hopper_takes_what_tma_loads(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], taken: bool
+) -> None:
+    monkeypatch.setattr(tiling, "has_hopper_kernels", lambda device: True)
+    problem = _mla_problem("cpu", [70, 0], 16, **change)
+    box = tiling.decode_box(problem, launch.problem_params(problem, True, "ieee", None, True))
+    assert (box > 0) == taken
+    assert tiling.decode_box(problem, launch.problem_params(problem, True, "ieee", None, False)) == 0, "V of its own"
 
 
 class _Kernel:

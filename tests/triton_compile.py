@@ -131,7 +131,7 @@ if __name__ == "__main__":
     assert not compiled.INTERPRETED
     launch.num_sms = gradients.num_sms = lambda device: 132
     launch.has_pdl = lambda device: True
-    tiling.has_hopper_prefill = lambda device: compiled.knows_gluon()
+    tiling.has_hopper_kernels = lambda device: compiled.knows_gluon()
     tiling.has_words = lambda device, dtype: True
     launch.semaphores = lambda device, count: torch.zeros(count, dtype=torch.int32)
     compiled.CompiledLaunch.__call__ = compile_launch

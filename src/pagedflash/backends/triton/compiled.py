@@ -168,7 +168,7 @@ def has_words(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 GLUON_SINCE, GLUON_BEFORE = TorchVersion("3.6"), TorchVersion("3.10")
-"""Gluon changes from one Triton to the next: the versions whose Gluon ``prefill_hopper`` is known to be right under."""
+"""Gluon changes from one Triton to the next: the versions whose Gluon the kernels for Hopper are known to be right under."""
 
 
 def knows_gluon() -> bool:
@@ -176,6 +176,6 @@ def knows_gluon() -> bool:
 
 
 @cache
-def has_hopper_prefill(device: torch.device) -> bool:
-    """Whether the GPU is a Hopper, and Gluon one that ``prefill_hopper`` is written for."""
+def has_hopper_kernels(device: torch.device) -> bool:
+    """Whether the GPU is a Hopper, and Gluon one that ``prefill_hopper`` and ``decode_hopper`` are written for."""
     return compute_capability(device) == (9, 0) and knows_gluon()

@@ -38,6 +38,8 @@ from .kernels.prefill import prefill
 from .kernels.score import ScoreParams
 from .semaphores import semaphores
 from .tiling import (
+    HOPPER_DECODE,
+    decode_box,
     decode_tiling,
     hopper_tile,
     max_decode_rows,
@@ -247,7 +249,14 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     rows = power_of_two(max(longest, 1) * params.queries.GROUP)
     cache_element_size = min(problem.cache.k.element_size(), problem.cache.v.element_size())
     both_words = cache.K_WORDS is not None and cache.V_WORDS is not None
-    tiling = decode_tiling(rows, _widest(cache), q.element_size(), cache_element_size, cache.V_IN_K, both_words)
+    box = decode_box(problem, params)
+    if box:
+        tiling = HOPPER_DECODE
+        if fused_tokens:
+            fused_tokens = 0
+            plan = plan._replace(write=_plan_write(problem.write, aligned, cache.V_IN_K))
+    else:
+        tiling = decode_tiling(rows, _widest(cache), q.element_size(), cache_element_size, cache.V_IN_K, both_words)
 
     few_keys = MAX_UNSPLIT_TILES * tiling.block_n
     if 2 * work_tiles >= num_sms(device):
@@ -257,7 +266,7 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     num_ctas = num_sms(device) * tiling.ctas_per_sm
     if num_splits or not split_kv:
         num_ctas = work_tiles * max(num_splits, 1)
-    reduces_itself = num_ctas <= MAX_FUSED_SPLITS * work_tiles and rows * block_dv <= DECODE_VALUES
+    reduces_itself = not box and num_ctas <= MAX_FUSED_SPLITS * work_tiles and rows * block_dv <= DECODE_VALUES
     pdl = split_kv and not reduces_itself and has_pdl(device)
 
     # ``combine`` takes rows together where there are enough work tiles to fill the device, else one by one.
@@ -275,8 +284,13 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
         REDUCE_SPLITS=max(1, min(splits, values // (reduce_rows * block_dv))),
         PDL=pdl,
         num_ctas=num_ctas if split_kv else 0,
+        BOX_N=box,
     )
-    launch = CompiledLaunch(decode, (num_ctas, 1, 1), params, tile, device, aligned, **tiling.options)
+    grid = (num_ctas, 1, 1)
+    if box:
+        launch = _plan_decode_hopper(problem, grid, params, tile, aligned, tiling.options)
+    else:
+        launch = CompiledLaunch(decode, grid, params, tile, device, aligned, **tiling.options)
     plan = plan._replace(attend=(launch,))
     if not split_kv:
         return plan
@@ -286,6 +300,23 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     grid = (kv_heads * rows // reduce_rows, batch_size, 1)
     options: dict[str, object] = dict(num_warps=4, num_stages=1, **(dict(launch_pdl=True) if pdl else {}))
     return plan._replace(attend=(launch, CompiledLaunch(combine, grid, params, tile, device, aligned, **options)))
+
+
+def _plan_decode_hopper(
+    problem: AttentionProblem,
+    grid: tuple[int, int, int],
+    params: ProblemParams,
+    tile: DecodeTile,
+    aligned: bool,
+    options: dict[str, int],
+) -> CompiledLaunch:
+    from .descriptors import DescribedLaunch, TileDescriptor  # these two need Gluon
+    from .kernels.decode_hopper import decode_hopper
+
+    k, v = problem.cache.k, problem.cache.v
+    tails = TileDescriptor(k, tile.BOX_N, params.cache.BLOCK_TAIL)
+    latents = TileDescriptor(v, tile.BOX_N, params.cache.BLOCK_DV)
+    return DescribedLaunch(tails, latents, decode_hopper, grid, params, tile, problem.queries.q.device, aligned, **options)
 
 
 def _widest(cache: CacheParams) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...geometry import max_visible_keys, strides, v_fits_in_k
 from ...problem import AttentionProblem, KVCache
-from .compiled import has_hopper_prefill, has_words
+from .compiled import has_hopper_kernels, has_words
 from .kernels.params import HopperTile, ProblemParams
 
 
@@ -143,7 +143,7 @@ def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile 
     """
     cache, score = params.cache, params.score
     q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
-    if cache.BLOCK_D not in HOPPER_TILES or not has_hopper_prefill(q.device):
+    if cache.BLOCK_D not in HOPPER_TILES or not has_hopper_kernels(q.device):
         return None
     block_n, stages, q_slots = HOPPER_TILES[cache.BLOCK_D]
     if max_visible_keys(problem) <= SHORT_KEYS:
@@ -166,6 +166,38 @@ def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile 
         and all(0 not in tensor.shape and 0 not in tensor.stride() for tensor in (k, v))
     )
     return HopperTile(block_n, box_n, stages, q_slots) if takes else None
+
+
+MLA_HEAD_DIMS = (576, 512)
+"""Of keys and values, that ``decode_hopper`` takes: tiles of 512 and a tail of 64."""
+
+HOPPER_DECODE = Tiling(64, 64, 8, 1, ctas_per_sm=1)
+"""Of ``decode_hopper``: rows, keys, warps of its consumer; its grid has one CTA an SM."""
+
+
+def decode_box(problem: AttentionProblem, params: ProblemParams) -> int:
+    """BOX_N of ``decode_hopper`` where it takes a decode; 0 leaves it to ``decode``.
+
+    It takes MLA: 16-bit keys of q's dtype, of 576 elements whose first 512 are the value, contiguous or in pages of a
+    multiple of 16 tokens, aligned to 16 bytes. Rotary embedding of queries and dropout are ``decode``'s.
+    """
+    cache = params.cache
+    q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
+    box = HOPPER_DECODE.block_n if cache.PAGE_SIZE is None else math.gcd(cache.PAGE_SIZE, HOPPER_DECODE.block_n)
+    takes = (
+        has_hopper_kernels(q.device)
+        and cache.V_IN_K
+        and (cache.D, cache.DV) == MLA_HEAD_DIMS
+        and q.element_size() == 2
+        and k.dtype == v.dtype == q.dtype
+        and params.queries.strides.ALIGN % 8 == 0  # TMA takes strides of a multiple of 16 bytes
+        and box >= 16
+        and params.append.ROTARY_DIM is None
+        and params.score.dropout_threshold is None
+        and 0 not in k.shape
+        and 0 not in k.stride()
+    )
+    return box if takes else 0
 
 
 def power_of_two(number: int) -> int:

@@ -157,7 +157,7 @@ def keys_backward(tensors: BackwardTensors, problem: ProblemParams, tile: Backwa
     kv_tile = tl.program_id(0)
     b = tl.program_id(2)
     if tensors.cu_seqlens_k is not None:
-        b, first_tile = sequence_of(tensors, problem, tile, kv_tile, key_blocks)
+        b, first_tile = sequence_of(tensors, problem, tile, kv_tile, tl.arange(0, tile.BLOCK_B), key_blocks)
         kv_tile -= first_tile
     if b >= problem.queries.batch_size:
         return
@@ -260,7 +260,7 @@ def queries_backward(tensors: BackwardTensors, problem: ProblemParams, tile: Bac
     block = tl.program_id(0)
     b = tl.program_id(2)
     if tensors.cu_seqlens_q is not None:
-        b, first_block = sequence_of(tensors, problem, tile, block, query_blocks)
+        b, first_block = sequence_of(tensors, problem, tile, block, tl.arange(0, tile.BLOCK_B), query_blocks)
         block -= first_block
     if b >= problem.queries.batch_size:
         return

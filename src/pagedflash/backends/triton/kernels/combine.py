@@ -25,7 +25,7 @@ def combine(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     b = tl.program_id(1)
 
     # ---- Which CTAs of decode have its splits ----
-    first_tile, total_tiles, longest, work_tiles = locate_sequence(tensors, problem, tile, b)
+    first_tile, total_tiles, longest, work_tiles = locate_sequence(tensors, problem, tile, b, tl.arange(0, tile.BLOCK_B))
     tiles = sequence_work(tensors, problem, tile, b, b < problem.queries.batch_size).tiles
     first_tile += kv_head * tiles
     work_tile = b * problem.cache.HEADS + kv_head

@@ -22,7 +22,16 @@ from .output import clear_rows_behind, store_output
 from .paging import load_pages, view_kv
 from .params import DecodeTile, ProblemParams, Tensors
 from .queries import load_queries
-from .schedule import count_active_ctas, cta_of, first_tile_of, kv_tiles, locate_sequence, sequence_of, sequence_work
+from .schedule import (
+    count_active_ctas,
+    cta_of,
+    first_tile_of,
+    kv_tiles,
+    locate_sequence,
+    part_of,
+    sequence_of,
+    sequence_work,
+)
 from .score import RowScores, row_scores
 from .sequence import load_rows
 from .softmax import SoftmaxState, attend_tile
@@ -44,11 +53,12 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
 
     # ---- This CTA's KV tiles, and the sequence of the first ----
     if tile.SPLIT_KV:
-        _, total_tiles, longest, work_tiles = locate_sequence(tensors, problem, tile, 0)
+        lanes = tl.arange(0, tile.BLOCK_B)
+        _, total_tiles, longest, work_tiles = locate_sequence(tensors, problem, tile, 0, lanes)
         active_ctas = count_active_ctas(total_tiles, longest, work_tiles, tile.num_ctas)
         tile_index = first_tile_of(cta, active_ctas, total_tiles)
         tile_end = first_tile_of(cta + 1, active_ctas, total_tiles)
-        b, sequence_begin = sequence_of(tensors, problem, tile, tile_index, kv_tiles)
+        b, sequence_begin = sequence_of(tensors, problem, tile, tile_index, lanes, kv_tiles)
     else:
         b = cta // KV_HEADS
         tiles = sequence_work(tensors, problem, tile, b, b < batch_size).tiles
@@ -60,30 +70,23 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     row = tl.arange(0, tile.BLOCK_M)
     i = row // GROUP
     while tile_index < tile_end:
-        work = sequence_work(tensors, problem, tile, b, b < batch_size)
-        if problem.queries.DECODE_LIMIT is not None:
-            while work.tiles == 0:
-                b += 1
-                work = sequence_work(tensors, problem, tile, b, b < batch_size)
-        kv_head = (tile_index - sequence_begin) // work.tiles
-        work_begin = sequence_begin + kv_head * work.tiles
-        work_end = work_begin + work.tiles
-        first_tile = work.begin // tile.BLOCK_N + (tile_index - work_begin)
-        count = tl.minimum(work_end, tile_end) - tile_index
+        part = part_of(tensors, problem, tile, tile_index, tile_end, b, sequence_begin)
+        b, kv_head, count = part.b, part.kv_head, part.count
+        tiles = part.work_end - part.work_begin
 
         # The pages of a tile are looked up one tile ahead; those of the first one while the queries are on their way.
-        kv = view_kv(tensors, problem, b, kv_head, work.begin, work.end)
-        pages = load_pages(problem, kv, first_tile, tile.BLOCK_N)
+        kv = view_kv(tensors, problem, b, kv_head, part.begin, part.end)
+        pages = load_pages(problem, kv, part.first_tile, tile.BLOCK_N)
 
         # The rows: query i of the sequence for query head `head`.
         head = kv_head * GROUP + row % GROUP
         first_row, owned_rows = load_rows(tensors, problem, b, True)
-        used = (i < work.seqlen_q) & (work.seqlen_k >= 0)
+        used = (i < part.seqlen_q) & (part.seqlen_k >= 0)
         rows = row_scores(
-            tensors, problem, b, head, i, used, work.seqlen_q, work.seqlen_k, work.begin, tl.maximum(work.seqlen_k, 0)
+            tensors, problem, b, head, i, used, part.seqlen_q, part.seqlen_k, part.begin, tl.maximum(part.seqlen_k, 0)
         )  # fmt: skip
         cached_rows = RowScores(
-            rows.position, rows.first, tl.minimum(rows.last, work.end - 1), rows.slope, rows.dropout
+            rows.position, rows.first, tl.minimum(rows.last, part.end - 1), rows.slope, rows.dropout
         )  # fmt: skip
         q_tile = load_queries(tensors, problem, b, first_row, i, head, used, kv.k_lead)
 
@@ -93,7 +96,7 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
             tl.full([tile.BLOCK_M], float("-inf"), tl.float32),
             tl.zeros([tile.BLOCK_M, tile.BLOCK_N], tl.float32),
         )
-        for kv_tile in range(first_tile, first_tile + count):
+        for kv_tile in range(part.first_tile, part.first_tile + count):
             loaded = load_kv(problem, kv, pages, kv_tile, tile.BLOCK_N, True)
             pages = load_pages(problem, kv, kv_tile + 1, tile.BLOCK_N)
             state = attend_tile(problem, state, q_tile, loaded, cached_rows, True, True)
@@ -101,10 +104,10 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
 
         # The new tokens, with the last tile.
         if tile.BLOCK_NEW > 0:
-            if tile_index + count == work_end:
-                seqlen_cached = work.seqlen_k - problem.append.seqlen_new
+            if tile_index + count == part.work_end:
+                seqlen_cached = part.seqlen_k - problem.append.seqlen_new
                 token = tl.arange(0, tile.BLOCK_NEW)
-                seqlen_cached = tl.where(work.seqlen_k < 0, -1, seqlen_cached)
+                seqlen_cached = tl.where(part.seqlen_k < 0, -1, seqlen_cached)
                 is_new = token < problem.append.seqlen_new
                 new = append_tokens(tensors, problem, b, kv_head, token, token, seqlen_cached, is_new)
                 total = attend_tile(problem, total, q_tile, new, rows, True, False)
@@ -112,12 +115,12 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
         # The output, or a split.
         total = SoftmaxState(join_acc(problem, total.acc), total.row_max, total.row_sum)
         if tile.SPLIT_KV:
-            if count < work.tiles:
+            if count < tiles:
                 work_tile = b * KV_HEADS + kv_head
                 store_split(tensors, problem, tile, work_tile + cta, total, owned_rows)
                 if tensors.semaphores is not None:
-                    first_cta = cta_of(work_begin, active_ctas, total_tiles)
-                    last_cta = cta_of(work_end - 1, active_ctas, total_tiles)
+                    first_cta = cta_of(part.work_begin, active_ctas, total_tiles)
+                    last_cta = cta_of(part.work_end - 1, active_ctas, total_tiles)
                     if is_last(tensors.semaphores + work_tile, last_cta - first_cta):
                         reduced = reduce_few(tensors, problem, tile, work_tile + first_cta, work_tile + last_cta, owned_rows)
                         reduced_row = tl.arange(0, tile.ROWS)
@@ -125,10 +128,10 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
                         reduced_head = kv_head * GROUP + reduced_row % GROUP
                         owned = reduced_i < owned_rows
                         store_output(tensors, problem, reduced, b, first_row, reduced_i, kv_head, reduced_head, owned)
-        if count == work.tiles:
+        if count == tiles:
             store_output(tensors, problem, total, b, first_row, i, kv_head, head, i < owned_rows)
 
         tile_index += count
-        if tile_index == sequence_begin + work.tiles * KV_HEADS:
+        if tile_index == sequence_begin + tiles * KV_HEADS:
             b += 1
             sequence_begin = tile_index

@@ -198,6 +198,7 @@ class DecodeTile(NamedTuple):
     REDUCE_SPLITS: int
     PDL: bool  # ``combine`` is launched while ``decode`` still runs
     num_ctas: int  # of ``decode``, where it splits work tiles
+    BOX_N: int  # ``decode_hopper``: keys that one TMA load brings, which lie within one page; 0: ``decode``
 
 
 class PrefillTile(NamedTuple):

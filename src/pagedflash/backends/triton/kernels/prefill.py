@@ -117,10 +117,10 @@ def prefill(tensors: Tensors, problem: ProblemParams, tile: PrefillTile):
         attend_block(tensors, problem, tile, head, b, block, first_row, owned_rows)
     else:  # decode clears the rows behind
         index = tl.program_id(1)
-        b, first_block = sequence_of(tensors, problem, tile, index, blocks_of)
+        b, first_block = sequence_of(tensors, problem, tile, index, tl.arange(0, tile.BLOCK_B), blocks_of)
         while b < problem.queries.batch_size:
             first_row, owned_rows = load_rows(tensors, problem, b, True)
             block = tl.cdiv(owned_rows, tile.BLOCK_M) - 1 - (index - first_block)
             attend_block(tensors, problem, tile, head, b, block, first_row, owned_rows)
             index += tl.num_programs(1)
-            b, first_block = sequence_of(tensors, problem, tile, index, blocks_of)
+            b, first_block = sequence_of(tensors, problem, tile, index, tl.arange(0, tile.BLOCK_B), blocks_of)

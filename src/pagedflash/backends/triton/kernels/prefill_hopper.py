@@ -308,7 +308,7 @@ def consume(tensors, problem, tile, buffers, WHICH: gl.constexpr):
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.cache.BLOCK_DV, 16])
     if tensors.cu_seqlens_q is not None:
         if problem.queries.DECODE_LIMIT is None:  # else decode does it
-            clear_rows_behind(tensors, problem, WHICH)
+            clear_rows_behind(tensors, problem, gl.program_id(0) * CONSUMERS + WHICH, gl.num_programs(0) * CONSUMERS)
     consumed = 0  # KV tiles
     number = 0  # of the block, in this CTA
     work = take(buffers, number)
@@ -546,20 +546,20 @@ def finish(tensors, problem, tile, work, first_of_consumer, acc, row_max, row_su
 
 
 @gluon.jit
-def clear_rows_behind(tensors, problem, which):
-    """Packed rows behind the last sequence give 0 and +inf. All consumers share them."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+def clear_rows_behind(tensors, problem, first, step):
+    """Packed rows behind the last sequence give 0 and +inf. Of them, every ``step``-th from ``first``."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     HEADS: gl.constexpr = problem.cache.HEADS * problem.queries.GROUP
     d = gl.arange(0, problem.cache.BLOCK_DV, LAYOUT)
     zeros = gl.full([problem.cache.BLOCK_DV], 0.0, tensors.out.dtype.element_ty, LAYOUT)
     total_q = gl.cast(problem.queries.total_q, gl.int64)
     row = gl.maximum(gl.load(tensors.cu_seqlens_q + problem.queries.batch_size), 0).to(gl.int64)
-    row += gl.program_id(0) * CONSUMERS + which
+    row += first
     while row < total_q:
         for head in range(0, HEADS):
             gl.store(tensors.out + (row * HEADS + head) * problem.cache.DV + d, zeros, d < problem.cache.DV)
             gl.store(tensors.lse + head * total_q + row, float("inf"))
-        row += gl.num_programs(0) * CONSUMERS
+        row += step
 
 
 @gluon.jit

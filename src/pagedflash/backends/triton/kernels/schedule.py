@@ -23,6 +23,21 @@ import triton.language as tl
 from .sequence import kv_range, load_leftpad, load_rows, load_seqlen_k, load_seqlen_q
 
 
+class Part(NamedTuple):
+    """The KV tiles of one work tile that a CTA takes next."""
+
+    b: Any
+    kv_head: Any
+    first_tile: Any  # of the sequence
+    count: Any
+    work_begin: Any  # all KV tiles of the work tile, in the numbers of all work tiles
+    work_end: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    begin: Any  # cached slots [begin, end) are seen
+    end: Any
+
+
 class SequenceWork(NamedTuple):
     """Of one sequence, or a vector of them."""
 
@@ -54,14 +69,17 @@ def sequence_work(tensors, problem, tile, b, inside):
 
 
 @triton.jit
-def locate_sequence(tensors, problem, tile, b):
-    """(the first KV tile of sequence ``b``, all KV tiles, KV tiles of the longest work tile, all work tiles)"""
+def locate_sequence(tensors, problem, tile, b, lanes):
+    """(the first KV tile of sequence ``b``, all KV tiles, KV tiles of the longest work tile, all work tiles)
+
+    ``lanes``: 0 to BLOCK_B - 1.
+    """
     first_tile = 0
     total_tiles = 0
     longest = 0
     served = 0
     for start in range(0, problem.queries.batch_size, tile.BLOCK_B):
-        some = start + tl.arange(0, tile.BLOCK_B)
+        some = start + lanes
         work = sequence_work(tensors, problem, tile, some, some < problem.queries.batch_size)
         first_tile += tl.sum(tl.where(some < b, work.tiles, 0)) * problem.cache.HEADS
         total_tiles += tl.sum(work.tiles) * problem.cache.HEADS
@@ -80,7 +98,7 @@ def kv_tiles(tensors, problem, tile, b, inside):
 
 
 @triton.jit
-def sequence_of(tensors, problem, tile, tile_index, COUNT: tl.constexpr):
+def sequence_of(tensors, problem, tile, tile_index, lanes, COUNT: tl.constexpr):
     """(the sequence of a tile, its first tile), where the tiles that ``COUNT`` gives of all sequences are numbered.
 
     Past the last tile it is the sequence past the batch.
@@ -88,7 +106,7 @@ def sequence_of(tensors, problem, tile, tile_index, COUNT: tl.constexpr):
     b = 0
     first_tile = 0
     for start in range(0, problem.queries.batch_size, tile.BLOCK_B):
-        some = start + tl.arange(0, tile.BLOCK_B)
+        some = start + lanes
         inside = some < problem.queries.batch_size
         tiles = COUNT(tensors, problem, tile, some, inside)
         passed = inside & (first_tile + tl.cumsum(tiles, 0) <= tile_index)
@@ -96,6 +114,24 @@ def sequence_of(tensors, problem, tile, tile_index, COUNT: tl.constexpr):
             b += tl.sum(passed.to(tl.int32))
             first_tile += tl.sum(tl.where(passed, tiles, 0))
     return b, first_tile
+
+
+@triton.jit
+def part_of(tensors, problem, tile, tile_index, tile_end, b, sequence_begin):
+    """The next part of the KV tiles ``[tile_index, tile_end)``, the first of which is of sequence ``b`` or one behind it."""
+    work = sequence_work(tensors, problem, tile, b, b < problem.queries.batch_size)
+    if problem.queries.DECODE_LIMIT is not None:
+        while work.tiles == 0:
+            b += 1
+            work = sequence_work(tensors, problem, tile, b, b < problem.queries.batch_size)
+    kv_head = (tile_index - sequence_begin) // work.tiles
+    work_begin = sequence_begin + kv_head * work.tiles
+    work_end = work_begin + work.tiles
+    first_tile = work.begin // tile.BLOCK_N + (tile_index - work_begin)
+    count = tl.minimum(work_end, tile_end) - tile_index
+    return Part(
+        b, kv_head, first_tile, count, work_begin, work_end, work.seqlen_q, work.seqlen_k, work.begin, work.end
+    )  # fmt: skip
 
 
 @triton.jit
