@@ -31,7 +31,7 @@ def supports(problem: AttentionProblem) -> Support:
     return Support(True)
 
 
-def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attention(problem: AttentionProblem, out: Tensor | None = None, with_lse: bool = True) -> tuple[Tensor, Tensor]:
     q, k, v = (tensor.float().transpose(1, 2) for tensor in (problem.queries.q, problem.cache.k, problem.cache.v))
     k, v = (tensor.repeat_interleave(problem.group, dim=1) for tensor in (k, v))
     options = problem.scores

@@ -117,6 +117,11 @@ def keeps_the_first_lengths(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     return reference.attention(problem.replace(seqused_k=kept[0]))
 
 
+def normalises_with_the_lse(problem: AttentionProblem, out: Tensor | None = None, with_lse: bool = True) -> Any:
+    results = reference.attention(problem, out)
+    return results if with_lse else (results[0].mul_(2), None)
+
+
 def writes_its_queries(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     results = reference.attention(problem)
     problem.queries.q.zero_()
@@ -181,6 +186,7 @@ CHECKING = Capabilities(checks_values=True)
         ("gradients", backend(backward=forgets_the_window)),
         ("gradients_are_the_same_every_time", backend(backward=adds_in_any_order)),
         ("an_output_that_is_given_is_written", backend(attention=lambda problem, out=None: reference.attention(problem))),
+        ("the_output_is_the_same_without_the_lse", backend(attention=normalises_with_the_lse)),
         ("slots_that_no_sequence_owns_are_not_read", backend(attention=reads_what_it_does_not_own)),
         ("an_empty_batch", backend(attention=refuses_an_empty_batch)),
         ("sequences_without_keys", backend(attention=attends_skipped_sequences)),

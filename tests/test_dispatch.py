@@ -26,7 +26,7 @@ def picky(monkeypatch):
         CAPABILITIES=Capabilities(),
         available=lambda: Support(True),
         supports=lambda problem: Support(problem.scores.softcap == 0, "softcap is not supported"),
-        attention=lambda problem: (torch.full(problem.out_shape, 7.0), torch.zeros(problem.lse_shape)),
+        attention=lambda problem, out, with_lse: (torch.full(problem.out_shape, 7.0), torch.zeros(problem.lse_shape)),
         kv_write=lambda write: None,
     )
     monkeypatch.setitem(sys.modules, "picky_backend", module)
@@ -94,7 +94,7 @@ def test_calls_are_counted_by_kind_in_all_threads():
 
 def test_other_devices_check_values_when_asked_to(monkeypatch):
     class Elsewhere:
-        device = torch.device("meta")
+        is_cpu = False
 
     assert dispatch.values_wanted(Q) and not dispatch.values_wanted(Elsewhere)
     monkeypatch.setenv(dispatch.CHECK_VARIABLE, "1")
@@ -144,7 +144,7 @@ def test_threads_follow_the_block_they_run_in_unless_they_have_their_own(picky):
 def test_a_call_found_by_its_signature_keeps_its_own_hint(picky, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans are shared by calls whose longest sequence is promised to be about as long; the problems are not."""
     seen = []
-    monkeypatch.setattr(picky, "attention", lambda problem: (seen.append(problem), torch.zeros(problem.lse_shape)))
+    monkeypatch.setattr(picky, "attention", lambda problem, *_: (seen.append(problem), torch.zeros(problem.lse_shape)))
     offsets = torch.tensor([0, 3], dtype=torch.int32)
     with use_backend("picky"):
         for hint in (5, 5, 7, 9):

@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from ctypes import memmove, string_at
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,10 +33,12 @@ import pagedflash
 from pagedflash import geometry, plan_cache
 from pagedflash.backends import reference
 from pagedflash.backends import triton as backend
-from pagedflash.backends.triton import compiled, kernels, launch, semaphores, tiling
+from pagedflash.backends.triton import compiled, driver, kernels, launch, semaphores, tiling
 from pagedflash.backends.triton.kernels import params
+from pagedflash.backends.triton.kernels.schedule import cta_of, first_tile_of, share_tiles
 from pagedflash.backends.triton.kernels.words import unpack
 from pagedflash.problem import WRITE, AttentionProblem, CacheWrite, KVCache
+from pagedflash.signature import addresses_of
 from pagedflash.testing import LAYOUTS, assert_matches_reference, describe, random_problem
 from pagedflash.testing.conformance import BackendConformance
 from pagedflash.testing.problems import GROUPS
@@ -51,6 +54,7 @@ def combine_is(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def _reduce_up_to(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have ``decode`` itself reduce up to so many splits of a work tile."""
     monkeypatch.setattr(launch, "MAX_FUSED_SPLITS", splits)
+    monkeypatch.setattr(launch, "MAX_FUSED_VALUES", splits * launch.MAX_SPLIT_VALUES)
     monkeypatch.setattr(plan_cache, "_entries", {})
 
 
@@ -229,6 +233,45 @@ def test_one_long_sequence_is_split_over_all_ctas(device: str, launches: Launche
     assert tiles_of_the_long_one > 2, "the premise: it has KV tiles for more than one CTA"
 
 
+@triton.jit
+def _share(firsts, owners, total_tiles, longest, work_tiles, num_ctas, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    shares = share_tiles(total_tiles, longest, work_tiles, num_ctas)
+    tl.store(firsts + index, first_tile_of(index, shares))
+    tl.store(owners + index, cta_of(index, shares))
+
+
+@pytest.mark.parametrize(
+    "total_tiles, longest, work_tiles, num_ctas, splits",
+    (
+        (64, 8, 8, 32, 4),  # of each work tile, which are alike
+        (56, 7, 8, 35, 4),  # some CTAs have none
+        (56, 7, 8, 40, 5),  # not as many tiles each
+        (24, 3, 8, 40, 3),  # more CTAs than tiles
+        (64, 8, 8, 30, 0),  # too many CTAs would have none
+        (60, 8, 8, 32, 0),  # not alike
+        (60, 60, 1, 7, 7),
+        (5, 5, 1, 8, 5),
+        (100, 10, 10, 4, 0),
+    ),
+)
+def test_ctas_share_the_tiles(
+    total_tiles: int, longest: int, work_tiles: int, num_ctas: int, splits: int, device: str
+) -> None:
+    """Each tile has one CTA; work tiles that are alike have so many CTAs each, which have no other."""
+    firsts, owners = torch.full((2, 128), -1, dtype=torch.int32, device=device)
+    _share[(1,)](firsts, owners, total_tiles, longest, work_tiles, num_ctas, 128)
+    bounds = firsts[: num_ctas + 1].tolist()
+    assert bounds[0] == 0 and bounds[-1] == total_tiles and bounds == sorted(bounds)
+    found = [cta for cta in range(num_ctas) for _ in range(bounds[cta], bounds[cta + 1])]
+    assert owners[:total_tiles].tolist() == found
+    sizes = [found.count(cta) for cta in set(found)]
+    assert max(sizes) - min(sizes) <= 1
+    for first in range(0, total_tiles, longest) if splits else ():
+        assert len(set(found[first : first + longest])) == splits
+    assert not splits or len(set(found)) == splits * work_tiles
+
+
 @pytest.mark.usefixtures("combine_is")
 @pytest.mark.parametrize("last", (1100, 70), ids=("alike", "unlike"))
 def test_as_many_work_tiles_as_ctas(device: str, launches: Launches, last: int) -> None:
@@ -384,7 +427,7 @@ def test_a_mixed_batch_of_more_sequences_than_one_block_of_lengths(
     problem = _mixed_problem(device, queries, [n + 5 for n in queries])
     assert_matches_reference(problem, backend.attention)
     blocks = sum(-(-n // tiling.prefill_tiling(40, 32, 4).block_m) for n in queries if n > 8)
-    grid = launch._plan_attention(plan_cache.signature_of(problem), True, "ieee", False).attend[-1].grid
+    grid = launch._plan_attention(plan_cache.signature_of(problem), True, "ieee", False, True).attend[-1].grid
     assert launches.kernels[-1] == "prefill"
     if device == "cpu":
         assert grid[1] < blocks
@@ -758,9 +801,7 @@ class _Kernel:
 
     def __init__(self, run: object) -> None:
         self.ordinary: list[tuple[object, ...]] = []
-        self.compiled = SimpleNamespace(function=11, packed_metadata=(4, 1, 0))
-        if run is not None:
-            self.compiled.run = run
+        self.compiled = run
 
     fn = SimpleNamespace(__annotations__=dict(tensors=params.WriteTensors))
 
@@ -773,64 +814,135 @@ class _Kernel:
 
 
 _COUNT = len(params.WriteTensors._fields)
-_TENSORS, _ADDRESSES = tuple(torch.zeros(_COUNT)), tuple(range(1024, 1024 + _COUNT * 16, 16))
+_TENSORS = tuple(torch.zeros(16 * _COUNT).split(16))
 _STRIDES = params.Strides(64, 32, None, ALIGN=8, HEAD_ALIGN=8)
+_SIZES = [8, 8, 8, 4, 8, 8]  # of the parameters of the compiled kernel below: two tensors, two strides, two of Triton's own
 
 
-def _launch_twice(run: object, monkeypatch: pytest.MonkeyPatch) -> _Kernel:
-    monkeypatch.setattr(compiled, "INTERPRETED", False)
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 7))
-    monkeypatch.setattr(compiled.triton.runtime, "driver", driver)
-    kernel = _Kernel(run)
-    twice = compiled.CompiledLaunch(
-        kernel, (5, 1, 1), _STRIDES, params.WriteTile(16, 32), torch.device("cuda", 0), aligned=True
+class _Driver(SimpleNamespace):
+    """CUDA's, as far as a launch calls it; it knows parameters of some sizes."""
+
+    def __init__(self, sizes: list[int], statuses: tuple[int, ...] = ()) -> None:
+        super().__init__(sizes=sizes, statuses=list(statuses), seen=[])
+
+    def cuFuncGetParamInfo(self, function, index, offset, size):
+        if index >= len(self.sizes):
+            return 1
+        size._obj.value = self.sizes[index]
+        return 0
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        config = config._obj
+        values = [int.from_bytes(string_at(at, size), "little") for at, size in zip(parameters, self.sizes)]
+        launched = [*config.grid, *config.block], config.shared_bytes, config.stream, config.num_attributes
+        self.seen.append((*launched, function.value, values))
+        return self.statuses.pop(0) if self.statuses else 0
+
+    def cuDeviceGet(self, device, index):
+        self.seen.append(("bind", index))
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, device):
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        return 0
+
+    def cuGetErrorName(self, status, name):
+        name._obj.value = b"CUDA_ERROR_%d" % status
+
+
+def _compiled(tensors: tuple[str, ...] = ("*fp32", "*bf16"), stride: str = "i32", **metadata: object) -> SimpleNamespace:
+    pointers = params.WriteTensors(*tensors, *["constexpr"] * (_COUNT - len(tensors)))
+    strides = params.Strides("i64", stride, *["constexpr"] * 3)
+    tile = params.WriteTile("constexpr", "constexpr")
+    known = dict(
+        num_warps=4, num_ctas=1, shared=1024, launch_cooperative_grid=False, launch_pdl=True, global_scratch_size=0,
+        tensordesc_meta=[],
+    )  # fmt: skip
+    return SimpleNamespace(
+        src=SimpleNamespace(signature=dict(tensors=pointers, problem=strides, tile=tile)),
+        metadata=SimpleNamespace(**(known | metadata)),
+        function=11,
     )
-    for _ in range(2):
-        twice(_TENSORS, _ADDRESSES)
+
+
+def _launch_times(times: int, run: object, cuda: _Driver | None, monkeypatch: pytest.MonkeyPatch) -> _Kernel:
+    monkeypatch.setattr(compiled, "INTERPRETED", False)
+    active = SimpleNamespace(get_current_stream=lambda index: 7 + index)
+    monkeypatch.setattr(compiled.triton.runtime, "driver", SimpleNamespace(active=active))
+    if cuda is not None:
+        monkeypatch.setattr(driver, "driver", lambda: cuda)
+    kernel = _Kernel(run)
+    launched = compiled.CompiledLaunch(
+        kernel, (5, 1, 2), _STRIDES, params.WriteTile(16, 32), torch.device("cuda", 0), aligned=True
+    )
+    for first in range(times):
+        tensors = (*_TENSORS[first:], *_TENSORS[:first])
+        launched(tensors, addresses_of(*tensors))
     return kernel
 
 
-class _Launcher36:
-    def __init__(self) -> None:
-        self.seen: list[tuple[object, ...]] = []
-
-    def __call__(self, gridX, gridY, gridZ, stream, function, *args):
-        self.seen.append((gridX, gridY, gridZ, stream, function, *args))
-
-
-class _Launcher37(_Launcher36):
-    def __call__(
-        self, gridX, gridY, gridZ, stream, function,
-        kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, *args,
-    ):  # fmt: skip
-        rest = (kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, *args)
-        super().__call__(gridX, gridY, gridZ, stream, function, *rest)
-
-
-@pytest.mark.parametrize("launcher", (_Launcher36, _Launcher37))
-def test_the_second_launch_reuses_what_the_first_compiled(launcher: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = launcher()
-    kernel = _launch_twice(run, monkeypatch)
-    assert run.seen == [(5, 1, 1, 7, 11, (4, 1, 0), None, None, None, _ADDRESSES, _STRIDES, (16, 32))]
+def test_what_the_first_launch_compiled_is_launched_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _Driver(_SIZES)
+    kernel = _launch_times(3, _compiled(), cuda, monkeypatch)
     [(tensors, strides, tile)] = kernel.ordinary
     assert tensors == params.WriteTensors(*_TENSORS)
     assert (strides.batch, strides.head, strides.ALIGN.value, tile.BLOCK_NEW.value) == (64, None, 8, 16)
+    addresses = [tensor.data_ptr() for tensor in _TENSORS]
+    launched = [5, 1, 2, 128, 1, 1], 1024, 7, 1, 11
+    assert cuda.seen == [(*launched, [*addresses[i : i + 2], 64, 32, 0, 0]) for i in (1, 2)]
+
+
+def test_descriptors_are_written_once_but_for_their_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _Driver([*_SIZES[:4], 128, 4, 4, 8, 8, 8, 8])
+    cuda.cuTensorMapEncodeTiled = lambda at, *about: memmove(at, b"%dD map" % about[1], 6) and 0
+    cuda.cuTensorMapReplaceAddress = lambda at, address: memmove(at + 8, address.to_bytes(8, "little"), 8)
+    monkeypatch.setattr(driver, "driver", lambda: cuda)
+    one = _compiled(tensordesc_meta=[dict(elem_size=2, block_size=[16, 64], swizzle=3)])
+    one.src.signature["k_tiles"] = "tensordesc<bf16[16, 64]>"
+    maps = [driver.MapShape(1, 9, [100, 64], [256, 1])]
+    described = driver.DriverLaunch(one, 0, (1, 1, 1), (_STRIDES, params.WriteTile(16, 32)), maps)
+    for tensors in (_TENSORS, _TENSORS[::-1]):
+        described(addresses_of(*tensors), 7)
+        values = cuda.seen.pop()[-1]
+        assert values[:4] == [tensors[0].data_ptr(), tensors[1].data_ptr(), 64, 32]
+        assert values[4] == int.from_bytes(b"2D map\0\0", "little") + (tensors[1].data_ptr() << 64)
+        assert values[5:] == [100, 64, 256, 1, 0, 0]
+
+
+def test_a_thread_that_has_no_context_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _Driver(_SIZES, statuses=(driver.INVALID_CONTEXT, 0, 0))
+    _launch_times(3, _compiled(), cuda, monkeypatch)
+    assert [seen[0] == "bind" for seen in cuda.seen] == [False, True, False, False]
+
+
+def test_a_launch_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="refused a launch: CUDA_ERROR_700"):
+        _launch_times(2, _compiled(), _Driver(_SIZES, statuses=(700,)), monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "run",
+    "run, sizes, why",
     (
-        None,
-        "not a function",
-        lambda *arguments: pytest.fail("launched with unknown arguments"),
-        lambda grid, stream, function, *arguments: pytest.fail("launched with unknown arguments"),
-        lambda gridX, gridY, gridZ, stream, function, arguments: pytest.fail("launched with unknown arguments"),
+        (_compiled(), [*_SIZES, 8], "its parameters are others"),
+        (_compiled(), _SIZES[:-1], "its parameters are others"),
+        (_compiled(), [8, 8, 8, 8, 8, 8], "its parameters are others"),
+        (_compiled(stride="fp16"), _SIZES, "a parameter of type fp16"),
+        (_compiled(num_ctas=2), _SIZES, "clusters"),
+        (_compiled(global_scratch_size=64), _SIZES, "scratch memory"),
+        (_compiled(), None, "CUDA's driver, 12.4 or newer, cannot be had"),
     ),
 )
-def test_an_unknown_launcher_of_triton_is_not_used(run: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.warns(RuntimeWarning, match="launcher of Triton .* costs more of the host's time"):
-        kernel = _launch_twice(run, monkeypatch)
-    assert len(kernel.ordinary) == 2
+def test_an_unknown_kernel_takes_the_launch_of_triton(
+    run: object, sizes: list[int] | None, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sizes is None:
+        monkeypatch.setattr(driver, "CDLL", lambda name: SimpleNamespace())
+        driver.driver.cache_clear()
+    with pytest.warns(RuntimeWarning, match=f"costs more of the host's time: .*{why}"):
+        kernel = _launch_times(3, run, None if sizes is None else _Driver(sizes), monkeypatch)
+    assert len(kernel.ordinary) == 3
 
 
 def test_dispatch_runs_it(device: str) -> None:

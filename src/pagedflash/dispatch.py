@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -59,8 +59,9 @@ _forced = Scoped[str]("pagedflash_backend")
 _counters: list[Counter[CallKind]] = []
 
 
-def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Validate a problem and run it on its device's backend: ``(out, lse)``. ``out`` may have any strides."""
+def attention(problem: AttentionProblem, out: Tensor | None = None, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Validate a problem and run it on its device's backend: ``(out, lse)``. ``out`` may have any strides; not ``with_lse``,
+    lse may be None."""
     q = problem.tensors[0]
     assert q is not None
     backend, entry = backend_for(q), problem.entry
@@ -81,19 +82,21 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
         check_new_tokens(tensors[WRITE])
     if _counters:
         _count(CallKind(problem.layout, backend.NAME, q.device.type))
-    results = backend.attention(problem) if out is None else _attention_into(problem, backend, out)
+    results = backend.attention(problem, out, with_lse) if out is None else _attention_into(problem, backend, out, with_lse)
     if appends:
         _bump_versions(_written(tensors[WRITE]) if appends_scales else (tensors[K], tensors[V]))  # type: ignore[arg-type]
     return results
 
 
-def _attention_into(problem: AttentionProblem, backend: Backend, out: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_into(
+    problem: AttentionProblem, backend: Backend, out: Tensor, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     validate_out(problem, out)
     if out.is_contiguous() and out.data_ptr() % OUT_ALIGNMENT == 0:
-        _, lse = backend.attention(problem, out)
+        _, lse = backend.attention(problem, out, with_lse)
         _bump_versions((out,))
     else:
-        result, lse = backend.attention(problem)
+        result, lse = backend.attention(problem, None, with_lse)
         out.copy_(result)
     return out, lse
 
@@ -134,8 +137,8 @@ def backend_for(tensor: Tensor) -> Backend:
     name = _forced.current
     if name is not None:
         return _usable(name)
-    device_type = tensor.device.type
-    return _of_device.get(device_type) or _find_for_device(device_type)
+    device = tensor.device
+    return _of_device.get(device) or _find_for_device(device)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -199,18 +202,18 @@ def _count(kind: CallKind) -> None:
         counter[kind] += 1
 
 
-_of_device: dict[str, Backend] = {}
-"""Device type -> its backend, once that has been found available."""
+_of_device: dict[torch.device, Backend] = {}
+"""Device -> its backend, once that has been found available."""
 
 
-def _find_for_device(device_type: str) -> Backend:
-    name = DEVICE_BACKENDS.get(device_type)
+def _find_for_device(device: torch.device) -> Backend:
+    name = DEVICE_BACKENDS.get(device.type)
     if name is None:
-        _warn_once(device_type, f"no backend is written for {device_type} devices")
+        _warn_once(device.type, f"no backend is written for {device.type} devices")
         return reference
     backend = _usable(name)
     if name == backend.NAME:
-        _of_device[device_type] = backend
+        _of_device[device] = backend
     return backend
 
 
@@ -242,6 +245,19 @@ def _warn_once(name: str, reason: str) -> None:
     warnings.warn(f"pagedflash: the slow reference runs instead of {name}: {reason}", RuntimeWarning, stacklevel=2)
 
 
+def _reader_of(variable: str) -> Callable[[], bool]:
+    """Whether an environment variable is 1. os.environ itself takes a microsecond to find that there is none."""
+    environ: Any = os.environ
+    try:
+        get, name, one = environ._data.get, environ.encodekey(variable), environ.encodevalue("1")
+    except AttributeError:
+        get, name, one = environ.get, variable, "1"
+    return lambda: bool(get(name) == one)
+
+
+_check_is_on = _reader_of(CHECK_VARIABLE)
+
+
 def values_wanted(tensor: Tensor) -> bool:
     """Whether lengths and tables are checked on the device of ``tensor``."""
-    return tensor.device.type == "cpu" or os.environ.get(CHECK_VARIABLE) == "1"
+    return tensor.is_cpu or _check_is_on()

@@ -380,7 +380,9 @@ def merge_attention_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
 def _run(
     problem: AttentionProblem, names: Names, out: Tensor | None, return_attn_probs: bool, return_softmax_lse: bool
 ) -> Output:
-    out, lse = ops.attention(problem, names, out)
-    if return_attn_probs:
-        return out, lse, out.new_empty(0)
-    return (out, lse) if return_softmax_lse else out
+    with_lse = bool(return_attn_probs or return_softmax_lse)
+    out, lse = ops.attention(problem, names, out, with_lse)
+    if not with_lse:
+        return out
+    assert lse is not None
+    return (out, lse, out.new_empty(0)) if return_attn_probs else (out, lse)

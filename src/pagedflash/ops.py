@@ -41,12 +41,15 @@ NO_FORWARD_AD = (
 NO_VMAP_OF_WRITES = "pagedflash: torch.vmap over a write to a cache is not possible; write all sequences in one call"
 
 
-def attention(problem: AttentionProblem, names: Names, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Run a problem: ``(out, lse)``, into ``out`` if it is given. Errors name fields as ``names`` says."""
+def attention(
+    problem: AttentionProblem, names: Names, out: Tensor | None = None, with_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Run a problem: ``(out, lse)``, into ``out`` if it is given; not ``with_lse``, lse may be None. Errors name fields as
+    ``names`` says."""
     try:
         if not torch.compiler.is_compiling():
             if _may_pass_by(problem.entry) and (out is None or out.__class__ is Tensor):
-                return dispatch.attention(problem, out)
+                return dispatch.attention(problem, out, with_lse)
             _validate(problem, out)  # before the operator's schema turns away what is no tensor
         appends = problem.tensors[K_NEW] is not None
         if out is not None:
@@ -116,11 +119,11 @@ def _define(
     return operator
 
 
-def _attention(*flat: Any) -> tuple[Tensor, Tensor]:
+def _attention(*flat: Any) -> tuple[Tensor, Tensor | None]:
     return dispatch.attention(AttentionProblem.from_flat(flat))
 
 
-def _attention_into(*flat_and_out: Any) -> Tensor:
+def _attention_into(*flat_and_out: Any) -> Tensor | None:
     *flat, out = flat_and_out
     return dispatch.attention(AttentionProblem.from_flat(tuple(flat)), out)[1]
 

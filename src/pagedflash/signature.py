@@ -84,11 +84,11 @@ def signature(tensors: Arguments, options: Arguments) -> tuple[Hashable, bytes |
 
 def addresses_of(*tensors: Tensor | None) -> bytes:
     """8 bytes for each, 0 for None."""
-    return pointers(len(tensors)).pack(*[0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+    return _pointers(len(tensors)).pack(*[0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
 @cache
-def pointers(count: int) -> Struct:
+def _pointers(count: int) -> Struct:
     """How so many addresses are packed."""
     return Struct(f"{count}P")
 

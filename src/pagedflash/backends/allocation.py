@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-
-class Layout(NamedTuple):
-    """What is the same for the results of all problems of a signature."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
-    return Layout(shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), dtype)
-
+Allocate = Callable[[], Tensor]
+"""Memory for one result, the same for all problems of a signature."""
 
 _ALLOCATORS = {
     device: allocate
@@ -29,10 +20,10 @@ _ALLOCATORS = {
 """Device type -> what code that torch compiles calls: a third of the time of ``torch.empty_strided``."""
 
 
-def empty(layout: Layout, device: torch.device) -> Tensor:
-    """Memory on a device, of CUDA's the current one."""
+def contiguous(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Allocate:
+    """What allocates a tensor on a device, of CUDA's on the current one."""
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     allocate = _ALLOCATORS.get(device.type)
     if allocate is not None:
-        return cast(Tensor, allocate(*layout))
-    shape, strides, dtype = layout
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        return partial(allocate, shape, strides, dtype)
+    return partial(torch.empty_strided, shape, strides, dtype=dtype, device=device)

@@ -46,9 +46,11 @@ class Backend(Protocol):
         """Whether it has kernels for a valid problem. It sees the signature; its word is kept for problems like it."""
         ...
 
-    def attention(self, problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def attention(
+        self, problem: AttentionProblem, out: Tensor | None = None, with_lse: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Append (if asked), then attend: ``(out, lse)`` of the problem's ``out_shape`` and ``lse_shape``, into ``out`` if
-        one is given, which is contiguous and starts at a multiple of 16 bytes."""
+        one is given, which is contiguous and starts at a multiple of 16 bytes. Not ``with_lse``, lse may be None."""
         ...
 
     def kv_write(self, write: CacheWrite) -> None:

@@ -40,7 +40,7 @@ def supports(problem: AttentionProblem) -> Support:
     return Support(True)
 
 
-def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attention(problem: AttentionProblem, out: Tensor | None = None, with_lse: bool = True) -> tuple[Tensor, Tensor]:
     """Append (if asked), then attend sequence by sequence. Returns ``(out, lse)`` of the shapes the problem gives."""
     if problem.append is not None:
         kv_write(problem.write)

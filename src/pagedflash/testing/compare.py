@@ -20,7 +20,7 @@ ROTARY_LSE_TOLERANCE = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16
 # Of the largest element of a gradient, which is a sum over queries or keys.
 GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
-Run = Callable[[AttentionProblem], tuple[Tensor, Tensor]]
+Run = Callable[[AttentionProblem], tuple[Tensor, Tensor | None]]
 RunBackward = Callable[[AttentionProblem, Tensor, Tensor, Tensor, Tensor], Gradients]
 
 
@@ -40,7 +40,7 @@ def assert_matches_reference(problem: AttentionProblem, run: Run) -> None:
     # A cache of another format rounds what is appended: its output is that of what was written, which is compared too.
     want_out, want_lse = wanted or reference.attend(as_float64(problem))
     assert out.dtype == dtype and out.shape == problem.out_shape, message
-    assert lse.dtype == torch.float32 and lse.shape == problem.lse_shape, message
+    assert lse is not None and lse.dtype == torch.float32 and lse.shape == problem.lse_shape, message
     _assert_close("out", out, want_out, OUT_TOLERANCE[dtype], message)
     _assert_close("lse", lse, want_lse, (ROTARY_LSE_TOLERANCE if rotary else LSE_TOLERANCE)[dtype], message)
     assert_same_caches(problem, expected)
@@ -64,6 +64,7 @@ def assert_gradients_match_reference(problem: AttentionProblem, run: Run, run_ba
     want = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
 
     out, lse = run(problem)
+    assert lse is not None, describe(problem)
     d_out, d_lse = (weight.to(result) for result, weight in zip((out, lse), weights))
     got = run_backward(problem, out, lse, d_out, d_lse)
 

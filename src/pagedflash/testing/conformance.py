@@ -154,6 +154,7 @@ class BackendConformance:
         for layout in ("dense", "varlen"):
             for problem in self.draw("same gradients", layout=layout, max_keys=600):
                 out, lse = self.backend.attention(problem)
+                assert lse is not None, describe(problem)
                 first, second = (run(problem, out, lse, torch.ones_like(out), torch.ones_like(lse)) for _ in range(2))
                 assert all(torch.equal(a, b) for a, b in zip(first, second)), describe(problem)
 
@@ -165,6 +166,16 @@ class BackendConformance:
                 out = torch.full_like(want, torch.nan)
                 returned, _ = self.backend.attention(problem, out)
                 assert returned.data_ptr() == out.data_ptr() and torch.equal(out, want), describe(problem)
+
+    def test_the_output_is_the_same_without_the_lse(self) -> None:
+        """Bit for bit, and into an output that is given."""
+        for layout in LAYOUTS:
+            for problem in self.draw("without lse", layout=layout):
+                want, _ = self.backend.attention(copy_of(problem))
+                for out in (None, torch.full_like(want, torch.nan)):
+                    returned, _ = self.backend.attention(copy_of(problem), out, with_lse=False)
+                    assert torch.equal(returned, want), describe(problem)
+                    assert out is None or returned.data_ptr() == out.data_ptr(), describe(problem)
 
     def test_slots_that_no_sequence_owns_are_not_read(self) -> None:
         """They hold NaN, then numbers: the results have the same bits."""
@@ -258,7 +269,7 @@ class BackendConformance:
 
     def assert_same_bits(self, one: AttentionProblem, other: AttentionProblem) -> None:
         for name, a, b in zip(("out", "lse"), self.backend.attention(one), self.backend.attention(other)):
-            assert torch.equal(a, b), f"{name} has other bits: {describe(one)}"
+            assert a is not None and b is not None and torch.equal(a, b), f"{name} has other bits: {describe(one)}"
 
     def with_one_value_changed(self, problem: AttentionProblem) -> Iterator[AttentionProblem]:
         """In each tensor of lengths or indices, to values of all kinds; some of the problems are still right."""

@@ -18,7 +18,7 @@ from ...problem import Append, AttentionProblem, CacheWrite, KVCache, fold_score
 from ...scoped import Scoped
 from ...signature import addresses_of
 from ...validate_values import check_values, check_write_values
-from ..allocation import Layout, contiguous, empty
+from ..allocation import Allocate, contiguous
 from ..backward import Gradients, empty_gradients, sinks_gradient
 from .abi import AttentionShape, QueryShape, ScaleStrides, Strides, WriteShape, mismatch, pack_shape
 
@@ -40,8 +40,6 @@ _DTYPES = {
 }
 
 _OK, _INVALID_VALUES, _OUT_OF_MEMORY = 0, 1, 2
-
-_CPU = torch.device("cpu")
 
 
 class Unavailable(Exception):
@@ -122,17 +120,17 @@ class Plan(NamedTuple):
     """What problems of one signature share."""
 
     shape: bytes  # AttentionShape
-    out: Layout
-    lse: Layout
+    out: Allocate
+    lse: Allocate
 
 
-def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attention(problem: AttentionProblem, out: Tensor | None = None, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """Append (if asked) and attend. Lengths and tables are validated natively before anything is written."""
     native = library()
     plan = problem.plan("cpu", make_plan)
     if out is None:
-        out = empty(plan.out, _CPU)
-    lse = empty(plan.lse, _CPU)
+        out = plan.out()
+    lse = plan.lse() if with_lse else None
     status = native.run_attention(plan.shape, problem.addresses + addresses_of(out, lse), _isa(native))
     if status != _OK:
         if status == _INVALID_VALUES:
@@ -191,7 +189,10 @@ def make_plan(problem: AttentionProblem) -> Plan:
         alibi_batch_stride=slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         num_splits=problem.num_splits,
     )
-    return Plan(pack_shape(shape), contiguous(problem.out_shape, q.dtype), contiguous(problem.lse_shape, torch.float32))
+    cpu = torch.device("cpu")
+    return Plan(
+        pack_shape(shape), contiguous(problem.out_shape, q.dtype, cpu), contiguous(problem.lse_shape, torch.float32, cpu)
+    )
 
 
 def make_write_plan(write: CacheWrite) -> bytes:

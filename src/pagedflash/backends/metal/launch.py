@@ -84,7 +84,7 @@ class Plan(NamedTuple):
     """All of a problem but its tensors."""
 
     dispatches: tuple[Dispatch, ...]
-    results: tuple[Result, ...]  # out, lse, and what the splits leave for combine
+    results: tuple[Result, ...]  # out, lse if it is wanted, and what the splits leave for combine
     constants: tuple[Any, ...]  # the other arguments of the kernels: structs, and a stand-in for each absent tensor
 
 
@@ -96,7 +96,7 @@ def supports(problem: AttentionProblem) -> Support:
     return Support(True)
 
 
-def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attention(problem: AttentionProblem, out: Tensor | None = None, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """Append (if asked), then attend: ``(out, lse)``. Nothing waits for the GPU."""
     target = current_target()
     tensors: tuple[Any, ...] = problem.tensors
@@ -105,13 +105,14 @@ def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Ten
     # A signature holds no storage offsets, and wide loads need them to be multiples of a chunk.
     offset = (q.storage_offset() | tensors[_K].storage_offset() | tensors[_V].storage_offset()) % LOAD_BYTES
     plan = problem.plan(
-        ("metal", target, offset, shared), lambda signature: _plan_attention(signature, target, offset, shared)
+        ("metal", target, offset, shared, with_lse),
+        lambda signature: _plan_attention(signature, target, offset, shared, with_lse),
     )  # fmt: skip
     device = q.device
     results = [] if out is None else [out]
     results += [torch.empty(*shape, dtype=dtype, device=device) for shape, dtype in plan.results[len(results) :]]
     _run(plan, (*tensors, *results))
-    return results[0], results[1]
+    return results[0], results[1] if with_lse else None
 
 
 def has_backward_kernel(problem: AttentionProblem) -> bool:
@@ -187,7 +188,8 @@ class _Planner:
         self.dispatches: list[tuple[str, Any, Grid, Grid]] = []
 
     def bind(self, params: Params) -> None:
-        self.constants["params"] = packed(params._replace(writes_values=int(not self.shared)))
+        writes = dict(writes_values=int(not self.shared), writes_lse=int("lse" in self.results))
+        self.constants["params"] = packed(params._replace(**writes))
 
     def dispatch(self, name: str, definitions: Mapping[str, int | str], threads: Grid, group_size: Grid) -> None:
         kernel = compiled(self.target.compile_shader, name, source_of(name, self.dtype, definitions))
@@ -219,10 +221,11 @@ def _plan_write(write: CacheWrite, target: Target, shared: bool) -> Plan:
     return planner.plan()
 
 
-def _plan_attention(problem: AttentionProblem, target: Target, offset: int, shared: bool) -> Plan:
+def _plan_attention(problem: AttentionProblem, target: Target, offset: int, shared: bool, with_lse: bool) -> Plan:
     planner = _Planner(problem, target, problem.queries.q.dtype, shared)
     planner.results["out"] = Result(problem.out_shape, planner.dtype)
-    planner.results["lse"] = Result(problem.lse_shape, torch.float32)
+    if with_lse:
+        planner.results["lse"] = Result(problem.lse_shape, torch.float32)
     planner.constants["score_params"] = packed(fold_scores(problem.scores))
     append, has_rows = problem.append, math.prod(problem.out_shape) > 0
     if has_rows and problem.queries.max_seqlen_q <= DECODE_MAX_QUERIES:

@@ -36,6 +36,7 @@ class Params(NamedTuple):
     has_cache_leftpad: int
     has_alibi_slopes: int
     has_sinks: int
+    writes_lse: int
     alibi_batch_stride: int
     rotary_half: int  # 0 = no rotary embedding
     rotary_interleaved: int

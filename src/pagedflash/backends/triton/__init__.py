@@ -45,9 +45,9 @@ def supports(problem: AttentionProblem) -> Support:
     return Support(True)
 
 
-def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attention(problem: AttentionProblem, out: Tensor | None = None, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """Append (if asked), then attend: ``(out, lse)`` of the problem's ``out_shape`` and ``lse_shape``."""
-    results: tuple[Tensor, Tensor] = _launch().attention(problem, out)
+    results: tuple[Tensor, Tensor | None] = _launch().attention(problem, out, with_lse)
     return results
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 import triton
@@ -14,28 +12,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from ...signature import pointers
+from .driver import DriverLaunch, MapShape, Unknown
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on the CPU's memory or a device's."""
 
 Tensors = tuple[Tensor | None, ...]
-Addresses = tuple[int, ...]
-
-LAUNCHER_PARAMETERS = (
-    "gridX", "gridY", "gridZ", "stream", "function",
-    "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook",
-)  # fmt: skip
-"""What Triton's launcher of a compiled kernel takes before the kernel's own arguments."""
 
 
 class CompiledLaunch:
     """A launch of a Triton kernel, but for its tensors: the same for all calls of one signature.
 
-    Triton's own launch types and hashes every argument of every call; here the first call does, and the others reuse what
-    it compiled. The compiled code relies on pointers being multiples of 16 bytes where they were in that call: unless all
-    are (``aligned``), every call takes Triton's own launch. So it does where Triton's launcher, which is private, is not
-    there or not the one we know.
+    Triton's own launch types and hashes every argument of every call; here the first call does, and the others have CUDA's
+    driver launch what it compiled. The compiled code relies on pointers being multiples of 16 bytes where they were in that
+    call: unless all are (``aligned``), every call takes Triton's own launch. So it does where there is no such driver.
     """
 
     def __init__(
@@ -52,33 +42,39 @@ class CompiledLaunch:
         self.kernel = kernel
         self.grid = grid
         self._records = (params, tile)
-        self._plain_records = (plain(params), plain(tile))
         self.options = options
         self._device_index = device.index
         self._reusable = aligned and not INTERPRETED
-        self._launcher: Callable[..., object] | None = None
-        self._compiled: tuple[Any, ...] = ()
+        self._launch: DriverLaunch | None = None
         self._current_stream: Any = None
 
-    def __call__(self, tensors: Tensors, addresses: Addresses) -> None:
+    def __call__(self, tensors: Tensors, addresses: bytes) -> None:
         """Launch on the current stream. ``addresses`` are those of ``tensors``, which come in the order of the kernel's."""
-        descriptors = self.descriptors(tensors)
-        if self._launcher is not None:
-            stream = self._current_stream(self._device_index)
-            self._launcher(*self.grid, stream, *self._compiled, addresses, *self._plain_records, *descriptors)
+        launch = self._launch
+        if launch is not None:
+            launch(addresses, self._current_stream(self._device_index))
             return
-        compiled = self.kernel[self.grid](*self.arguments(tensors), *descriptors, **self.options)
+        compiled = self.kernel[self.grid](*self.arguments(tensors), *self.descriptors(tensors), **self.options)
         if self._reusable:
             self._reuse(compiled)
 
     def _reuse(self, compiled: Any) -> None:
-        launcher = known_launcher(compiled)
-        self._reusable = launcher is not None
-        if launcher is not None:
-            no_metadata, no_hooks = None, (None, None)
-            self._compiled = (compiled.function, compiled.packed_metadata, no_metadata, *no_hooks)
-            self._current_stream = triton.runtime.driver.active.get_current_stream
-            self._launcher = launcher  # last: other threads look for it
+        self._current_stream = triton.runtime.driver.active.get_current_stream
+        try:
+            self._launch = DriverLaunch(compiled, self._device_index, self.grid, self._records, self.maps)
+        except Unknown as error:
+            self._reusable = False
+            warnings.warn(
+                f"pagedflash: every call takes the launch of Triton {triton.__version__}, which costs more of the host's "
+                f"time: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    @property
+    def maps(self) -> tuple[MapShape, ...]:
+        """Of the tensor descriptors."""
+        return ()
 
     def descriptors(self, tensors: Tensors) -> tuple[Any, ...]:
         """Tensor descriptors that the kernel takes behind its records."""
@@ -101,40 +97,9 @@ def mark_constants(record: Any) -> Any:
     return type(record)(*[marked(name, value) for name, value in zip(record._fields, record)])
 
 
-def plain(record: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A record and those in it as plain tuples, whose items C code gets without a detour through Python."""
-    return tuple([plain(value) if isinstance(value, tuple) else value for value in record])
-
-
-def known_launcher(compiled: Any) -> Callable[..., object] | None:
-    """Triton's launcher of a compiled kernel. None, with a warning, where it does not take LAUNCHER_PARAMETERS."""
-    has_all = all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata"))
-    if has_all and _takes_known_parameters(compiled.run):
-        return cast(Callable[..., object], compiled.run)
-    warnings.warn(
-        f"pagedflash: the launcher of Triton {triton.__version__} is not the one known from 3.6 to 3.9: every call takes "
-        "Triton's own launch, which costs more of the host's time",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return None
-
-
-def _takes_known_parameters(launcher: Callable[..., object]) -> bool:
-    try:
-        *named, rest = inspect.signature(launcher).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    names = tuple(parameter.name for parameter in named)
-    grid_to_function = 5
-    is_known = len(names) >= grid_to_function and names == LAUNCHER_PARAMETERS[: len(names)]
-    return is_known and rest.kind is inspect.Parameter.VAR_POSITIONAL
-
-
-def unpack(addresses: bytes) -> tuple[Addresses, bool]:
-    """(the address of each tensor, 0 for None; whether all are multiples of 16) of packed ones."""
-    count = len(addresses) // 8
-    return pointers(count).unpack(addresses), not int.from_bytes(addresses, "little") & _low_bits(count)
+def are_aligned(addresses: bytes) -> bool:
+    """Whether all packed addresses are multiples of 16."""
+    return not int.from_bytes(addresses, "little") & _low_bits(len(addresses) // 8)
 
 
 @cache

@@ -11,12 +11,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...geometry import strides
 from .compiled import CompiledLaunch, Tensors
+from .driver import MapShape
 from .kernels.params import Tensors as KernelTensors
 
 K, V = map(KernelTensors._fields.index, "kv")
 """Where a kernel's tensors have them."""
 
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+DATA_TYPES = {torch.bfloat16: 9, torch.float16: 6}
+"""Of CUtensorMapDataType."""
 
 
 class TileDescriptor:
@@ -31,9 +34,14 @@ class TileDescriptor:
         self._shape = [rows, heads, slots, head_dim]
         self._strides = [batch or slots * token, head, token, 1]
         self._layout = gl.NVMMASharedLayout.get_default_for(self._block, ELEMENTS[tensor.dtype])
+        self._data_type = DATA_TYPES[tensor.dtype]
 
     def of(self, tensor: Tensor | None) -> TensorDescriptor:
         return TensorDescriptor(tensor, self._shape, self._strides, self._block, self._layout)
+
+    def map_of(self, tensor: int) -> MapShape:
+        """Of the kernel's tensor of this index."""
+        return MapShape(tensor, self._data_type, self._shape, self._strides)
 
 
 class DescribedLaunch(CompiledLaunch):
@@ -45,3 +53,7 @@ class DescribedLaunch(CompiledLaunch):
 
     def descriptors(self, tensors: Tensors) -> tuple[TensorDescriptor, TensorDescriptor]:
         return self._k.of(tensors[K]), self._v.of(tensors[V])
+
+    @property
+    def maps(self) -> tuple[MapShape, MapShape]:
+        return self._k.map_of(K), self._v.map_of(V)

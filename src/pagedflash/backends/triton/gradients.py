@@ -12,7 +12,7 @@ from ...problem import AttentionProblem
 from ...signature import addresses_of
 from .. import backward as common
 from ..backward import Gradients
-from .compiled import CompiledLaunch, num_sms, unpack
+from .compiled import CompiledLaunch, are_aligned, num_sms
 from .kernels.backward import keys_backward, queries_backward, row_gradients
 from .kernels.params import BackwardTile
 from .launch import is_elsewhere, lengths_together, precision_of, problem_params
@@ -53,14 +53,14 @@ def backward(problem: AttentionProblem, out: Tensor, lse: Tensor, d_out: Tensor,
     delta = torch.zeros_like(lse)
 
     inputs = (*problem.tensors, out, lse, d_out, d_lse, delta)
-    _, aligned = unpack(addresses_of(*inputs, *gradients[:3]))
+    aligned = are_aligned(addresses_of(*inputs, *gradients[:3]))
     precision = precision_of(out.dtype)
     plan = problem.plan(
         ("triton backward", aligned, precision), lambda signature: _plan(signature, aligned, precision)
     )  # fmt: skip
     d_keys = tuple(_in_parts(gradient, plan.parts) for gradient in gradients[1:3])
     tensors = (*inputs, gradients.q, *d_keys)
-    addresses, _ = unpack(addresses_of(*tensors))
+    addresses = addresses_of(*tensors)
     for launch in plan.launches:
         launch(tensors, addresses)
     if plan.parts > 1:

@@ -16,8 +16,9 @@ from torch import Tensor
 from ...errors import reject_type
 from ...geometry import max_visible_keys, may_be_mixed, queries_rotate_by_position, scale_strides, strides, v_fits_in_k
 from ...problem import WRITE, Append, AttentionProblem, CacheWrite, K, V, fold_scores, is_per_token
-from ..allocation import Layout, contiguous, empty
-from .compiled import CompiledLaunch, compute_capability, has_pdl, num_sms, unpack
+from ...signature import addresses_of
+from ..allocation import Allocate, contiguous
+from .compiled import CompiledLaunch, are_aligned, compute_capability, has_pdl, num_sms
 from .kernels.combine import combine
 from .kernels.decode import decode
 from .kernels.kv_write import kv_write as kv_write_kernel
@@ -78,11 +79,15 @@ MAX_UNSPLIT_KEYS = 1024
 """The same in keys, where there are work tiles for half of the SMs: even one long one among short ones is read in about the
 time that splitting costs."""
 
-MAX_FUSED_SPLITS = 10
-"""Splits of a work tile, on average, up to which its last CTA reduces them; more are left to ``combine``."""
+MAX_FUSED_SPLITS, MAX_FUSED_VALUES, MAX_SPLIT_VALUES = 10, 40960, 8192
+"""Splits of a work tile, on average, and values of all and of each, up to which its last CTA reduces them; more are left to
+``combine``."""
 
 DECODE_SPLITS, DECODE_VALUES = 8, 4096
-"""Splits, and values of them, that this CTA loads together at most. Rows of more values are left to ``combine`` too."""
+"""Splits, and values of them, that this CTA loads together at most."""
+
+MANY_SPLITS = 64
+"""From so many on, on average, an SM has one CTA: that halves what is stored and reduced, which takes the most time then."""
 
 COMBINE_SPLITS, COMBINE_VALUES = 64, 8192
 """The same of ``combine``."""
@@ -91,14 +96,20 @@ FEW_SEQUENCES, MANY_SEQUENCES = 32, 256
 """Lengths that a CTA looks at together: what one warp holds, or for larger batches all four."""
 
 
+_K_ADDRESS, _V_ADDRESS, _WRITE_ADDRESSES = (
+    slice(8 * tensors.start, 8 * tensors.stop) for tensors in (slice(K, K + 1), slice(V, V + 1), WRITE)
+)
+"""Where the packed addresses of a problem's tensors have them."""
+
+
 class _Plan(NamedTuple):
     """What problems of one signature share."""
 
-    out: Layout
-    lse: Layout
+    out: Allocate
+    lse: Allocate | None  # None where nobody wants it
     write: CompiledLaunch | None = None  # of new tokens that ``decode`` does not append itself
     attend: tuple[CompiledLaunch, ...] = ()  # one after another; none where there is nothing to attend to
-    partials: Layout | None = None  # of splits
+    partials: Allocate | None = None  # of splits
     semaphores: int = 0  # where ``decode`` reduces splits itself
 
 
@@ -107,38 +118,32 @@ class _Plan(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def attention(problem: AttentionProblem, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attention(problem: AttentionProblem, out: Tensor | None = None, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """Append (if asked), then attend with ``decode`` (and ``combine``), ``prefill``, or both."""
     tensors = problem.tensors
     q = cast(Tensor, tensors[0])
-    dtype, device = q.dtype, q.device
+    device = q.device
     if is_elsewhere(device):
         with torch.cuda.device(device):
-            return attention(problem, out)
-    addresses, aligned = unpack(problem.addresses)
-    precision = precision_of(dtype)
-    same = addresses[K] == addresses[V]
-    plan = problem.plan(
-        ("triton", aligned, precision, same), lambda signature: _plan_attention(signature, aligned, precision, same)
-    )
+            return attention(problem, out, with_lse)
+    addresses = problem.addresses
+    facts = are_aligned(addresses), precision_of(q.dtype), addresses[_K_ADDRESS] == addresses[_V_ADDRESS], with_lse
+    plan = problem.plan(("triton", facts), lambda signature: _plan_attention(signature, *facts))
 
     if out is None:
-        out = empty(plan.out, device)
-    lse = empty(plan.lse, device)
+        out = plan.out()
+    lse = None if plan.lse is None else plan.lse()
     if plan.write is not None:
-        plan.write(tensors[WRITE], addresses[WRITE])
+        plan.write(tensors[WRITE], addresses[_WRITE_ADDRESSES])
     if not plan.attend:
-        return out.zero_(), lse.fill_(math.inf)
+        return out.zero_(), None if lse is None else lse.fill_(math.inf)
     counters = partials = None
-    counters_at = partials_at = 0
     if plan.partials is not None:
-        partials = empty(plan.partials, device)
-        partials_at = partials.data_ptr()
+        partials = plan.partials()
         if plan.semaphores:
             counters = semaphores(device, plan.semaphores)
-            counters_at = counters.data_ptr()
     tensors = (*tensors, out, lse, partials, counters)
-    addresses = (*addresses, out.data_ptr(), lse.data_ptr(), partials_at, counters_at)
+    addresses += addresses_of(out, lse, partials, counters)
     for launch in plan.attend:
         launch(tensors, addresses)
     return out, lse
@@ -151,9 +156,9 @@ def kv_write(write: CacheWrite) -> None:
     if is_elsewhere(device):
         with torch.cuda.device(device):
             return kv_write(write)
-    addresses, aligned = unpack(write.addresses)
-    same = addresses[0] == addresses[1]
-    launch = write.plan(("triton", aligned, same), lambda signature: _plan_write(signature, aligned, same))
+    addresses = write.addresses
+    facts = are_aligned(addresses), addresses[:8] == addresses[8:16]
+    launch = write.plan(("triton", facts), lambda signature: _plan_write(signature, *facts))
     if launch is not None:
         launch(tensors, addresses)
 
@@ -163,15 +168,19 @@ def kv_write(write: CacheWrite) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, same: bool) -> _Plan:
+def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, same: bool, with_lse: bool) -> _Plan:
     """``same``: whether k and v have the same address."""
+    device = problem.queries.q.device
     max_seqlen_q, group = problem.queries.max_seqlen_q, problem.group
     heads_together = _heads_together(problem, max_seqlen_q, same)
     few_queries = MORE_QUERIES if _is_prefill_slow(problem) else FEW_QUERIES
     is_decode = heads_together == group or (heads_together > 0 and max_seqlen_q <= few_queries)
     is_mixed = not is_decode and may_be_mixed(problem)
     is_empty = problem.batch_size == 0 or 0 in problem.out_shape
-    plan = _Plan(contiguous(problem.out_shape, problem.queries.q.dtype), contiguous(problem.lse_shape, torch.float32))
+    plan = _Plan(
+        contiguous(problem.out_shape, problem.queries.q.dtype, device),
+        contiguous(problem.lse_shape, torch.float32, device) if with_lse else None,
+    )
     append, fused_tokens = problem.append, problem.num_new_tokens
     is_packed = append is not None and append.cu_seqlens_new is not None
     cannot_fuse = is_empty or is_packed or not is_decode or problem.scores.dropout_p > 0
@@ -264,15 +273,23 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     num_splits = problem.num_splits
     split_kv = num_splits > 1 or (num_splits == 0 and max_visible_keys(problem) > few_keys)
     num_ctas = num_sms(device) * tiling.ctas_per_sm
+    if num_ctas >= MANY_SPLITS * work_tiles:
+        num_ctas = num_sms(device)
     if num_splits or not split_kv:
         num_ctas = work_tiles * max(num_splits, 1)
-    reduces_itself = not box and num_ctas <= MAX_FUSED_SPLITS * work_tiles and rows * block_dv <= DECODE_VALUES
+    splits, split_values = -(-num_ctas // work_tiles), rows * block_dv  # of a work tile, on average; of a split
+    reduces_itself = (
+        not box
+        and splits <= MAX_FUSED_SPLITS
+        and splits * split_values <= MAX_FUSED_VALUES
+        and split_values <= MAX_SPLIT_VALUES
+    )
     pdl = split_kv and not reduces_itself and has_pdl(device)
 
     # ``combine`` takes rows together where there are enough work tiles to fill the device, else one by one.
     together = rows if reduces_itself else min(rows, COMBINE_VALUES // block_dv)
     reduce_rows = together if reduces_itself or work_tiles >= num_sms(device) else 1
-    splits, values = (DECODE_SPLITS, DECODE_VALUES) if reduces_itself else (COMBINE_SPLITS, COMBINE_VALUES)
+    most, values = (DECODE_SPLITS, DECODE_VALUES) if reduces_itself else (COMBINE_SPLITS, COMBINE_VALUES)
     tile = DecodeTile(
         ROWS=rows,
         BLOCK_M=tiling.block_m,
@@ -281,7 +298,7 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
         BLOCK_B=lengths_together(batch_size),
         SPLIT_KV=split_kv,
         REDUCE_ROWS=reduce_rows,
-        REDUCE_SPLITS=max(1, min(splits, values // (reduce_rows * block_dv))),
+        REDUCE_SPLITS=max(1, min(most, power_of_two(splits + 1), values // (reduce_rows * block_dv))),
         PDL=pdl,
         num_ctas=num_ctas if split_kv else 0,
         BOX_N=box,
@@ -294,7 +311,7 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     plan = plan._replace(attend=(launch,))
     if not split_kv:
         return plan
-    plan = plan._replace(partials=contiguous(((work_tiles + num_ctas) * rows * (block_dv + 2),), torch.float32))
+    plan = plan._replace(partials=contiguous(((work_tiles + num_ctas) * rows * (block_dv + 2),), torch.float32, device))
     if reduces_itself:
         return plan._replace(semaphores=work_tiles)
     grid = (kv_heads * rows // reduce_rows, batch_size, 1)

@@ -58,7 +58,7 @@ void write_output(const AttentionProblem& problem, const Sequence& sequence, int
   }
   T* out = static_cast<T*>(problem.out) + out_offset(problem, token, head);
   store_scaled(out, values, problem.write.v_head_dim, alpha / state.sum);
-  problem.lse[lse_offset(problem, sequence.batch, token, head)] = (state.base + log2f(state.sum)) * LN_2;
+  write_lse(problem, sequence.batch, token, head, (state.base + log2f(state.sum)) * LN_2);
 }
 
 // Ends a row of a task: writes its output, or its partial output for combine (zeros where no key was seen).

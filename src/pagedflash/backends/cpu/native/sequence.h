@@ -67,11 +67,15 @@ PAGEDFLASH_INLINE int64_t lse_offset(const AttentionProblem& problem, int64_t ba
   return (batch * problem.q_heads + head) * problem.q_tokens + token - batch * problem.q_tokens;
 }
 
+PAGEDFLASH_INLINE void write_lse(const AttentionProblem& problem, int64_t batch, int64_t token, int64_t head, float lse) {
+  if (problem.lse) problem.lse[lse_offset(problem, batch, token, head)] = lse;
+}
+
 // The output of a row that sees no key.
 PAGEDFLASH_INLINE void write_empty_row(const AttentionProblem& problem, int64_t batch, int64_t token, int64_t head) {
   const int64_t size = element_size(problem.write.dtype);
   memset(static_cast<char*>(problem.out) + out_offset(problem, token, head) * size, 0, problem.write.v_head_dim * size);
-  problem.lse[lse_offset(problem, batch, token, head)] = INFINITY;
+  write_lse(problem, batch, token, head, INFINITY);
 }
 
 }  // namespace pagedflash

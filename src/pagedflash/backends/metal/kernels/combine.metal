@@ -90,6 +90,6 @@ kernel void combine(
         float x = 0.0f;
         for (int other = 0; other < SIMDGROUPS; other++) x += scratch[other * V_HEAD_DIM + d];
         out[out_row * V_HEAD_DIM + d] = T(x * n.factor);
-        if (d == 0) lse[lse_index(params, row, head)] = n.lse;
+        if (d == 0) write_lse(lse, params, row, head, n.lse);
     }
 }

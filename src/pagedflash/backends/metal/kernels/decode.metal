@@ -211,7 +211,7 @@ kernel void decode(
             } else {
                 const Normaliser n = normaliser_of(top, total, params.has_sinks, params.has_sinks ? sinks[head] : 0.0f);
                 out[out_row * V_HEAD_DIM + d] = T(x * n.factor);
-                if (d == 0) lse[lse_index(params, row, head)] = n.lse;
+                if (d == 0) write_lse(lse, params, row, head, n.lse);
             }
         }
     }

@@ -310,5 +310,5 @@ kernel void prefill(
         if (d < V_HEAD_DIM) out_row[d] = T(output[i].x * factor);
         if (d + 1 < V_HEAD_DIM) out_row[d + 1] = T(output[i].y * factor);
     }
-    if (column == 0 && part == 0) lse[lse_index(params, row, head)] = n.lse;
+    if (column == 0 && part == 0) write_lse(lse, params, row, head, n.lse);
 }

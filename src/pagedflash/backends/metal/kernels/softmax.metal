@@ -48,11 +48,15 @@ inline long lse_index(constant Params& params, int row, int head) {
     return (long(b) * params.num_heads + head) * params.num_tokens_q + (row - b * int(params.num_tokens_q));
 }
 
+inline void write_lse(device float* lse, constant Params& params, int row, int head, float value) {
+    if (params.writes_lse) lse[lse_index(params, row, head)] = value;
+}
+
 // The output of a row that is no query, written by all `threads` of a threadgroup.
 inline void write_empty_row(
     device T* out, device float* lse, constant Params& params, int row, int head, int thread_index, int threads
 ) {
     const long out_row = long(row) * params.num_heads + head;
     for (int d = thread_index; d < V_HEAD_DIM; d += threads) out[out_row * V_HEAD_DIM + d] = T(0.0f);
-    if (thread_index == 0) lse[lse_index(params, row, head)] = INFINITE;
+    if (thread_index == 0) write_lse(lse, params, row, head, INFINITE);
 }

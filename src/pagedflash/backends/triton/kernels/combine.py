@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .output import store_output
 from .params import DecodeTile, ProblemParams, Tensors
-from .schedule import count_active_ctas, cta_of, locate_sequence, sequence_work
+from .schedule import cta_of, locate_sequence, sequence_work, share_tiles
 from .sequence import load_rows
 from .softmax import SoftmaxState, raise_max
 
@@ -29,9 +29,9 @@ def combine(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     tiles = sequence_work(tensors, problem, tile, b, b < problem.queries.batch_size).tiles
     first_tile += kv_head * tiles
     work_tile = b * problem.cache.HEADS + kv_head
-    active_ctas = count_active_ctas(total_tiles, longest, work_tiles, tile.num_ctas)
-    first = work_tile + cta_of(first_tile, active_ctas, total_tiles)
-    last = work_tile + cta_of(first_tile + tiles - 1, active_ctas, total_tiles)
+    shares = share_tiles(total_tiles, longest, work_tiles, tile.num_ctas)
+    first = work_tile + cta_of(first_tile, shares)
+    last = work_tile + cta_of(first_tile + tiles - 1, shares)
     first_row, owned_rows = load_rows(tensors, problem, b, True)
     owned = row < owned_rows * problem.queries.GROUP
 

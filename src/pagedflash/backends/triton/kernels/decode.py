@@ -23,7 +23,6 @@ from .paging import load_pages, view_kv
 from .params import DecodeTile, ProblemParams, Tensors
 from .queries import load_queries
 from .schedule import (
-    count_active_ctas,
     cta_of,
     first_tile_of,
     kv_tiles,
@@ -31,6 +30,7 @@ from .schedule import (
     part_of,
     sequence_of,
     sequence_work,
+    share_tiles,
 )
 from .score import RowScores, row_scores
 from .sequence import load_rows
@@ -55,9 +55,9 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     if tile.SPLIT_KV:
         lanes = tl.arange(0, tile.BLOCK_B)
         _, total_tiles, longest, work_tiles = locate_sequence(tensors, problem, tile, 0, lanes)
-        active_ctas = count_active_ctas(total_tiles, longest, work_tiles, tile.num_ctas)
-        tile_index = first_tile_of(cta, active_ctas, total_tiles)
-        tile_end = first_tile_of(cta + 1, active_ctas, total_tiles)
+        shares = share_tiles(total_tiles, longest, work_tiles, tile.num_ctas)
+        tile_index = first_tile_of(cta, shares)
+        tile_end = first_tile_of(cta + 1, shares)
         b, sequence_begin = sequence_of(tensors, problem, tile, tile_index, lanes, kv_tiles)
     else:
         b = cta // KV_HEADS
@@ -119,8 +119,8 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
                 work_tile = b * KV_HEADS + kv_head
                 store_split(tensors, problem, tile, work_tile + cta, total, owned_rows)
                 if tensors.semaphores is not None:
-                    first_cta = cta_of(part.work_begin, active_ctas, total_tiles)
-                    last_cta = cta_of(part.work_end - 1, active_ctas, total_tiles)
+                    first_cta = cta_of(part.work_begin, shares)
+                    last_cta = cta_of(part.work_end - 1, shares)
                     if is_last(tensors.semaphores + work_tile, last_cta - first_cta):
                         reduced = reduce_few(tensors, problem, tile, work_tile + first_cta, work_tile + last_cta, owned_rows)
                         reduced_row = tl.arange(0, tile.ROWS)

@@ -31,7 +31,7 @@ from .gluon_names import barrier, load_async, load_box
 from .output import lse_offsets
 from .params import DecodeTile, ProblemParams, Tensors, in_elements
 from .prefill_hopper import clear_rows_behind, load_pages, slot_of
-from .schedule import count_active_ctas, first_tile_of, kv_tiles, locate_sequence, part_of, sequence_of, sequence_work
+from .schedule import first_tile_of, kv_tiles, locate_sequence, part_of, sequence_of, sequence_work, share_tiles
 from .score import row_scores, score_tile
 from .sequence import clamp, load_first_key, load_rows
 from .softmax import SoftmaxState, normalize, raise_max
@@ -75,9 +75,9 @@ def share_of_cta(tensors, problem, tile):
     if tile.SPLIT_KV:
         lanes = gl.arange(0, tile.BLOCK_B, LANES)
         _, total_tiles, longest, work_tiles = locate_sequence(tensors, problem, tile, 0, lanes)
-        active_ctas = count_active_ctas(total_tiles, longest, work_tiles, tile.num_ctas)
-        tile_index = first_tile_of(cta, active_ctas, total_tiles)
-        tile_end = first_tile_of(cta + 1, active_ctas, total_tiles)
+        shares = share_tiles(total_tiles, longest, work_tiles, tile.num_ctas)
+        tile_index = first_tile_of(cta, shares)
+        tile_end = first_tile_of(cta + 1, shares)
         b, sequence_begin = sequence_of(tensors, problem, tile, tile_index, lanes, kv_tiles)
     else:
         b = cta // KV_HEADS
@@ -312,7 +312,8 @@ def store_part(tensors, problem, tile, part, state, ACC: gl.constexpr):
         out_row = (first_row + i).to(gl.int64)
         pointers = tensors.out + ((out_row * HEADS + head) * DV)[:, None] + d[None, :]
         gl.store(pointers, values.to(tensors.out.dtype.element_ty), owned[:, None])
-        gl.store(tensors.lse + lse_offsets(tensors, problem, part.b, out_row, i, head), lse, owned)
+        if tensors.lse is not None:
+            gl.store(tensors.lse + lse_offsets(tensors, problem, part.b, out_row, i, head), lse, owned)
 
 
 @gluon.jit

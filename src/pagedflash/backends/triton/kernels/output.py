@@ -9,7 +9,7 @@ from .softmax import normalize
 
 @triton.jit
 def store_output(tensors, problem, state, b, first_row, i, kv_head, head, owned):
-    """Normalise the rows of query ``i`` for query head ``head`` of ``kv_head``, store those ``owned``, with their LSE."""
+    """Normalise rows of query ``i`` for query head ``head`` of ``kv_head``; store those ``owned``, and any wanted LSE."""
     HEADS: tl.constexpr = problem.cache.HEADS * problem.queries.GROUP
     values, lse = normalize(tensors, state, head, owned)
     row = (first_row + i).to(tl.int64)
@@ -18,7 +18,8 @@ def store_output(tensors, problem, state, b, first_row, i, kv_head, head, owned)
     pointers = tensors.out + ((row * HEADS + head) * problem.cache.DV)[:, None] + d[None, :]
     is_value = (d >= 0) & (d < problem.cache.DV)
     tl.store(pointers, values.to(tensors.out.dtype.element_ty), owned[:, None] & is_value[None, :])
-    tl.store(tensors.lse + lse_offsets(tensors, problem, b, row, i, head), lse, owned)
+    if tensors.lse is not None:
+        tl.store(tensors.lse + lse_offsets(tensors, problem, b, row, i, head), lse, owned)
 
 
 @triton.jit
@@ -43,4 +44,5 @@ def clear_rows_behind(tensors, problem, first, step):
     for row in range(behind + first, total_q, step):
         for head in range(0, HEADS):
             tl.store(tensors.out + (row * HEADS + head) * problem.cache.DV + d, zeros, d < problem.cache.DV)
-            tl.store(tensors.lse + head * total_q + row, float("inf"))
+            if tensors.lse is not None:
+                tl.store(tensors.lse + head * total_q + row, float("inf"))

@@ -38,7 +38,7 @@ class Tensors(NamedTuple):
     sinks: Any
     dropout_seed: Any
     out: Any  # (B, Sq, Hq, Dv) | (total_q, Hq, Dv), contiguous
-    lse: Any  # (B, Hq, Sq) | (Hq, total_q) float32, contiguous
+    lse: Any  # (B, Hq, Sq) | (Hq, total_q) float32, contiguous; None: nobody wants it
     partials: Any  # accumulators, maxima and sums of all splits, float32; None: no work tile is split
     semaphores: Any  # one int32 for each work tile; None: ``combine`` reduces the splits
 

@@ -528,12 +528,13 @@ def finish(tensors, problem, tile, work, first_of_consumer, acc, row_max, row_su
         row_max = new_max
     safe_sum = gl.where(seen, row_sum, 1.0)
     factor = gl.where(seen, 1.0 / safe_sum, 0.0)
-    lse = gl.where(seen, (row_max + gl.log2(safe_sum)) * LN2, float("inf"))
-    if tensors.cu_seqlens_q is None:  # (B, Hq, Sq)
-        lse_row = (work.b.to(gl.int64) * HEADS + head) * problem.queries.max_seqlen_q + i
-    else:  # (Hq, total_q)
-        lse_row = head * gl.cast(problem.queries.total_q, gl.int64) + work.first_row + i
-    gl.store(tensors.lse + lse_row, lse, owned)
+    if tensors.lse is not None:
+        lse = gl.where(seen, (row_max + gl.log2(safe_sum)) * LN2, float("inf"))
+        if tensors.cu_seqlens_q is None:  # (B, Hq, Sq)
+            lse_row = (work.b.to(gl.int64) * HEADS + head) * problem.queries.max_seqlen_q + i
+        else:  # (Hq, total_q)
+            lse_row = head * gl.cast(problem.queries.total_q, gl.int64) + work.first_row + i
+        gl.store(tensors.lse + lse_row, lse, owned)
 
     out = (acc * gl.convert_layout(factor, gl.SliceLayout(1, ACC))[:, None]).to(tensors.out.dtype.element_ty)
     out = gl.convert_layout(out, LAYOUT)
@@ -558,7 +559,8 @@ def clear_rows_behind(tensors, problem, first, step):
     while row < total_q:
         for head in range(0, HEADS):
             gl.store(tensors.out + (row * HEADS + head) * problem.cache.DV + d, zeros, d < problem.cache.DV)
-            gl.store(tensors.lse + head * total_q + row, float("inf"))
+            if tensors.lse is not None:
+                gl.store(tensors.lse + head * total_q + row, float("inf"))
         row += step
 
 

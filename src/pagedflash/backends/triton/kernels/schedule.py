@@ -38,6 +38,14 @@ class Part(NamedTuple):
     end: Any
 
 
+class Shares(NamedTuple):
+    """KV tiles in groups of ``tiles``, each of which ``ctas`` CTAs share."""
+
+    ctas: Any
+    tiles: Any
+    total_tiles: Any
+
+
 class SequenceWork(NamedTuple):
     """Of one sequence, or a vector of them."""
 
@@ -135,27 +143,31 @@ def part_of(tensors, problem, tile, tile_index, tile_end, b, sequence_begin):
 
 
 @triton.jit
-def count_active_ctas(total_tiles, longest, work_tiles, num_ctas):
-    """CTAs that share the KV tiles: all, or one for each work tile where these are alike and nearly as many.
+def share_tiles(total_tiles, longest, work_tiles, num_ctas):
+    """:class:`Shares`: of each work tile where these are alike and the CTAs nearly a multiple of them, else of all together.
 
-    Then no CTA has to start on a second work tile, and there is nothing to reduce.
+    Then no CTA has to start on a second work tile, and each work tile has as few splits as can be.
     """
-    alike = (total_tiles == longest * work_tiles) & (work_tiles <= num_ctas) & (work_tiles * 8 >= num_ctas * 7)
-    return tl.where(alike, work_tiles, num_ctas)
+    ctas = num_ctas // tl.maximum(work_tiles, 1)
+    alike = (total_tiles == longest * work_tiles) & (ctas * work_tiles * 8 >= num_ctas * 7)
+    tiles = tl.maximum(tl.where(alike, longest, total_tiles), 1)
+    return Shares(tl.where(alike, ctas, num_ctas), tiles, total_tiles)
 
 
 @triton.jit
-def first_tile_of(cta, active_ctas, total_tiles):
-    """The first KV tile of a CTA. The first ``total_tiles % active_ctas`` CTAs have one more than the others."""
-    even = cta * (total_tiles // active_ctas)
-    return tl.minimum(even + tl.minimum(cta, total_tiles % active_ctas), total_tiles)
+def first_tile_of(cta, shares):
+    """The first KV tile of a CTA. The first CTAs of those that share tiles may have one more than the others."""
+    rank = cta % shares.ctas
+    first = rank * (shares.tiles // shares.ctas) + tl.minimum(rank, shares.tiles % shares.ctas)
+    return tl.minimum(cta // shares.ctas * shares.tiles + first, shares.total_tiles)
 
 
 @triton.jit
-def cta_of(tile_index, active_ctas, total_tiles):
+def cta_of(tile_index, shares):
     """The CTA that has a KV tile."""
-    tiles = total_tiles // active_ctas
-    longer_ctas = total_tiles % active_ctas
-    longer_end = longer_ctas * (tiles + 1)
-    behind = longer_ctas + (tile_index - longer_end) // tl.maximum(tiles, 1)
-    return tl.where(tile_index < longer_end, tile_index // (tiles + 1), behind)
+    index = tile_index % shares.tiles
+    each = shares.tiles // shares.ctas
+    longer_ctas = shares.tiles % shares.ctas
+    longer_end = longer_ctas * (each + 1)
+    behind = longer_ctas + (index - longer_end) // tl.maximum(each, 1)
+    return tile_index // shares.tiles * shares.ctas + tl.where(index < longer_end, index // (each + 1), behind)
