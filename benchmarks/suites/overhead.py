@@ -80,7 +80,7 @@ def idle_backend() -> Iterator[None]:
         CAPABILITIES=Capabilities(checks_values=True),
         available=lambda: Support(True),
         supports=lambda problem: Support(True),
-        attention=lambda problem, out=None: output,
+        attention=lambda problem, out=None, with_lse=True: output,
         kv_write=lambda write: None,
     )
     sys.modules[module.__name__] = module
