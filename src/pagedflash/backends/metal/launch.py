@@ -267,7 +267,8 @@ def _add_decode(planner: _Planner, problem: AttentionProblem, offset: int, decod
     element_bytes = max(cache.k.element_size(), cache.v.element_size())
     tiling = decode_tiling(rows, problem.group, head_dim, v_head_dim, element_bytes, _page_size(cache), tuning)
     row_tiles = -(-rows // tiling.rows)
-    key_bytes = head_dim * cache.k.element_size() + v_head_dim * cache.v.element_size()
+    scales = is_per_token(cache.k_descale) + is_per_token(cache.v_descale)
+    key_bytes = head_dim * cache.k.element_size() + v_head_dim * cache.v.element_size() + scales * torch.float32.itemsize
     least_keys = least_split_keys(
         min(rows, tiling.rows),
         row_bytes=head_dim * q.element_size() + (v_head_dim + 2) * torch.float32.itemsize,

@@ -15,6 +15,7 @@
 
 #define QUERY_BYTES (ROWS * QUERY_DIMS * int(sizeof(QueryElement)))
 #define REDUCE_BYTES (SIMDGROUPS * REDUCE_ROWS * V_HEAD_DIM * 4)
+#define QUERY_WIDTH MIN_OF(CHUNK, 16 / T_BYTES)  // elements of a query in one load
 
 // The rows of a threadgroup from `first_row` on, into threadgroup memory; 0 where there is no query.
 template <bool ROTATED>
@@ -22,15 +23,22 @@ inline void share_queries(
     threadgroup QueryElement* queries, device const T* q_rows, int first_row, Sequence s, device const T* rotary_cos,
     device const T* rotary_sin, constant Params& params, int thread_index, int threads
 ) {
-    for (int i = thread_index; i < ROWS * QUERY_DIMS; i += threads) {
+    const int width = ROTATED ? 1 : QUERY_WIDTH;
+    for (int i = thread_index * width; i < ROWS * QUERY_DIMS; i += threads * width) {
         const int r = i / QUERY_DIMS, d = i % QUERY_DIMS;
         const int query = (first_row + r) / GROUP, head = (first_row + r) % GROUP;
-        T x = T(0.0f);
+        Packed<width> elements = Packed<width>(0);
         if (query < s.seqlen_q && d < HEAD_DIM) {
             device const T* row = q_rows + query * params.q_token_stride + head * params.q_head_stride;
-            x = ROTATED ? rotated(row, d, rotary_position(s, params, query), rotary_cos, rotary_sin, params) : row[d];
+            if (ROTATED) {
+                const T x = rotated(row, d, rotary_position(s, params, query), rotary_cos, rotary_sin, params);
+                elements = Packed<width>(bits_of(x));
+            } else {
+                elements = load<width, HEAD_DIM>(row, d);
+            }
         }
-        queries[query_index(r, d)] = QueryElement(x);
+        UNROLL
+        for (int e = 0; e < width; e++) queries[query_index(r, d + e)] = QueryElement(of_bits<T>(element_bits<T>(elements, e)));
     }
 }
 
@@ -70,6 +78,7 @@ kernel void decode(
     threadgroup ScoreRow score_rows[ROWS];
     threadgroup float row_maximum[SIMDGROUPS * ROWS];  // of each simdgroup
     threadgroup float row_total[SIMDGROUPS * ROWS];
+    threadgroup float row_top[ROWS];  // the largest of the maxima
     threadgroup QueryElement* queries = reinterpret_cast<threadgroup QueryElement*>(shared_quads);
     threadgroup float* outputs = reinterpret_cast<threadgroup float*>(shared_quads);
 
@@ -183,20 +192,19 @@ kernel void decode(
     for (int block = 0; block < rows; block += reduce_rows) {
         if (block > 0) threadgroup_barrier(mem_flags::mem_threadgroup);
         threadgroup float* mine = outputs + simdgroup * reduce_rows * V_HEAD_DIM;
-        share_output(accumulator, mine, block, reduce_rows, row_maximum, simdgroup, simdgroups, lane);
+        share_output(accumulator, mine, block, reduce_rows, row_maximum, row_total, row_top, simdgroup, simdgroups, lane);
         threadgroup_barrier(mem_flags::mem_threadgroup);
 
         // ---- Write: the output, or the partial output of this split
         for (int i = thread_index; i < min(reduce_rows, rows - block) * V_HEAD_DIM; i += threads) {
             const int r = block + i / V_HEAD_DIM, d = i % V_HEAD_DIM;
             const int query = (first_row + r) / GROUP, head = first_head + (first_row + r) % GROUP;
-            const float top = largest_of(row_maximum + r, ROWS, simdgroups);
             float x = 0.0f, total = 0.0f;
             UNROLL
             for (int other = 0; other < SIMDGROUPS; other++) {
                 if (other >= simdgroups) continue;
                 x += outputs[other * reduce_rows * V_HEAD_DIM + i];
-                total += row_total[other * ROWS + r] * exp2(row_maximum[other * ROWS + r] - top);
+                total += row_total[other * ROWS + r];
             }
             if (DROPOUT) x *= score_params.dropout_scale;
             const int row = s.first_row + query;
@@ -204,12 +212,12 @@ kernel void decode(
             if (num_splits > 1) {
                 const long partial = (partial_row(params, b, query, row) * params.num_heads + head) * num_splits + split;
                 if (d == 0) {
-                    softmax_partial[partial * 2] = top;
+                    softmax_partial[partial * 2] = row_top[r];
                     softmax_partial[partial * 2 + 1] = total;
                 }
                 if (total > 0.0f) out_partial[partial * V_HEAD_DIM + d] = x;
             } else {
-                const Normaliser n = normaliser_of(top, total, params.has_sinks, params.has_sinks ? sinks[head] : 0.0f);
+                const Normaliser n = normaliser_of(row_top[r], total, params.has_sinks, params.has_sinks ? sinks[head] : 0.0f);
                 out[out_row * V_HEAD_DIM + d] = T(x * n.factor);
                 if (d == 0) write_lse(lse, params, row, head, n.lse);
             }

@@ -117,8 +117,7 @@ inline ushort owner_of_step(int step, int lane, int tile_bits) {
 
 struct Tile {
     int first_key;
-    int key;   // that this lane owns, -1 if none
-    int page;  // of that key
+    int page;  // of the key that this lane owns
 };
 
 // The tile at `first_key`, whose pages were looked up; lanes that looked up none take that of the first key of their run.
@@ -127,7 +126,6 @@ inline Tile tile_of(int first_key, int looked_up, int tile_bits, int lane) {
     const int first_of_run = (owned < 0 ? lane / K_LANES * steps : owned) & ~(PAGE_RUN - 1);
     Tile tile;
     tile.first_key = first_key;
-    tile.key = owned < 0 ? -1 : first_key + owned;
     tile.page = PAGE_RUN == 1 ? looked_up : simd_shuffle(looked_up, owner_of(first_of_run, tile_bits));
     return tile;
 }
@@ -284,24 +282,25 @@ inline void attend(
 ) {
     threadgroup const float* my_queries = queries + (lane & (K_LANES - 1)) * SLICE;
     const int k_steps = steps_of(K_LANES, tile_bits), v_steps = steps_of(V_LANES, tile_bits);
-    Tile tile = start.tile;
+    int page = start.tile.page, looked_up = 0;
     LoadedKeys loaded_keys = start.keys;
-    int looked_up = 0;
 
     for (; t < tiles_end; t += simdgroups) {
+        const Tile tile = {t << tile_bits, page};
         const bool last = t + simdgroups >= tiles_end;
         if (!last) {  // while this tile is worked on
             looked_up = looked_up_page(cache.pages, cache.num_pages, t + simdgroups, simdgroups, range, tile_bits, lane);
         }
 
         // The scales of this lane's key, loaded before they are needed.
-        const bool present = contains(range, tile.key);
+        const int owned = owned_key(lane, tile_bits), key = owned < 0 ? -1 : tile.first_key + owned;
+        const bool present = contains(range, key);
         float k_scale = 1.0f, v_scale = 1.0f;
 #if K_QUANTIZED
-        k_scale = present ? *cache.k_scales.at(tile.page, tile.key) : 0.0f;
+        k_scale = present ? *cache.k_scales.at(tile.page, key) : 0.0f;
 #endif
 #if V_QUANTIZED
-        v_scale = present ? *cache.v_scales.at(tile.page, tile.key) : 0.0f;
+        v_scale = present ? *cache.v_scales.at(tile.page, key) : 0.0f;
 #endif
 
         // Q K^T
@@ -324,13 +323,13 @@ inline void attend(
         float weights[ROWS];
         UNROLL
         for (int r = 0; r < ROWS; r++) {
-            const float score = masked_score(scores[r] * k_scale, tile.key, score_rows[r], score_params);
+            const float score = masked_score(scores[r] * k_scale, key, score_rows[r], score_params);
             const float maximum = max(rows.maximum[r], simd_max(score));
             const float alpha = fast::exp2(rows.maximum[r] - maximum);
             const float weight = weight_of(score, maximum);
             rows.maximum[r] = maximum;
             rows.sum[r] = rows.sum[r] * alpha + weight;
-            weights[r] = is_kept(dropout, r, tile.key, score_params) ? weight * v_scale : 0.0f;
+            weights[r] = is_kept(dropout, r, key, score_params) ? weight * v_scale : 0.0f;
             UNROLL
             for (int d = 0; d < V_DIMS; d++) rows.output[r][d] *= alpha;
         }
@@ -347,7 +346,7 @@ inline void attend(
         }
         load_keys(loaded_keys, 0, cache, next_tile, range, tile_bits, lane);
         multiply_values(rows, weights, loaded_values, step, tile_bits, lane);
-        tile = next_tile;
+        page = next_tile.page;
     }
 }
 
@@ -368,15 +367,19 @@ inline void share_sums(thread Accumulator& rows, threadgroup float* row_maximum,
     }
 }
 
-// This simdgroup's output of `count` rows from `block` on, as if its maxima were the largest of all, to threadgroup memory.
+// This simdgroup's output and sums of `count` rows from `block` on, as if its maxima were the largest of all, to threadgroup memory.
 inline void share_output(
     thread const Accumulator& rows, threadgroup float* shared, int block, int count, threadgroup const float* row_maximum,
-    int simdgroup, int simdgroups, int lane
+    threadgroup float* row_total, threadgroup float* row_top, int simdgroup, int simdgroups, int lane
 ) {
     UNROLL
     for (int r = 0; r < ROWS; r++) {
         if (r < block || r >= block + count || lane >= V_LANES) continue;
-        const float factor = exp2(rows.maximum[r] - largest_of(row_maximum + r, ROWS, simdgroups));
+        const float top = largest_of(row_maximum + r, ROWS, simdgroups), factor = exp2(rows.maximum[r] - top);
+        if (lane == 0) {
+            row_total[simdgroup * ROWS + r] *= factor;
+            if (simdgroup == 0) row_top[r] = top;
+        }
         UNROLL
         for (int c = 0; c < V_CHUNKS; c++) {
             const int column = (c * V_LANES + lane) * CHUNK;

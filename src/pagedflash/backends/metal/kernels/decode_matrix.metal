@@ -322,10 +322,10 @@ inline void share_sums(thread Accumulator& rows, threadgroup float* row_maximum,
     }
 }
 
-// This simdgroup's output of `count` rows from `block` on, as if its maxima were the largest of all, to threadgroup memory.
+// This simdgroup's output and sums of `count` rows from `block` on, as if its maxima were the largest of all, to threadgroup memory.
 inline void share_output(
     thread const Accumulator& rows, threadgroup float* shared, int block, int count, threadgroup const float* row_maximum,
-    int simdgroup, int simdgroups, int lane
+    threadgroup float* row_total, threadgroup float* row_top, int simdgroup, int simdgroups, int lane
 ) {
     UNROLL
     for (int r = 0; r < ROW_BLOCKS; r++) {
@@ -333,7 +333,12 @@ inline void share_output(
         for (int e = 0; e < 2; e++) {
             const int row = r * 8 + matrix_column(lane) + e;
             if (row < block || row >= block + count) continue;
-            const float factor = exp2(row_maximum[simdgroup * ROWS + row] - largest_of(row_maximum + row, ROWS, simdgroups));
+            const float top = largest_of(row_maximum + row, ROWS, simdgroups);
+            const float factor = exp2(row_maximum[simdgroup * ROWS + row] - top);
+            if (matrix_row(lane) == 0) {
+                row_total[simdgroup * ROWS + row] *= factor;
+                if (simdgroup == 0) row_top[row] = top;
+            }
             UNROLL
             for (int i = 0; i < V_MATRICES; i++) {
                 const int d = DimOrder<CHUNK, V_CHUNKS, V_TAIL>::dim_at(i, matrix_row(lane));

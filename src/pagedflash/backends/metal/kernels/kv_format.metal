@@ -53,23 +53,32 @@ inline PackedOf<E, WIDTH> load(device const E* row, int d) {
     return packed;
 }
 
-// Element i of what was loaded.
+// Bits of element i of what was loaded, as the lowest of a word.
 template <typename E, typename PackedRow>
-inline E element_of(PackedRow row, int i) {
+inline uint element_bits(PackedRow row, int i) {
     const int of_word = 4 / sizeof(E);
-    return of_bits<E>(word_of(row, i / of_word) >> (i % of_word * 8 * sizeof(E)));
+    return word_of(row, i / of_word) >> (i % of_word * 8 * sizeof(E));
 }
 
 template <typename E> inline float widened(uint bits) { return float(of_bits<E>(bits)); }
 template <> inline float widened<bfloat>(uint bits) { return as_type<float>(bits << 16); }
+// Conversions of integers are slow on most GPUs: x + 128, as the lowest bits of a float whose lowest bit counts 1, less all of that.
+template <> inline float widened<char>(uint bits) { return as_type<float>(0x4b000000u | ((bits & 0xffu) ^ 0x80u)) - 8388736.0f; }
 
 // All WIDTH elements of what was loaded, as floats.
 template <typename E, int WIDTH>
 inline void unpack(PackedOf<E, WIDTH> row, thread float* x) {
-    const int of_word = 4 / sizeof(E);
     UNROLL
-    for (int i = 0; i < WIDTH; i++) x[i] = widened<E>(word_of(row, i / of_word) >> (i % of_word * 8 * sizeof(E)));
+    for (int i = 0; i < WIDTH; i++) x[i] = widened<E>(element_bits<E>(row, i));
 }
+
+// x and y as T.
+template <typename E> inline Pair pair_of_bits(uint x, uint y) { return Pair(T(widened<E>(x)), T(widened<E>(y))); }
+#if T_BYTES == 2 && !T_IS_BFLOAT
+template <> inline Pair pair_of_bits<char>(uint x, uint y) {  // both at once, as in widened
+    return as_type<Pair>(((x & 0xffu) | (y & 0xffu) << 16) ^ 0x64806480u) - Pair(T(1152.0f));
+}
+#endif
 
 // Elements of E as T.
 template <typename E>
@@ -77,7 +86,7 @@ struct Elements {
     // Element i of two rows.
     template <typename PackedRow>
     static Pair pair_of(PackedRow first, PackedRow second, int i) {
-        return Pair(T(float(element_of<E>(first, i))), T(float(element_of<E>(second, i))));
+        return pair_of_bits<E>(element_bits<E>(first, i), element_bits<E>(second, i));
     }
     // WIDTH elements times a scale.
     template <int WIDTH>
@@ -89,7 +98,7 @@ struct Elements {
             uint word = 0;
             UNROLL
             for (int e = 0; e < of_word && i + e < WIDTH; e++) {
-                word |= bits_of(T(float(element_of<E>(row, i + e)) * scale)) << (e * 8 * T_BYTES);
+                word |= bits_of(T(widened<E>(element_bits<E>(row, i + e)) * scale)) << (e * 8 * T_BYTES);
             }
             set_word(result, i / of_word, word);
         }

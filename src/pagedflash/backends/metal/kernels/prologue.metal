@@ -4,6 +4,7 @@ using namespace metal;
 
 #define INFINITE as_type<float>(0x7f800000u)  // fast math leaves INFINITY undefined
 #define MAX_OF(a, b) ((a) > (b) ? (a) : (b))
+#define MIN_OF(a, b) ((a) < (b) ? (a) : (b))
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define ROLLED _Pragma("clang loop unroll(disable)")
 
