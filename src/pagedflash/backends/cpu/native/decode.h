@@ -76,8 +76,7 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
   }
   template <int64_t COUNT>
   static PAGEDFLASH_INLINE void prefetch_next(const char* const*& lines) {
-    if (lines)
-      for (int64_t i = 0; i < COUNT; i++) prefetch(*lines++);
+    for (int64_t i = 0; i < COUNT; i++) prefetch(*lines++);
   }
 
   // What the loops need lies in local constants, here and in accumulate_rows: behind every store the compiler would read the
@@ -101,13 +100,15 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
           const Element* key[TOKENS];
           for (int j = 0; j < TOKENS; j++) key[j] = reinterpret_cast<const Element*>(k[t + j]) + offset;
           float* scores = scratch_.scores + head * rows * DECODE_TILE + t;
-          const char* const* prefetched = ahead.take(scratch_.lines, lines) ? scratch_.lines : nullptr;
-          score_block<Dot, ROWS, TOKENS>(key, query, rows, scores, prefetched);
+          if (ahead.take(scratch_.lines, lines))
+            score_block<Dot, ROWS, TOKENS, true>(key, query, rows, scores);
+          else
+            score_block<Dot, ROWS, TOKENS, false>(key, query, rows, scores);
           if (ROWS < ROW_BLOCK) continue;
           for (int64_t row = ROWS; row < rows; row += ROWS)
             with_row_count(rows - row, [&](auto count) {
-              score_block<Dot, decltype(count)::value, TOKENS>(key, query + row * CHUNK, rows, scores + row * DECODE_TILE,
-                                                               nullptr);
+              score_block<Dot, decltype(count)::value, TOKENS, false>(key, query + row * CHUNK, rows,
+                                                                      scores + row * DECODE_TILE);
             });
         }
       }
@@ -115,32 +116,31 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
   }
 
   // Dot products of ROWS queries with TOKENS keys. Each pair has a register to accumulate in (or two, one for every other
-  // chunk); reduce_sums() then folds LANES of these registers into one. On the way, `ahead` is prefetched, unless null.
+  // chunk); reduce_sums() then folds LANES of these registers into one. If it PREFETCHES, it does so on the way.
   //
   //            key t        key t+1           a loaded chunk of a key meets all ROWS rows,
   //   row 0    accumulator  accumulator       a row's chunk comes from the first-level cache
   //   row 1    accumulator  accumulator
-  template <class Dot, int ROWS, int TOKENS>
+  template <class Dot, int ROWS, int TOKENS, bool PREFETCHES>
   PAGEDFLASH_INLINE void score_block(const typename Dot::Element* const* key, const typename Dot::Query* query, int64_t rows,
-                                     float* scores, const char* const* ahead) {
+                                     float* scores) {
     constexpr int COUNT = (ROWS * TOKENS + LANES - 1) / LANES * LANES;
     constexpr int CHAINS = ROWS * TOKENS * 2 <= ACCUMULATORS ? 2 : 1;
-    using Element = typename Dot::Element;
     const int64_t head_dim = head_dim_, whole = head_dim / STEP * STEP;
+    const char* const* lines = scratch_.lines;
+    const auto prefetch_token = [&](bool first_chunk) {
+      if (PREFETCHES && first_chunk) prefetch_next<LINES<typename Dot::Element, STEP>>(lines);
+    };
     Vec accumulator[CHAINS][COUNT];
     for (int chain = 0; chain < CHAINS; chain++)
       for (int i = 0; i < COUNT; i++) accumulator[chain][i] = zero();
     for (int64_t d = 0; d < whole; d += STEP)
       for (int c = 0; c < STEP; c += CHUNK)
         score_chunk<Dot, ROWS, TOKENS>([&](int j) { return Dot::load_key(key[j] + d + c); }, query + (d + c) * rows,
-                                       accumulator[c / CHUNK % CHAINS], [&] {
-                                         if (c == 0) prefetch_next<LINES<Element, STEP>>(ahead);
-                                       });
+                                       accumulator[c / CHUNK % CHAINS], [&] { prefetch_token(c == 0); });
     for (int64_t d = whole; d < head_dim; d += CHUNK)
       score_chunk<Dot, ROWS, TOKENS>([&](int j) { return Dot::load_key_part(key[j] + d, head_dim - d); }, query + d * rows,
-                                     accumulator[0], [&] {
-                                       if (d == whole) prefetch_next<LINES<Element, STEP>>(ahead);
-                                     });
+                                     accumulator[0], [&] { prefetch_token(d == whole); });
     float dots[COUNT];
     for (int i = 0; i < COUNT; i++)
       if (CHAINS == 2) accumulator[0][i] = add(accumulator[0][i], accumulator[CHAINS - 1][i]);
@@ -239,7 +239,7 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
       for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < 2; i++) sum[r][2 * c + i] = load(accumulators + (c * rows + r) * CHUNK + i * LANES);
     const auto add_token = [&](int64_t j) {
-      prefetch_next<LINES<Element, CHUNKS * CHUNK>>(ahead);
+      if (ahead) prefetch_next<LINES<Element, CHUNKS * CHUNK>>(ahead);
       for (int c = 0; c < CHUNKS; c++) {
         const int64_t at = d + c * CHUNK;
         const bool whole = COUNT || v_head_dim - at >= CHUNK;
