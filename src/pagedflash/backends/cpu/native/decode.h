@@ -9,10 +9,6 @@ namespace PAGEDFLASH_ISA {
 constexpr int64_t BLOCK_TOKENS = 8;        // tokens that pass together, all heads of them before the next
 constexpr int ROW_BLOCK = 4;               // rows that share each loaded key
 
-// A single row works so little on each line that the hardware prefetcher keeps up, and prefetching would only be more work, if
-// so many bytes of a token lie one behind another: the hardware prefetches within pages of that size.
-constexpr int64_t LONG_TOKEN_BYTES = 4 << 10;
-
 // As many accumulators as there are registers for, in independent chains: a multiply-add takes longer than the next can start.
 constexpr int tokens_at_once(int rows) { return rows == 3 ? 4 : min(4, ACCUMULATORS / rows); }
 constexpr int chunks_at_once(int rows) {
@@ -38,9 +34,7 @@ PAGEDFLASH_INLINE void with_row_count(int64_t rows, const Body& body) {
 
 class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
  public:
-  Decode(const Plan& plan, const Task& task, void* scratch)
-      : DecodeTask(plan, task, scratch),
-        prefetches_(rows_ > 1 || contiguous_bytes() < LONG_TOKEN_BYTES) {}
+  using DecodeTask::DecodeTask;
 
   void load_queries() {
     const CacheWrite& write = problem_.write;
@@ -50,11 +44,7 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
       with_dtype(write.dtype, [&](auto element) {
         load_rows<decltype(element)>([&](int64_t head, int64_t row, const auto* query) {
           Query* to = static_cast<Query*>(scratch_.queries) + head * rows_ * query_size_ + row * CHUNK;
-          for (int64_t d = 0; d < query_size_; d += CHUNK) {
-            float chunk[CHUNK];
-            convert(chunk, query + d, CHUNK);
-            Dot::store_query(to + d * rows_, chunk);
-          }
+          for (int64_t d = 0; d < query_size_; d += CHUNK) Dot::store_query(to + d * rows_, query + d);
         });
       });
     });
@@ -75,10 +65,18 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
  private:
   static constexpr int64_t STEP = 2 * CHUNK;
 
-  // Keys of a token that lie one behind another: those of all heads, or, as where values lie between them, of one.
-  int64_t contiguous_bytes() const {
-    const int64_t heads = problem_.write.k_stride.head == head_dim_ ? heads_ : 1;
-    return heads * head_dim_ * element_size(problem_.write.k_dtype);
+  // Lines that are prefetched while so many elements of a token are multiplied.
+  template <class Element, int64_t ELEMENTS>
+  static constexpr int64_t LINES = divide_up(ELEMENTS * sizeof(Element), CACHE_LINE);
+
+  // Those of a block of tokens; null if there are no more.
+  template <class Element, int64_t ELEMENTS>
+  PAGEDFLASH_INLINE const char* const* take_lines(Prefetcher& ahead) {
+    return ahead.take(scratch_.lines, BLOCK_TOKENS * LINES<Element, ELEMENTS>) ? scratch_.lines : nullptr;
+  }
+  template <int64_t COUNT>
+  static PAGEDFLASH_INLINE void prefetch_next(const char* const*& lines) {
+    for (int64_t i = 0; i < COUNT; i++) prefetch(*lines++);
   }
 
   // What the loops need lies in local constants, here and in accumulate_rows: behind every store the compiler would read the
@@ -91,11 +89,10 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
     const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, query_size = query_size_;
     const int64_t k_head = problem_.write.k_stride.head;
     const int64_t bytes = head_dim_ * sizeof(Element);
-    const int64_t lines = prefetches_ ? divide_up(TOKENS * divide_up(bytes, CACHE_LINE), divide_up(head_dim_, STEP)) : 0;
+    const int64_t lines = TOKENS * divide_up(head_dim_, STEP) * LINES<Element, STEP>;
     const char* const* k = scratch_.tokens.k;
-    const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
     for (int64_t begin = 0; begin < tokens; begin += BLOCK_TOKENS) {
-      Prefetcher prefetcher(k + begin + BLOCK_TOKENS, all_heads, problem_.write.k_stride, sizeof(Element), bytes);
+      Prefetcher ahead = prefetcher(k, begin, heads, problem_.write.k_stride, sizeof(Element), bytes);
       for (int64_t head = heads.begin; head < heads.end; head++) {
         const int64_t offset = (task_.kv_heads.begin + head) * k_head;
         const Query* query = static_cast<const Query*>(scratch_.queries) + head * rows * query_size;
@@ -103,12 +100,15 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
           const Element* key[TOKENS];
           for (int j = 0; j < TOKENS; j++) key[j] = reinterpret_cast<const Element*>(k[t + j]) + offset;
           float* scores = scratch_.scores + head * rows * DECODE_TILE + t;
-          score_block<Dot, ROWS, TOKENS, true>(key, query, rows, scores, prefetcher, lines);
+          if (ahead.take(scratch_.lines, lines))
+            score_block<Dot, ROWS, TOKENS, true>(key, query, rows, scores);
+          else
+            score_block<Dot, ROWS, TOKENS, false>(key, query, rows, scores);
           if (ROWS < ROW_BLOCK) continue;
           for (int64_t row = ROWS; row < rows; row += ROWS)
             with_row_count(rows - row, [&](auto count) {
               score_block<Dot, decltype(count)::value, TOKENS, false>(key, query + row * CHUNK, rows,
-                                                                      scores + row * DECODE_TILE, prefetcher, 0);
+                                                                      scores + row * DECODE_TILE);
             });
         }
       }
@@ -116,30 +116,31 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
   }
 
   // Dot products of ROWS queries with TOKENS keys. Each pair has a register to accumulate in (or two, one for every other
-  // chunk); reduce_sums() then folds LANES of these registers into one. One block of rows (PREFETCHES) prefetches on the way.
+  // chunk); reduce_sums() then folds LANES of these registers into one. If it PREFETCHES, it does so on the way.
   //
   //            key t        key t+1           a loaded chunk of a key meets all ROWS rows,
   //   row 0    accumulator  accumulator       a row's chunk comes from the first-level cache
   //   row 1    accumulator  accumulator
   template <class Dot, int ROWS, int TOKENS, bool PREFETCHES>
   PAGEDFLASH_INLINE void score_block(const typename Dot::Element* const* key, const typename Dot::Query* query, int64_t rows,
-                                     float* scores, Prefetcher& prefetcher, int64_t lines) {
+                                     float* scores) {
     constexpr int COUNT = (ROWS * TOKENS + LANES - 1) / LANES * LANES;
     constexpr int CHAINS = ROWS * TOKENS * 2 <= ACCUMULATORS ? 2 : 1;
     const int64_t head_dim = head_dim_, whole = head_dim / STEP * STEP;
+    const char* const* lines = scratch_.lines;
+    const auto prefetch_token = [&](bool first_chunk) {
+      if (PREFETCHES && first_chunk) prefetch_next<LINES<typename Dot::Element, STEP>>(lines);
+    };
     Vec accumulator[CHAINS][COUNT];
     for (int chain = 0; chain < CHAINS; chain++)
       for (int i = 0; i < COUNT; i++) accumulator[chain][i] = zero();
-    for (int64_t d = 0; d < whole; d += STEP) {
-      if (PREFETCHES) prefetcher.next(lines);
+    for (int64_t d = 0; d < whole; d += STEP)
       for (int c = 0; c < STEP; c += CHUNK)
         score_chunk<Dot, ROWS, TOKENS>([&](int j) { return Dot::load_key(key[j] + d + c); }, query + (d + c) * rows,
-                                       accumulator[c / CHUNK % CHAINS]);
-    }
-    if (PREFETCHES && whole < head_dim) prefetcher.next(lines);
+                                       accumulator[c / CHUNK % CHAINS], [&] { prefetch_token(c == 0); });
     for (int64_t d = whole; d < head_dim; d += CHUNK)
       score_chunk<Dot, ROWS, TOKENS>([&](int j) { return Dot::load_key_part(key[j] + d, head_dim - d); }, query + d * rows,
-                                     accumulator[0]);
+                                     accumulator[0], [&] { prefetch_token(d == whole); });
     float dots[COUNT];
     for (int i = 0; i < COUNT; i++)
       if (CHAINS == 2) accumulator[0][i] = add(accumulator[0][i], accumulator[CHAINS - 1][i]);
@@ -147,15 +148,18 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
     for (int r = 0; r < ROWS; r++) memcpy(scores + r * DECODE_TILE, dots + r * TOKENS, TOKENS * sizeof(float));
   }
 
-  // One chunk of each key and row. What is loaded first stays in registers while the other side passes.
-  template <class Dot, int ROWS, int TOKENS, class LoadKey>
-  static PAGEDFLASH_INLINE void score_chunk(const LoadKey& load_key, const typename Dot::Query* query, Vec* accumulator) {
+  // One chunk of each key and row. What is loaded first stays in registers while the other side passes. Calls prefetch_token()
+  // TOKENS times on the way.
+  template <class Dot, int ROWS, int TOKENS, class LoadKey, class PrefetchToken>
+  static PAGEDFLASH_INLINE void score_chunk(const LoadKey& load_key, const typename Dot::Query* query, Vec* accumulator,
+                                            const PrefetchToken& prefetch_token) {
     using Key = typename Dot::Key;
     if constexpr (ROWS >= TOKENS) {
       Key keys[TOKENS];
       for (int j = 0; j < TOKENS; j++) keys[j] = load_key(j);
       for (int r = 0; r < ROWS; r++) {
         const Key row = Dot::load_query(query + r * CHUNK);
+        if (r < TOKENS) prefetch_token();
         for (int j = 0; j < TOKENS; j++) {
           Vec& sum = accumulator[r * TOKENS + j];
           sum = Dot::dot(keys[j], row, sum);
@@ -166,6 +170,7 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
       for (int r = 0; r < ROWS; r++) rows[r] = Dot::load_query(query + r * CHUNK);
       for (int j = 0; j < TOKENS; j++) {
         const Key key = load_key(j);
+        prefetch_token();
         for (int r = 0; r < ROWS; r++) {
           Vec& sum = accumulator[r * TOKENS + j];
           sum = Dot::dot(key, rows[r], sum);
@@ -180,13 +185,10 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
     const int64_t rows = ROWS < ROW_BLOCK ? ROWS : rows_, out_size = out_size_;
     const int64_t v_head = problem_.write.v_stride.head, v_head_dim = v_head_dim_, whole = v_head_dim / CHUNK * CHUNK;
     const char* const* v = scratch_.tokens.v;
-    const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
-    const bool prefetches = prefetches_ && !problem_.write.v_is_in_k();  // else scores have brought them near
-    const int64_t bytes = v_head_dim * sizeof(Element);
-    const int64_t lines = prefetches ? divide_up(BLOCK_TOKENS * CHUNK * sizeof(Element), CACHE_LINE) : 0;  // for each chunk
+    const int64_t bytes = problem_.write.v_is_in_k() ? 0 : v_head_dim * sizeof(Element);  // else scores have brought them near
     for (int64_t t = 0; t < tokens; t += BLOCK_TOKENS) {
       const int64_t count = min(BLOCK_TOKENS, tokens - t);
-      Prefetcher prefetcher(v + t + BLOCK_TOKENS, all_heads, problem_.write.v_stride, sizeof(Element), bytes);
+      Prefetcher ahead = prefetcher(v, t, heads, problem_.write.v_stride, sizeof(Element), bytes);
       for (int64_t head = heads.begin; head < heads.end; head++) {
         const int64_t offset = (task_.kv_heads.begin + head) * v_head;
         const float* weights = scratch_.scores + head * rows * DECODE_TILE + t;
@@ -197,20 +199,18 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
         // As many chunks at once as a row still has.
         const auto pass = [&](auto chunks) {
           constexpr int64_t N = decltype(chunks)::value;
-          for (; d + N * CHUNK <= whole; d += N * CHUNK) {
-            prefetcher.next(N * lines);
-            accumulate_chunks<ROWS, N, BLOCK_TOKENS>(value, count, d, weights, rows, accumulators + d * rows);
-          }
+          for (; d + N * CHUNK <= whole; d += N * CHUNK)
+            accumulate_chunks<ROWS, N, BLOCK_TOKENS>(value, count, d, weights, rows, accumulators + d * rows,
+                                                     take_lines<Element, N * CHUNK>(ahead));
         };
         if (count == BLOCK_TOKENS) {
           pass(Int<CHUNKS>());
           if constexpr (CHUNKS > 2) pass(Int<2>());
           if constexpr (CHUNKS > 1) pass(Int<1>());
         }
-        for (; d < v_head_dim; d += CHUNK) {
-          prefetcher.next(lines);
-          accumulate_chunks<ROWS, 1, 0>(value, count, d, weights, rows, accumulators + d * rows);
-        }
+        for (; d < v_head_dim; d += CHUNK)
+          accumulate_chunks<ROWS, 1, 0>(value, count, d, weights, rows, accumulators + d * rows,
+                                        take_lines<Element, CHUNK>(ahead));
       }
     }
   }
@@ -219,26 +219,27 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
   // in chunks that may reach behind the end of a row.
   template <int ROWS, int CHUNKS, int COUNT, class Element>
   PAGEDFLASH_INLINE void accumulate_chunks(const Element* const* value, int64_t count, int64_t d, const float* weights,
-                                           int64_t rows, float* accumulators) {
-    accumulate_block<ROWS, CHUNKS, COUNT>(value, count, d, weights, rows, accumulators);
+                                           int64_t rows, float* accumulators, const char* const* ahead) {
+    accumulate_block<ROWS, CHUNKS, COUNT>(value, count, d, weights, rows, accumulators, ahead);
     if (ROWS < ROW_BLOCK) return;
     for (int64_t row = ROWS; row < rows; row += ROWS)
       with_row_count(rows - row, [&](auto block) {
         accumulate_block<decltype(block)::value, CHUNKS, COUNT>(value, count, d, weights + row * DECODE_TILE, rows,
-                                                                accumulators + row * CHUNK);
+                                                                accumulators + row * CHUNK, nullptr);
       });
   }
 
   // ROWS rows and CHUNKS chunks, in registers: accumulators += probabilities x values.
   template <int ROWS, int CHUNKS, int COUNT, class Element>
   PAGEDFLASH_INLINE void accumulate_block(const Element* const* value, int64_t count, int64_t d, const float* weights,
-                                          int64_t rows, float* accumulators) {
+                                          int64_t rows, float* accumulators, const char* const* ahead) {
     const int64_t v_head_dim = v_head_dim_;
     Vec sum[ROWS][2 * CHUNKS];
     for (int c = 0; c < CHUNKS; c++)
       for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < 2; i++) sum[r][2 * c + i] = load(accumulators + (c * rows + r) * CHUNK + i * LANES);
     const auto add_token = [&](int64_t j) {
+      if (ahead) prefetch_next<LINES<Element, CHUNKS * CHUNK>>(ahead);
       for (int c = 0; c < CHUNKS; c++) {
         const int64_t at = d + c * CHUNK;
         const bool whole = COUNT || v_head_dim - at >= CHUNK;
@@ -260,8 +261,6 @@ class Decode : public DecodeTask<Decode, BLOCK_TOKENS> {
       for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < 2; i++) store(accumulators + (c * rows + r) * CHUNK + i * LANES, sum[r][2 * c + i]);
   }
-
-  const bool prefetches_;
 };
 
 }  // namespace PAGEDFLASH_ISA

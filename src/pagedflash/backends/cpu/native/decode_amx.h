@@ -37,9 +37,12 @@ PAGEDFLASH_INLINE Chunk pair_chunks(const E* a, const E* b, int64_t n) {
   const Chunk first = load_chunk_of(a, n), second = load_chunk_of(b, n);
   return {pair_halves(first.a, second.a), pair_halves(first.b, second.b)};
 }
+PAGEDFLASH_INLINE Vec load_pairs_of(const bf16* p, int64_t n) {
+  return n >= CHUNK ? _mm512_loadu_ps(reinterpret_cast<const float*>(p)) : load_pairs(p, n);
+}
 template <>
 PAGEDFLASH_INLINE Chunk pair_chunks(const bf16* a, const bf16* b, int64_t n) {
-  const __m512i first = _mm512_castps_si512(load_pairs(a, n)), second = _mm512_castps_si512(load_pairs(b, n));
+  const __m512i first = _mm512_castps_si512(load_pairs_of(a, n)), second = _mm512_castps_si512(load_pairs_of(b, n));
   const __m512i upper = _mm512_set1_epi32((int)0xFFFF0000);
   return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(upper, _mm512_slli_epi32(second, 16), first, 0xCA)),
           _mm512_castsi512_ps(_mm512_ternarylogic_epi32(upper, second, _mm512_srli_epi32(first, 16), 0xCA))};
@@ -132,9 +135,8 @@ class TileDecode : public DecodeTask<TileDecode, PASS> {
     const char* const* k = scratch_.tokens.k + first;
     const int64_t query_size = query_size_, row_bytes = rows_ * 4;
     const int64_t bytes = head_dim_ * sizeof(E);
-    const int64_t lines = divide_up(PASS * divide_up(bytes, CACHE_LINE), query_size / CHUNK * 2);
-    const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
-    Prefetcher prefetcher(k + PASS, all_heads, write.k_stride, sizeof(E), bytes);
+    const int64_t lines = divide_up(PASS * divide_up(bytes, CACHE_LINE), query_size / CHUNK * 4);  // four times for each chunk
+    Prefetcher ahead = prefetcher(scratch_.tokens.k, first, heads, write.k_stride, sizeof(E), bytes);
     const bool packs[2] = {!in_place<E>(k), !in_place<E>(k + TILE_TOKENS)};
     for (int64_t head = heads.begin; head < heads.end; head++) {
       const int64_t offset = (task_.kv_heads.begin + head) * write.k_stride.head;
@@ -151,17 +153,24 @@ class TileDecode : public DecodeTask<TileDecode, PASS> {
             store(to + d / 2, key_pairs(reinterpret_cast<const E*>(tile[t]) + offset + d, head_dim_ - d));
       }
       const bf16* queries = static_cast<const bf16*>(scratch_.queries) + head * rows_ * query_size;
+      const char* const* line = scratch_.lines;
+      const int64_t lines_now = ahead.take(scratch_.lines, query_size / CHUNK * 4 * lines) ? lines : 0;
+      const auto prefetch_some = [&] {
+        for (int64_t i = 0; i < lines_now; i++) prefetch(*line++);
+      };
       TileSession::before_tiles_read();
       _tile_zero(0);
       _tile_zero(1);
       for (int64_t d = 0; d < query_size; d += CHUNK) {
         _tile_loadd(2, queries + d * rows_, row_bytes);
+        prefetch_some();
         _tile_loadd(3, keys[0] + d * sizeof(bf16), stride[0]);
-        prefetcher.next(lines);
-        _tile_loadd(4, keys[1] + d * sizeof(bf16), stride[1]);
-        prefetcher.next(lines);
+        prefetch_some();
         _tile_dpbf16ps(0, 3, 2);
+        _tile_loadd(4, keys[1] + d * sizeof(bf16), stride[1]);
+        prefetch_some();
         _tile_dpbf16ps(1, 4, 2);
+        prefetch_some();
       }
       _tile_stored(0, packed_.sums, LANES * sizeof(float));
       _tile_stored(1, packed_.sums + TILE_TOKENS * LANES, LANES * sizeof(float));
@@ -181,10 +190,9 @@ class TileDecode : public DecodeTask<TileDecode, PASS> {
     const CacheWrite& write = problem_.write;
     const char* const* v = scratch_.tokens.v + first;
     const int64_t v_head_dim = v_head_dim_, out_size = out_size_, rows = rows_;
-    const bool prefetches = !write.v_is_in_k();  // else scores have brought them near
-    const int64_t lines = prefetches ? divide_up(2 * CHUNK * sizeof(E), CACHE_LINE) : 0;
-    const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
-    Prefetcher prefetcher(v + PASS, all_heads, write.v_stride, sizeof(E), v_head_dim * sizeof(E));
+    constexpr int64_t LINES = 2 * CHUNK * sizeof(E) / CACHE_LINE;  // of a pair of tokens
+    const int64_t bytes = write.v_is_in_k() ? 0 : v_head_dim * sizeof(E);  // else scores have brought them near
+    Prefetcher ahead = prefetcher(scratch_.tokens.v, first, heads, write.v_stride, sizeof(E), bytes);
     for (int64_t head = heads.begin; head < heads.end; head++) {
       const int64_t offset = (task_.kv_heads.begin + head) * write.v_stride.head;
       const float* weights = scratch_.scores + head * rows * DECODE_TILE + first;
@@ -193,8 +201,10 @@ class TileDecode : public DecodeTask<TileDecode, PASS> {
           store_rounded(packed_.weights + row * PASS + t, t < tokens ? load(weights + row * DECODE_TILE + t) : zero());
       for (int64_t d = 0; d < out_size; d += CHUNK) {
         float* to = packed_.values + d * PASS / 2;
+        const char* const* line = scratch_.lines;
+        const bool prefetches = ahead.take(scratch_.lines, PASS / 2 * LINES);
         for (int64_t t = 0; t < PASS; t += 2, to += LANES) {
-          prefetcher.next(lines);
+          for (int64_t i = 0; prefetches && i < LINES; i++) prefetch(*line++);
           const E *a = reinterpret_cast<const E*>(v[t]) + offset + d, *b = reinterpret_cast<const E*>(v[t + 1]) + offset + d;
           const Chunk pairs = pair_chunks(a, b, v_head_dim - d);
           store(to, pairs.a);

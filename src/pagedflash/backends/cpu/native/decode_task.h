@@ -10,7 +10,8 @@
 //   one output, or partial output, per row
 //
 // A block of tokens passes head by head, so that loaded queries and accumulators serve all of them. Meanwhile the next block
-// is prefetched, token by token: memory is fastest in address order, whatever the order of use.
+// is prefetched, token by token: memory is fastest in address order, whatever the order of use. Lines are prefetched one by one
+// between the multiplications, at the pace of those that are used: in bursts, memory is a third slower.
 //
 //                head 0   head 1   head 2
 //   token t      1####    3####    5####       order of use: head by head
@@ -31,6 +32,8 @@ namespace PAGEDFLASH_ISA {
 constexpr int64_t DECODE_TILE = 64;  // tokens
 static_assert(DECODE_TILE <= MAX_TILE);
 constexpr int64_t QUERY_BYTES = 64 << 10;  // queries (or accumulators) of the heads that pass together: should stay cached
+// A single row works so little on each line that prefetching costs more than it saves, where so few keys may well be cached.
+constexpr int64_t FEW_KEYS = 128;
 
 struct DecodeScratch {
   DecodeScratch(ScratchArena arena, const AttentionProblem& problem, int64_t heads, int64_t rows) {
@@ -44,6 +47,7 @@ struct DecodeScratch {
     tokens.v = arena.allocate<const char*>(2 * DECODE_TILE);
     tokens.k_descale = arena.allocate<const float*>(2 * DECODE_TILE);
     tokens.v_descale = arena.allocate<const float*>(2 * DECODE_TILE);
+    lines = arena.allocate<const char*>(2 * max(query_size, out_size));
     query = arena.allocate<float>(query_size);
     values = arena.allocate<float>(out_size);
     bytes = arena.used();
@@ -57,14 +61,15 @@ struct DecodeScratch {
   SoftmaxState* states;      // (heads, rows)
   ScoreRow* score_rows;      // (heads, rows)
   TokenAddresses tokens;     // of the tile and of the next block
+  const char** lines;        // that are prefetched while a block of registers or tiles is multiplied
   void* query;               // (head_dim rounded up), one row as it is loaded
   float* values;             // (v_head_dim rounded up), one row as it is written
   int64_t bytes;
 };
 
-// Kernel, which derives from it, offers load_queries(), score_tile(heads, tokens) and accumulate_tile(heads, tokens). It
-// prefetches AHEAD tokens ahead.
-template <class Kernel, int64_t AHEAD>
+// Kernel, which derives from it, offers load_queries(), score_tile(heads, tokens) and accumulate_tile(heads, tokens). It takes
+// BLOCK tokens at a time.
+template <class Kernel, int64_t BLOCK>
 class DecodeTask {
  public:
   DecodeTask(const Plan& plan, const Task& task, void* scratch)
@@ -96,34 +101,41 @@ class DecodeTask {
   }
 
  protected:
-  // Prefetches AHEAD tokens in address order, line after line: all heads of a token, then the next token; or, where the tokens
+  // Prefetches tokens in address order, line after line: all heads of a token, then the next token; or, where the tokens
   // of a head are nearer to each other than the heads of a token, all tokens of a head.
   class Prefetcher {
    public:
     // `size` bytes of each head.
-    PAGEDFLASH_INLINE Prefetcher(const char* const* tokens, Range heads, const Strides& stride, int64_t element_bytes,
-                                 int64_t size)
-        : tokens_(tokens), heads_(heads), stride_(stride.head * element_bytes), size_(size),
+    PAGEDFLASH_INLINE Prefetcher(const char* const* tokens, int64_t count, Range heads, const Strides& stride,
+                                 int64_t element_bytes, int64_t size)
+        : tokens_(tokens), count_(count), heads_(heads), stride_(stride.head * element_bytes), size_(size),
           by_head_(stride.head > stride.token), head_(heads.begin) {
       if (stride_ == size_) heads_ = {heads.begin, heads.begin + 1}, size_ *= heads.size();  // as one
-      go_to_piece();
+      if (count_) go_to_piece();
     }
-    PAGEDFLASH_INLINE void next(int64_t lines) {
-      for (; lines > 0 && line_ < end_; lines--) {
-        prefetch(line_);
-        line_ += CACHE_LINE;
+    // The next lines; behind the last one it is repeated. False if there are none.
+    PAGEDFLASH_INLINE bool take(const char** lines, int64_t count) {
+      if (line_ >= end_) return false;
+      const char* last = line_;
+      while (count > 0 && line_ < end_) {
+        const int64_t n = min(count, divide_up(end_ - line_, CACHE_LINE));
+        for (int64_t i = 0; i < n; i++) lines[i] = line_ + i * CACHE_LINE;
+        last = lines[n - 1];
+        lines += n, count -= n, line_ += n * CACHE_LINE;
         if (line_ >= end_) finish_piece();
       }
+      for (int64_t i = 0; i < count; i++) lines[i] = last;
+      return true;
     }
 
    private:
-    void finish_piece() {
+    PAGEDFLASH_INLINE void finish_piece() {
       if (by_head_) {
-        if (++token_ == AHEAD) token_ = 0, head_++;
+        if (++token_ == count_) token_ = 0, head_++;
       } else {
         if (++head_ == heads_.end) head_ = heads_.begin, token_++;
       }
-      if (token_ < AHEAD && head_ < heads_.end) go_to_piece();
+      if (token_ < count_ && head_ < heads_.end) go_to_piece();
     }
     PAGEDFLASH_INLINE void go_to_piece() {
       line_ = tokens_[token_] + head_ * stride_;
@@ -131,6 +143,7 @@ class DecodeTask {
     }
 
     const char* const* const tokens_;
+    const int64_t count_;
     Range heads_;
     const int64_t stride_;  // bytes from head to head
     int64_t size_;
@@ -138,6 +151,14 @@ class DecodeTask {
     int64_t token_ = 0, head_;
     const char *line_ = nullptr, *end_ = nullptr;  // of a piece of memory: a head of a token, or all its heads
   };
+
+  // The prefetcher of the block behind block `begin` of the tile.
+  PAGEDFLASH_INLINE Prefetcher prefetcher(const char* const* tokens, int64_t begin, Range heads, const Strides& stride,
+                                          int64_t element_bytes, int64_t size) const {
+    const int64_t next = begin + BLOCK, known = rows_ == 1 && task_.keys.size() <= FEW_KEYS ? 0 : located_ - next;
+    const Range all_heads = {task_.kv_heads.begin + heads.begin, task_.kv_heads.begin + heads.end};
+    return Prefetcher(tokens + next, max<int64_t>(0, min(BLOCK, known)), all_heads, stride, element_bytes, size);
+  }
 
   // store_query(head, row, query) stores a query of T as the kernel takes it.
   template <class T, class StoreQuery>
@@ -154,17 +175,18 @@ class DecodeTask {
     memset(scratch_.accumulators, 0, heads_ * rows_ * out_size_ * sizeof(float));
   }
 
-  // The tile's tokens and the next block's, some of which the tile before has located. Behind the last key it is repeated.
+  // The tile's tokens, some of which the tile before has located, and the next block's. Behind the last key it is repeated:
+  // blocks are whole.
   void locate_tile(int64_t first) {
-    const int64_t count = DECODE_TILE + AHEAD, known = first == task_.keys.begin ? 0 : AHEAD;
+    const int64_t known = first == task_.keys.begin ? 0 : located_ - DECODE_TILE;
     const TokenAddresses& tokens = scratch_.tokens;
-    const int64_t located = max(known, min(count, task_.keys.end - first));
+    located_ = min(DECODE_TILE + BLOCK, task_.keys.end - first);
     const auto move = [&](auto* addresses) { memcpy(addresses, addresses + DECODE_TILE, known * sizeof *addresses); };
     const auto repeat_last = [&](auto* addresses) {
-      for (int64_t t = located; t < count; t++) addresses[t] = addresses[located - 1];
+      for (int64_t t = located_; t < round_up(located_, BLOCK); t++) addresses[t] = addresses[located_ - 1];
     };
     move(tokens.k), move(tokens.v), move(tokens.k_descale), move(tokens.v_descale);
-    locate(problem_, sequence_, first + known, located - known, tokens + known);
+    locate(problem_, sequence_, first + known, located_ - known, tokens + known);
     repeat_last(tokens.k), repeat_last(tokens.v);
   }
 
@@ -219,6 +241,7 @@ class DecodeTask {
   const Sequence& sequence_;
   const Score score_;
   const int64_t heads_, rows_, head_dim_, v_head_dim_, query_size_, out_size_;
+  int64_t located_ = 0;  // tokens from the tile's first on
   const DecodeScratch scratch_;
 };
 

@@ -37,8 +37,15 @@ struct DotProduct {
   using Query = Q;
   using Element = E;
   using Key = Chunk;
-  static PAGEDFLASH_INLINE void store_query(float* to, const float* row) {
-    for (int i = 0; i < CHUNK; i++) to[chunk_position<E>(i)] = row[i];
+  template <class T>
+  static PAGEDFLASH_INLINE void store_query(float* to, const T* row) {
+    float chunk[CHUNK];
+    convert(chunk, row, CHUNK);
+    for (int i = 0; i < CHUNK; i++) to[chunk_position<E>(i)] = chunk[i];
+  }
+  static PAGEDFLASH_INLINE void store_query(float* to, const E* row) {
+    const Chunk chunk = load_chunk(row);
+    store(to, chunk.a), store(to + LANES, chunk.b);
   }
   static PAGEDFLASH_INLINE Key load_query(const float* p) { return {load(p), load(p + LANES)}; }
   static PAGEDFLASH_INLINE Key load_key(const E* p) { return load_chunk(p); }
@@ -56,7 +63,8 @@ struct DotProduct<bf16, bf16> {
   using Query = bf16;
   using Element = bf16;
   using Key = Vec;
-  static PAGEDFLASH_INLINE void store_query(bf16* to, const float* row) { convert(to, row, CHUNK); }
+  template <class T>
+  static PAGEDFLASH_INLINE void store_query(bf16* to, const T* row) { convert(to, row, CHUNK); }
   static PAGEDFLASH_INLINE Key load_query(const bf16* p) { return load_key(p); }
   static PAGEDFLASH_INLINE Key load_key(const bf16* p) { return load_key_part(p, CHUNK); }
   static PAGEDFLASH_INLINE Key load_key_part(const bf16* p, int64_t n) { return load_pairs(p, n); }
