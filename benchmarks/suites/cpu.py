@@ -240,16 +240,14 @@ def options_of_prefill(options: Options) -> Iterator[Row]:
 
 @suite("cpu-chunked")
 def chunked(options: Options) -> Iterator[Row]:
-    """New tokens of a prompt on those cached in pages of 16, beside gather + SDPA"""
+    """New tokens of a prompt on those cached in pages of 16, beside vLLM and gather + SDPA"""
     new, cached = options.size((512, 4096), (32, 64))
     for dtype in DTYPES[:2]:
         shape = Shape(dtype=dtype)
         problem = paged(shape, [cached + new], num_queries=new)
-        contenders = {
-            OURS: chunk(problem),
-            "gather + SDPA, enable_gqa": sdpa.gather_prefill(problem, repeat=False),
-            "gather + SDPA, repeated": sdpa.gather_prefill(problem, repeat=True),
-        }
+        contenders = {OURS: chunk(problem)} | that_run(baselines.cpu_decode(problem))
+        contenders["gather + SDPA, enable_gqa"] = sdpa.gather_prefill(problem, repeat=False)
+        contenders["gather + SDPA, repeated"] = sdpa.gather_prefill(problem, repeat=True)
         yield compared(f"{shape}, {new} on {cached}", measure(contenders, options.rounds_or(9), WallClock()), "ms")
 
 
