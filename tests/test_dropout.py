@@ -6,6 +6,8 @@ That every backend drops the same, forward and backward, is checked by the confo
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -212,3 +214,20 @@ def test_a_backend_without_dropout_refuses_it(monkeypatch: pytest.MonkeyPatch) -
 def test_what_was_dropped_is_not_returned() -> None:
     with pytest.raises(ValueError, match=r"return_attn_probs is True with a dropout_p of 0\.5, expected False"):
         which_are_kept(dropout_p=0.5, return_attn_probs=True)
+
+
+FIRST_CALL = """
+import torch
+from pagedflash import flash_attn_func
+
+torch.manual_seed(0)
+q, k = torch.randn(1, 64, 16, 64).bfloat16(), torch.randn(1, 64, 1, 64).bfloat16()
+assert flash_attn_func(q, k, k, dropout_p=0.5, causal=True, window_size=(3, 0)).isfinite().all()
+"""
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_the_first_call_of_a_process() -> None:
+    """Kernels take factors by whole vectors. Those behind the last key multiply zeros, and what lies on the stack may be NaN:
+    it was, in every other process."""
+    subprocess.run([sys.executable, "-c", FIRST_CALL], check=True)

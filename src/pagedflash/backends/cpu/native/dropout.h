@@ -23,11 +23,11 @@ class Dropout {
 
   PAGEDFLASH_INLINE bool drops() const { return threshold_ != 0; }
 
-  // Factors of the probabilities of a row and keys `first` to `first + count`: 0, or the scale. Returns where in `buffer`, of
-  // factors_size(count), the first of them lies.
+  // Factors of the probabilities of a row and keys `first` to `first + count`, and on to a whole vector: 0, or the scale. Returns
+  // where in `buffer`, of factors_size(count), the first of them lies.
   const float* factors(float* buffer, const DropoutRow& row, int64_t first, int64_t count) const {
     const int64_t begin = first / BLOCK_KEYS * BLOCK_KEYS;
-    for (int64_t key = begin; key < first + count; key += BLOCK_KEYS) fill_block(buffer + (key - begin), row, key);
+    for (int64_t key = begin; key < first + round_up(count, LANES); key += BLOCK_KEYS) fill_block(buffer + (key - begin), row, key);
     return buffer + (first - begin);
   }
   static constexpr int64_t factors_size(int64_t count) { return count + 2 * BLOCK_KEYS; }
