@@ -228,6 +228,6 @@ assert flash_attn_func(q, k, k, dropout_p=0.5, causal=True, window_size=(3, 0)).
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 def test_the_first_call_of_a_process() -> None:
-    """Kernels take factors by whole vectors. Those behind the last key multiply zeros, and what lies on the stack may be NaN:
-    it was, in every other process."""
+    """Kernels take factors by whole vectors. Those behind the last key multiply zeros, and what lies on the stack may be
+    NaN: it was, in every other process."""
     subprocess.run([sys.executable, "-c", FIRST_CALL], check=True)
