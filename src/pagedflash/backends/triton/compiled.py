@@ -72,7 +72,7 @@ class CompiledLaunch:
             )
 
     @property
-    def maps(self) -> tuple[MapShape, ...]:
+    def maps(self) -> tuple[MapShape | None, ...]:
         """Of the tensor descriptors."""
         return ()
 

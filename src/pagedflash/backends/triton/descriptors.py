@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,35 +26,36 @@ DATA_TYPES = {torch.bfloat16: 9, torch.float16: 6}
 class TileDescriptor:
     """Of caches of one signature: boxes ``(1, 1, box, width)`` of ``(pages or rows, KV heads, slots, head dim)``."""
 
-    def __init__(self, tensor: Tensor, box: int, width: int) -> None:
-        """``tensor``: pages, dense or packed keys or values."""
+    def __init__(self, which: int, tensor: Tensor, box: int, width: int) -> None:
+        """``tensor``: pages, dense or packed keys or values, which a kernel's tensors have at ``which``."""
         batch, token, head = strides(tensor)
         slots, heads, head_dim = tensor.shape[-3:]
         rows = tensor.shape[0] if tensor.dim() == 4 else 1
+        self._which = which
         self._block = [1, 1, box, width]
         self._shape = [rows, heads, slots, head_dim]
         self._strides = [batch or slots * token, head, token, 1]
         self._layout = gl.NVMMASharedLayout.get_default_for(self._block, ELEMENTS[tensor.dtype])
         self._data_type = DATA_TYPES[tensor.dtype]
 
-    def of(self, tensor: Tensor | None) -> TensorDescriptor:
-        return TensorDescriptor(tensor, self._shape, self._strides, self._block, self._layout)
+    def of(self, tensors: Tensors) -> TensorDescriptor:
+        return TensorDescriptor(tensors[self._which], self._shape, self._strides, self._block, self._layout)
 
-    def map_of(self, tensor: int) -> MapShape:
-        """Of the kernel's tensor of this index."""
-        return MapShape(tensor, self._data_type, self._shape, self._strides)
+    @property
+    def map(self) -> MapShape:
+        return MapShape(self._which, self._data_type, self._shape, self._strides)
 
 
 class DescribedLaunch(CompiledLaunch):
-    """A launch whose kernel takes descriptors of keys and values too."""
+    """A launch whose kernel takes descriptors too, None where it has none."""
 
-    def __init__(self, k: TileDescriptor, v: TileDescriptor, *launch: Any, **options: Any) -> None:
+    def __init__(self, tiles: Sequence[TileDescriptor | None], *launch: Any, **options: Any) -> None:
         super().__init__(*launch, **options)
-        self._k, self._v = k, v
+        self._tiles = tiles
 
-    def descriptors(self, tensors: Tensors) -> tuple[TensorDescriptor, TensorDescriptor]:
-        return self._k.of(tensors[K]), self._v.of(tensors[V])
+    def descriptors(self, tensors: Tensors) -> tuple[TensorDescriptor | None, ...]:
+        return tuple(tiles and tiles.of(tensors) for tiles in self._tiles)
 
     @property
-    def maps(self) -> tuple[MapShape, MapShape]:
-        return self._k.map_of(K), self._v.map_of(V)
+    def maps(self) -> tuple[MapShape | None, ...]:
+        return tuple(tiles and tiles.map for tiles in self._tiles)

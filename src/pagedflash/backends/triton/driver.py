@@ -64,13 +64,13 @@ class DriverLaunch:
         device_index: int,
         grid: tuple[int, int, int],
         records: tuple[Any, ...],
-        maps: Sequence[MapShape],
+        descriptors: Sequence[MapShape | None],
     ) -> None:
         """
         Args:
             compiled: Triton's compiled kernel, whose first parameter is a record of tensors.
             records: its other parameters, tuples of numbers and tuples.
-            maps: its tensor descriptors, behind those.
+            descriptors: its tensor descriptors, behind those.
 
         Raises:
             Unknown: it takes what is not known here.
@@ -87,7 +87,9 @@ class DriverLaunch:
         # | addresses of the tensors, up to a multiple of 64 bytes | descriptors | numbers, 8 bytes each |
         first_map = -(-self._addresses // 64) * 64
         numbers, where = bytearray(), []  # where: offset and size of each parameter
-        given = [range(len(signature[0])), *records, *(_Map(first_map + MAP * i, shape) for i, shape in enumerate(maps))]
+        maps = [_Map(first_map + MAP * i, shape) for i, shape in enumerate(filter(None, descriptors))]
+        rest = iter(maps)
+        given = [range(len(signature[0])), *records, *(shape and next(rest) for shape in descriptors)]
         for kind, value in _parameters(signature, given):
             if kind == "map":
                 where.append((value, MAP))
@@ -112,9 +114,9 @@ class DriverLaunch:
         self._view[size - len(numbers) :] = numbers
         base = ctypes.addressof(self._memory) + start
         self._parameters = (c_void_p * len(where))(*(base + offset for offset, _ in where))
-        self._maps = [(base + first_map + MAP * i, shape.tensor * ADDRESS) for i, shape in enumerate(maps)]
-        for (at, _), shape, description in zip(self._maps, maps, metadata.tensordesc_meta):
-            _encode(at, shape, description)
+        self._maps = [(base + map.offset, map.shape.tensor * ADDRESS) for map in maps]
+        for map, description in zip(maps, metadata.tensordesc_meta):
+            _encode(base + map.offset, map.shape, description)
 
         attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 1)
         block = (32 * metadata.num_warps, 1, 1)

@@ -237,16 +237,16 @@ def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: boo
 def _plan_prefill_hopper(
     problem: AttentionProblem, params: ProblemParams, tile: HopperTile, aligned: bool
 ) -> CompiledLaunch:
-    from .descriptors import DescribedLaunch, TileDescriptor  # these two need Gluon
+    from .descriptors import DescribedLaunch, K, TileDescriptor, V  # these two need Gluon
     from .kernels.prefill_hopper import BLOCK_M, prefill_hopper
 
     q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
-    k_tiles = TileDescriptor(k, tile.BOX_N, params.cache.BLOCK_D)
-    v_tiles = TileDescriptor(v, tile.BOX_N, params.cache.BLOCK_DV)
+    widths = ((K, k, tile.D), (V, v, tile.DV), (K, k, tile.TAIL), (V, v, tile.DV_TAIL))
+    tiles = [TileDescriptor(which, keys, tile.BOX_N, width) if width else None for which, keys, width in widths]
     most_blocks = problem.batch_size * k.shape[-2] * -(-problem.queries.max_seqlen_q * problem.group // BLOCK_M.value)
     grid = (max(1, min(num_sms(q.device), most_blocks)), 1, 1)
     options = dict(num_warps=4, num_stages=1)
-    return DescribedLaunch(k_tiles, v_tiles, prefill_hopper, grid, params, tile, q.device, aligned, **options)
+    return DescribedLaunch(tiles, prefill_hopper, grid, params, tile, q.device, aligned, **options)
 
 
 def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, aligned: bool, fused_tokens: int) -> _Plan:
@@ -327,13 +327,13 @@ def _plan_decode_hopper(
     aligned: bool,
     options: dict[str, int],
 ) -> CompiledLaunch:
-    from .descriptors import DescribedLaunch, TileDescriptor  # these two need Gluon
+    from .descriptors import DescribedLaunch, K, TileDescriptor, V  # these two need Gluon
     from .kernels.decode_hopper import decode_hopper
 
     k, v = problem.cache.k, problem.cache.v
-    tails = TileDescriptor(k, tile.BOX_N, params.cache.BLOCK_TAIL)
-    latents = TileDescriptor(v, tile.BOX_N, params.cache.BLOCK_DV)
-    return DescribedLaunch(tails, latents, decode_hopper, grid, params, tile, problem.queries.q.device, aligned, **options)
+    tails = TileDescriptor(K, k, tile.BOX_N, params.cache.BLOCK_TAIL)
+    latents = TileDescriptor(V, v, tile.BOX_N, params.cache.BLOCK_DV)
+    return DescribedLaunch([tails, latents], decode_hopper, grid, params, tile, problem.queries.q.device, aligned, **options)
 
 
 def _widest(cache: CacheParams) -> int:

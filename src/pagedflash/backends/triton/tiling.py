@@ -128,8 +128,14 @@ def backward_tilings(block_d: int, element_size: int) -> tuple[Tiling, Tiling]:
     return Tiling(32, 64, 8, 2), Tiling(64, 32, 8, 2)
 
 
-HOPPER_TILES = {64: (128, 3, 2), 128: (128, 2, 2), 256: (64, 2, 1)}
-"""Of each width that ``prefill_hopper`` takes: BLOCK_N, STAGES, Q_SLOTS; about what shared memory holds."""
+HOPPER_SHAPES = ((128, 3, 2), (128, 2, 2), (128, 2, 1), (64, 3, 2), (64, 3, 1), (64, 2, 1))
+"""BLOCK_N, STAGES and Q_SLOTS of ``prefill_hopper``, of which the first is taken that shared memory and registers hold."""
+
+HOPPER_SHARED_BYTES = 226 << 10
+"""For queries, keys and values; barriers take the rest."""
+
+HOPPER_HEAD_DIMS = range(33, 257)
+"""That ``prefill_hopper`` takes: smaller ones would mostly be padding."""
 
 SHORT_KEYS = 512
 """Keys up to which its KV tiles have 64: of larger ones, a causal block would skip too few."""
@@ -143,16 +149,15 @@ def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile 
     """
     cache, score = params.cache, params.score
     q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
-    if cache.BLOCK_D not in HOPPER_TILES or not has_hopper_kernels(q.device):
+    if not (cache.D in HOPPER_HEAD_DIMS and cache.DV in HOPPER_HEAD_DIMS and has_hopper_kernels(q.device)):
         return None
-    block_n, stages, q_slots = HOPPER_TILES[cache.BLOCK_D]
-    if max_visible_keys(problem) <= SHORT_KEYS:
-        block_n, stages = 64, max(stages, 3) if cache.BLOCK_D <= 128 else stages
+    widths = *hopper_widths(cache.D), *hopper_widths(cache.DV)
+    most_keys = 64 if max_visible_keys(problem) <= SHORT_KEYS else 128
+    block_n, stages, q_slots = next(shape for shape in HOPPER_SHAPES if shape[0] <= most_keys and fits_hopper(shape, *widths))
     box_n = block_n if cache.PAGE_SIZE is None else math.gcd(cache.PAGE_SIZE, block_n)
     takes = (
         q.element_size() == 2
         and k.dtype == v.dtype == q.dtype
-        and cache.BLOCK_D == cache.BLOCK_DV
         and cache.SHARE == 1
         and cache.TAIL == 0
         and not cache.V_IN_K
@@ -165,7 +170,21 @@ def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile 
         and score.dropout_threshold is None
         and all(0 not in tensor.shape and 0 not in tensor.stride() for tensor in (k, v))
     )
-    return HopperTile(block_n, box_n, stages, q_slots) if takes else None
+    return HopperTile(block_n, box_n, stages, q_slots, *widths) if takes else None
+
+
+def hopper_widths(head_dim: int) -> tuple[int, int]:
+    """Widths of the parts of a tile of ``prefill_hopper``; the second is 0 where one part is no wider."""
+    block = max(64, power_of_two(head_dim))
+    tail = block_width(head_dim - block // 2) if head_dim > 64 else block
+    return (block, 0) if tail >= block // 2 else (block // 2, tail)
+
+
+def fits_hopper(shape: tuple[int, int, int], d: int, tail: int, dv: int, dv_tail: int) -> bool:
+    """Whether shared memory holds queries, keys and values, and registers the output and the scores of a KV tile."""
+    block_n, stages, q_slots = shape
+    elements = q_slots * 128 * (d + tail) + stages * block_n * (d + tail + dv + dv_tail)
+    return 2 * elements <= HOPPER_SHARED_BYTES and 2 * (dv + dv_tail) + 3 * block_n <= 640
 
 
 MLA_HEAD_DIMS = (576, 512)

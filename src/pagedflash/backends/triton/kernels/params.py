@@ -221,6 +221,10 @@ class HopperTile(NamedTuple):
     BOX_N: int  # keys that one TMA load brings: they lie within one page
     STAGES: int  # KV tiles in each ring
     Q_SLOTS: int  # blocks whose queries are held: 2 where there is room, so that they come early
+    D: int  # widths of the parts of a tile, powers of two; a TAIL of 0: there is one part
+    TAIL: int
+    DV: int
+    DV_TAIL: int
 
 
 class WriteTile(NamedTuple):

@@ -22,6 +22,9 @@ stored: they are the registers that the second product takes. A block's last pro
 product of the next block.
 
 KV tiles are visited from the last to the first. Only those at the edges of what the rows see are masked.
+
+The width of a tile is a power of two. A head dim of 96 or 192 is two of them, 64 and 32, or 128 and 64: queries, keys, values
+and outputs are tuples of such parts, and so is their shared memory.
 Source: Shah et al., "FlashAttention-3" (2024).
 """
 
@@ -71,8 +74,8 @@ class Buffers(NamedTuple):
     One more barrier of ``v_ready`` is the producer's own, for values that it has to see before the consumers.
     """
 
-    q: Any  # (2, 64, BLOCK_D): each consumer's own rows
-    k: Any  # (STAGES, 1, 1, BLOCK_N, BLOCK_D)
+    q: Any  # parts (2 * Q_SLOTS, 64, width): each consumer's own rows
+    k: Any  # parts (STAGES, 1, 1, BLOCK_N, width)
     v: Any
     work: Any  # (2 * WORK_FIELDS, 1)
     k_ready: Any
@@ -233,7 +236,8 @@ def load_tiles(tensors, k_tiles, v_tiles, problem, tile, buffers, work, loaded, 
         )
         if is_edge:
             mbarrier.wait(buffers.v_ready.index(tile.STAGES), cleared & 1)
-            clear_values(problem, tile, buffers.v.index(stage), first_slot, valid_begin, valid_end)
+            for part in gl.static_range(len(buffers.v)):
+                clear_values(tile, buffers.v[part].index(stage), first_slot, valid_begin, valid_end)
             mbarrier.arrive(buffers.v_ready.index(stage))
             cleared += 1
         loaded += 1
@@ -242,15 +246,16 @@ def load_tiles(tensors, k_tiles, v_tiles, problem, tile, buffers, work, loaded, 
 
 
 @gluon.jit
-def clear_values(problem, tile, values, first_slot, begin, end):
+def clear_values(tile, values, first_slot, begin, end):
     """Zeros for the values of a tile that lie outside ``[begin, end)``: 0 x NaN is not 0.
 
-    Shared memory has a tile as columns of 64 elements, one behind the other.
+    Shared memory has a tile as columns of up to 64 elements, one behind the other.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    COLUMNS: gl.constexpr = problem.cache.BLOCK_DV // 64
-    lines = reinterpret(values, [COLUMNS * tile.BLOCK_N, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    zeros = gl.full([64], 0.0, values.dtype, LAYOUT)
+    WIDTH: gl.constexpr = min(values.shape[3], 64)
+    COLUMNS: gl.constexpr = values.shape[3] // WIDTH
+    lines = reinterpret(values, [COLUMNS * tile.BLOCK_N, WIDTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    zeros = gl.full([WIDTH], 0.0, values.dtype, LAYOUT)
     for row in range(0, tile.BLOCK_N):
         slot = first_slot + row
         if (slot < begin) | (slot >= end):
@@ -276,17 +281,25 @@ def load_pages(tensors, problem, tile, work, first_slot, row, valid_begin, valid
 
 @gluon.jit
 def load_tile(problem, tile, work, tiles, ring, signal, free, stage, phase, pages, first_slot):
-    """Ask for a tile of keys or values, in boxes that lie within one page each."""
+    """Ask for a tile of keys or values, in boxes that lie within one page each. ``tiles`` are descriptors of its parts."""
     mbarrier.wait(free.index(stage), phase ^ 1)
-    mbarrier.expect(signal, tiles.block_type.nbytes * (tile.BLOCK_N // tile.BOX_N))
+    mbarrier.expect(signal, bytes_of(tiles) * (tile.BLOCK_N // tile.BOX_N))
     for box in gl.static_range(tile.BLOCK_N // tile.BOX_N):
         slot = first_slot + box * tile.BOX_N
         page = pages[box]
         if problem.cache.PAGE_SIZE is not None:
             page = clamp(page, 0, problem.cache.num_pages - 1)
             slot = slot % problem.cache.PAGE_SIZE
-        target = ring.index(stage).slice(box * tile.BOX_N, tile.BOX_N, 2)
-        load_box(tiles, [page, work.kv_head, slot, 0], signal, target)
+        for part in gl.static_range(len(tiles)):
+            target = ring[part].index(stage).slice(box * tile.BOX_N, tile.BOX_N, 2)
+            column = 0 if part == 0 else tiles[0].block_type.shape[3]
+            load_box(tiles[part], [page, work.kv_head, slot, column], signal, target)
+
+
+@gluon.constexpr_function
+def bytes_of(tiles):
+    """Of a box, all parts together."""
+    return sum(part.block_type.nbytes for part in tiles)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -305,14 +318,14 @@ class Rows(NamedTuple):
 def consume(tensors, problem, tile, buffers, WHICH: gl.constexpr):
     """64 rows of every block of this CTA."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tile.BLOCK_N, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.cache.BLOCK_DV, 16])
+    ACC: gl.constexpr = acc_layout(tile.DV)
     if tensors.cu_seqlens_q is not None:
         if problem.queries.DECODE_LIMIT is None:  # else decode does it
             clear_rows_behind(tensors, problem, gl.program_id(0) * CONSUMERS + WHICH, gl.num_programs(0) * CONSUMERS)
     consumed = 0  # KV tiles
     number = 0  # of the block, in this CTA
     work = take(buffers, number)
-    q_rows = buffers.q.index(WHICH)
+    q_rows = parts_at(buffers.q, WHICH)
     load_q(tensors, problem, tile, work, q_rows, WHICH)
     leave(buffers, number)
     wait_for_q()
@@ -327,10 +340,10 @@ def consume(tensors, problem, tile, buffers, WHICH: gl.constexpr):
         rows = visible_slots(problem, work, row // problem.queries.GROUP, begin, end)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
         row_sum = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
-        acc = gl.full([ROWS, problem.cache.BLOCK_DV], 0.0, gl.float32, ACC)
+        acc = no_output(tile)
 
         kv_tile = end_tile - 1
-        next_q_rows = buffers.q.index((number + 1) % tile.Q_SLOTS * CONSUMERS + WHICH)
+        next_q_rows = parts_at(buffers.q, (number + 1) % tile.Q_SLOTS * CONSUMERS + WHICH)
         if tile.Q_SLOTS == 2:
             load_q(tensors, problem, tile, take(buffers, number + 1), next_q_rows, WHICH)
         s = mask_tile(problem, tile, s, kv_tile, rows, SCORES)
@@ -340,20 +353,20 @@ def consume(tensors, problem, tile, buffers, WHICH: gl.constexpr):
             kv_tile -= 1
             k_stage, _ = slot_of(consumed + 1, tile.STAGES)
             v_stage, v_phase = slot_of(consumed, tile.STAGES)
-            p = as_operand(weights, q_rows.dtype, ACC)
+            p = as_operand(weights, tensors.q.dtype.element_ty, ACC)
             s_token = start_scores(problem, tile, buffers, q_rows, consumed + 1, SCORES)
-            acc_token = start_values(problem, tile, buffers, p, acc, consumed)
+            acc_tokens = start_values(problem, tile, buffers, p, acc, consumed)
 
             # ---- The softmax of the next tile while the second product is under way ----
-            s = warpgroup_mma_wait(1, deps=(s_token,))
+            s = warpgroup_mma_wait(len(acc), deps=(s_token,))  # each part of the values is one
             mbarrier.arrive(buffers.k_free.index(k_stage))
             if (kv_tile >= all_end) | (kv_tile < all_first):
                 s = mask_tile(problem, tile, s, kv_tile, rows, SCORES)
             weights, row_max, row_sum, alpha = softmax_step(problem, s, row_max, row_sum)
             mbarrier.wait(buffers.v_ready.index(v_stage), v_phase)  # long ready: ptxas moves no softmax behind a branch
-            acc, p = warpgroup_mma_wait(0, deps=(acc_token, p))
+            acc = warpgroup_mma_wait(0, deps=acc_tokens + (p,))[: len(acc)]  # noqa: RUF005
             mbarrier.arrive(buffers.v_free.index(v_stage))
-            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+            acc = scaled(acc, alpha)
             consumed += 1
 
         # ---- The last values, and the first keys of the next block, whose products run while this one is finished ----
@@ -362,16 +375,16 @@ def consume(tensors, problem, tile, buffers, WHICH: gl.constexpr):
         if tile.Q_SLOTS == 1:
             load_q(tensors, problem, tile, next_work, next_q_rows, WHICH)
         leave(buffers, number)
-        p = as_operand(weights, q_rows.dtype, ACC)
-        acc_token = start_values(problem, tile, buffers, p, acc, consumed)
-        acc, p = warpgroup_mma_wait(0, deps=(acc_token, p))
+        p = as_operand(weights, tensors.q.dtype.element_ty, ACC)
+        acc_tokens = start_values(problem, tile, buffers, p, acc, consumed)
+        acc = warpgroup_mma_wait(0, deps=acc_tokens + (p,))[: len(acc)]  # noqa: RUF005
         v_stage, _ = slot_of(consumed, tile.STAGES)
         mbarrier.arrive(buffers.v_free.index(v_stage))
         consumed += 1
         q_rows = next_q_rows
         wait_for_q()
         s_token = start_scores(problem, tile, buffers, q_rows, consumed, SCORES)
-        finish(tensors, problem, tile, work, first_of_consumer, acc, row_max, row_sum, SCORES, ACC)
+        finish(tensors, problem, tile, work, first_of_consumer, acc, row_max, row_sum, SCORES)
         s = warpgroup_mma_wait(0, deps=(s_token,))
         k_stage, _ = slot_of(consumed, tile.STAGES)
         mbarrier.arrive(buffers.k_free.index(k_stage))
@@ -405,24 +418,39 @@ def field(buffers, at):
 
 
 @gluon.jit
+def parts_at(ring, index):
+    """The parts of a tile in a slot of shared memory."""
+    parts = ()
+    for part in gl.static_range(len(ring)):
+        parts = parts + (ring[part].index(index),)  # noqa: RUF005
+    return parts
+
+
+@gluon.jit
 def load_q(tensors, problem, tile, work, q_rows, WHICH: gl.constexpr):
     """Start to copy this consumer's rows of q; zeros where there is no used query."""
-    WIDTH: gl.constexpr = problem.cache.BLOCK_D
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    GROUP: gl.constexpr = problem.queries.GROUP
     strides = in_elements(problem.queries.strides)
     if tensors.cu_seqlens_q is None:
         start = tensors.q + work.b.to(gl.int64) * strides.batch
     else:
         start = tensors.q + work.first_row.to(gl.int64) * strides.token
+    for part in gl.static_range(len(q_rows)):
+        copy_rows(problem, work, strides, start, q_rows[part], 0 if part == 0 else tile.D, WHICH)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def copy_rows(problem, work, strides, start, target, COLUMN: gl.constexpr, WHICH: gl.constexpr):
+    """Start to copy columns from ``COLUMN`` on, as many as ``target`` has."""
+    WIDTH: gl.constexpr = target.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    GROUP: gl.constexpr = problem.queries.GROUP
     row = work.block * BLOCK_M + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     head = work.kv_head * GROUP + row % GROUP
     i = row // GROUP
-    d = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    d = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     pointers = start + (i.to(gl.int64) * strides.token + head * strides.head)[:, None] + d[None, :]
-    used = (i < work.seqlen_q)[:, None] & (d < problem.cache.D)[None, :]
-    load_async(q_rows, pointers, used)
-    async_copy.commit_group()
+    load_async(target, pointers, (i < work.seqlen_q)[:, None] & (d < problem.cache.D)[None, :])
 
 
 @gluon.jit
@@ -463,9 +491,11 @@ def start_scores(problem, tile, buffers, q_rows, number, SCORES: gl.constexpr):
     """Start the product of this consumer's queries and the ``number``-th keys."""
     stage, phase = slot_of(number, tile.STAGES)
     mbarrier.wait(buffers.k_ready.index(stage), phase)
-    keys = buffers.k.index(stage).reshape([tile.BLOCK_N, problem.cache.BLOCK_D]).permute((1, 0))
-    zeros = gl.full([q_rows.shape[0], tile.BLOCK_N], 0.0, gl.float32, SCORES)
-    return warpgroup_mma(q_rows, keys, zeros, use_acc=False, is_async=True)
+    s = gl.full([ROWS, tile.BLOCK_N], 0.0, gl.float32, SCORES)
+    for part in gl.static_range(len(q_rows)):
+        keys = buffers.k[part].index(stage).reshape([tile.BLOCK_N, q_rows[part].shape[1]]).permute((1, 0))
+        s = warpgroup_mma(q_rows[part], keys, s, use_acc=part > 0, is_async=True)
+    return s
 
 
 @gluon.jit
@@ -473,7 +503,36 @@ def start_values(problem, tile, buffers, p, acc, number):
     """Start to add the product of the weights ``p`` and the ``number``-th values to ``acc``."""
     stage, phase = slot_of(number, tile.STAGES)
     mbarrier.wait(buffers.v_ready.index(stage), phase)
-    return warpgroup_mma(p, buffers.v.index(stage).reshape([tile.BLOCK_N, problem.cache.BLOCK_DV]), acc, is_async=True)
+    tokens = ()
+    for part in gl.static_range(len(acc)):
+        values = buffers.v[part].index(stage).reshape([tile.BLOCK_N, acc[part].shape[1]])
+        tokens = tokens + (warpgroup_mma(p, values, acc[part], is_async=True),)  # noqa: RUF005
+    return tokens
+
+
+@gluon.jit
+def no_output(tile):
+    """The parts of an output of zeros."""
+    acc = (gl.full([ROWS, tile.DV], 0.0, gl.float32, acc_layout(tile.DV)),)
+    if tile.DV_TAIL:
+        acc = acc + (gl.full([ROWS, tile.DV_TAIL], 0.0, gl.float32, acc_layout(tile.DV_TAIL)),)  # noqa: RUF005
+    return acc
+
+
+@gluon.constexpr_function
+def acc_layout(width):
+    """Of the part of an output."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+
+
+@gluon.jit
+def scaled(acc, factor):
+    """The parts of an output times a factor of each row."""
+    parts = ()
+    for part in gl.static_range(len(acc)):
+        of_rows = gl.convert_layout(factor, gl.SliceLayout(1, acc[part].type.layout))
+        parts = parts + (acc[part] * of_rows[:, None],)  # noqa: RUF005
+    return parts
 
 
 @gluon.jit
@@ -506,13 +565,10 @@ def as_operand(weights, dtype: gl.constexpr, ACC: gl.constexpr):
 
 
 @gluon.jit
-def finish(tensors, problem, tile, work, first_of_consumer, acc, row_max, row_sum, SCORES: gl.constexpr, ACC: gl.constexpr):
+def finish(tensors, problem, tile, work, first_of_consumer, acc, row_max, row_sum, SCORES: gl.constexpr):
     """Normalise the rows, the sink's weight counted in, and store them and their LSE: 0 and +inf if a row saw no key."""
     GROUP: gl.constexpr = problem.queries.GROUP
     HEADS: gl.constexpr = problem.cache.HEADS * GROUP
-    LAYOUT: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // problem.cache.BLOCK_DV, problem.cache.BLOCK_DV // 8], [4, 1], [1, 0]
-    )
     row = first_of_consumer + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     head = work.kv_head * GROUP + row % GROUP
     i = row // GROUP
@@ -523,7 +579,7 @@ def finish(tensors, problem, tile, work, first_of_consumer, acc, row_max, row_su
         sink = gl.load(tensors.sinks + head, owned, other=0.0).to(gl.float32) * LOG2E
         new_max = gl.maximum(row_max, sink)
         alpha = gl.exp2(row_max - new_max)
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+        acc = scaled(acc, alpha)
         row_sum = row_sum * alpha + gl.exp2(sink - new_max)
         row_max = new_max
     safe_sum = gl.where(seen, row_sum, 1.0)
@@ -536,12 +592,23 @@ def finish(tensors, problem, tile, work, first_of_consumer, acc, row_max, row_su
             lse_row = head * gl.cast(problem.queries.total_q, gl.int64) + work.first_row + i
         gl.store(tensors.lse + lse_row, lse, owned)
 
-    out = (acc * gl.convert_layout(factor, gl.SliceLayout(1, ACC))[:, None]).to(tensors.out.dtype.element_ty)
-    out = gl.convert_layout(out, LAYOUT)
+    acc = scaled(acc, factor)
+    for part in gl.static_range(len(acc)):
+        store_rows(tensors, problem, work, first_of_consumer, acc[part], 0 if part == 0 else tile.DV)
+
+
+@gluon.jit
+def store_rows(tensors, problem, work, first_of_consumer, out, COLUMN: gl.constexpr):
+    """The columns of the output from ``COLUMN`` on."""
+    GROUP: gl.constexpr = problem.queries.GROUP
+    HEADS: gl.constexpr = problem.cache.HEADS * GROUP
+    WIDTH: gl.constexpr = out.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    out = gl.convert_layout(out.to(tensors.out.dtype.element_ty), LAYOUT)
     row = first_of_consumer + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
     i = row // GROUP
     out_row = (work.first_row + i).to(gl.int64) * HEADS + work.kv_head * GROUP + row % GROUP
-    d = gl.arange(0, problem.cache.BLOCK_DV, gl.SliceLayout(0, LAYOUT))
+    d = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     stored = (i < work.owned_rows)[:, None] & (d < problem.cache.DV)[None, :]
     gl.store(tensors.out + (out_row * problem.cache.DV)[:, None] + d[None, :], out, stored)
 
@@ -565,14 +632,56 @@ def clear_rows_behind(tensors, problem, first, step):
 
 
 @gluon.jit
-def prefill_hopper(tensors: Tensors, problem: ProblemParams, tile: HopperTile, k_tiles, v_tiles):
-    DTYPE: gl.constexpr = tensors.q.dtype.element_ty
-    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, problem.cache.BLOCK_D], DTYPE)
+def allocate_queries(tensors, tile, tiles):
+    """Shared memory for blocks of queries, which have the parts of keys."""
+    q = ()
+    for part in gl.static_range(len(tiles)):
+        q = q + (allocate_rows(tensors.q.dtype.element_ty, tile, tiles[part].block_type.shape[3]),)  # noqa: RUF005
+    return q
+
+
+@gluon.jit
+def allocate_rows(DTYPE: gl.constexpr, tile, WIDTH: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDTH], DTYPE)
+    return gl.allocate_shared_memory(DTYPE, [tile.Q_SLOTS * CONSUMERS, ROWS, WIDTH], LAYOUT)
+
+
+@gluon.jit
+def allocate_ring(tile, tiles):
+    """Shared memory for tiles of keys or values."""
+    ring = ()
+    for part in gl.static_range(len(tiles)):
+        ring = ring + (allocate_slots(tile, tiles[part]),)  # noqa: RUF005
+    return ring
+
+
+@gluon.jit
+def allocate_slots(tile, tiles):
+    SHAPE: gl.constexpr = [tile.STAGES, 1, 1, tile.BLOCK_N, tiles.block_type.shape[3]]
+    return gl.allocate_shared_memory(tiles.dtype, SHAPE, tiles.layout)
+
+
+@gluon.jit
+def prefill_hopper(
+    tensors: Tensors,
+    problem: ProblemParams,
+    tile: HopperTile,
+    k_tiles,
+    v_tiles,
+    k_tail_tiles=None,  # of the second part, if there is one
+    v_tail_tiles=None,
+):
     SCALARS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     STAGES: gl.constexpr = tile.STAGES
-    q = gl.allocate_shared_memory(DTYPE, [tile.Q_SLOTS * CONSUMERS, ROWS, problem.cache.BLOCK_D], Q_LAYOUT)
-    k = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, tile.BLOCK_N, problem.cache.BLOCK_D], k_tiles.layout)
-    v = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, tile.BLOCK_N, problem.cache.BLOCK_DV], v_tiles.layout)
+    all_k_tiles = (k_tiles,)
+    all_v_tiles = (v_tiles,)
+    if k_tail_tiles is not None:
+        all_k_tiles = (k_tiles, k_tail_tiles)
+    if v_tail_tiles is not None:
+        all_v_tiles = (v_tiles, v_tail_tiles)
+    q = allocate_queries(tensors, tile, all_k_tiles)
+    k = allocate_ring(tile, all_k_tiles)
+    v = allocate_ring(tile, all_v_tiles)
     work = gl.allocate_shared_memory(gl.int32, [2 * WORK_FIELDS, 1], SCALARS)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -595,7 +704,7 @@ def prefill_hopper(tensors: Tensors, problem: ProblemParams, tile: HopperTile, k
         [
             (consume, (tensors, problem, tile, buffers, 0)),
             (consume, (tensors, problem, tile, buffers, 1)),
-            (produce, (tensors, k_tiles, v_tiles, problem, tile, buffers)),
+            (produce, (tensors, all_k_tiles, all_v_tiles, problem, tile, buffers)),
         ],
         [4, 1],  # warps of the second consumer and the producer
         [240, 24],  # their registers; the first consumer gets as many as the second
