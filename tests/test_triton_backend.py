@@ -775,6 +775,47 @@ def test_prefill_on_hopper_takes_only_the_strides_of_tma(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
+    "head_dim, parts",
+    ((33, (64, 0)), (64, (64, 0)), (72, (64, 16)), (80, (64, 16)), (96, (64, 32)), (97, (128, 0)), (128, (128, 0)),
+     (129, (128, 16)), (160, (128, 32)), (192, (128, 64)), (193, (256, 0)), (256, (256, 0))),
+)  # fmt: skip
+def test_parts_of_tiles_of_prefill_on_hopper(head_dim: int, parts: tuple[int, int]) -> None:
+    assert tiling.hopper_widths(head_dim) == parts
+
+
+def test_every_head_dim_of_prefill_on_hopper_has_a_shape() -> None:
+    widths = {tiling.hopper_widths(head_dim) for head_dim in tiling.HOPPER_HEAD_DIMS}
+    for of_keys in widths:
+        for of_values in widths:
+            assert any(tiling.fits_hopper(shape, *of_keys, *of_values) for shape in tiling.HOPPER_SHAPES if shape[0] == 64)
+
+
+@pytest.mark.parametrize("layout", ("cache", "paged", "paged varlen"))
+@pytest.mark.parametrize("head_dims", ((40, 40), (80, 80), (96, 64), (64, 192), (160, 160), (192, 128), (256, 72)), ids=str)
+def test_prefill_on_hopper_of_every_width(
+    rng: random.Random, rounds, device: str, launches: Launches, layout: str, head_dims: tuple[int, int]
+) -> None:
+    if device != "cuda" or not compiled.has_hopper_kernels(torch.device("cuda", 0)):
+        pytest.skip("needs a Hopper GPU")
+    taken = 0
+    while taken < rounds(1):
+        problem = random_problem(
+            rng, dtype=rng.choice((torch.float16, torch.bfloat16)), layout=layout, head_dims=head_dims[:1],
+            page_sizes=(16, 64, 256), max_queries=300, max_keys=900, device=device, capabilities=backend.CAPABILITIES,
+        )  # fmt: skip
+        if problem.cache.v.shape[-1] != head_dims[1] and problem.append is None:
+            v = problem.cache.v
+            wide = torch.randn(*v.shape[:-1], head_dims[1], device=device, dtype=v.dtype)
+            problem = problem.replace(v=wide)
+        signature = plan_cache.signature_of(problem)
+        if tiling.hopper_tile(signature, launch.problem_params(signature, True, "ieee", None, False)) is None:
+            continue
+        launches.kernels.clear()
+        assert_matches_reference(problem, backend.attention)
+        taken += launches.kernels[-1:] == ["prefill_hopper"] and problem.cache.v.shape[-1] == head_dims[1]
+
+
+@pytest.mark.parametrize(
     "change, taken",
     (
         ({}, True),

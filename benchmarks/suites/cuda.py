@@ -291,6 +291,9 @@ def prefill(options: Options) -> Iterator[Row]:
     dense = ((8192, 128), (2048, 128), (512, 128), (8192, 64), (8192, 80), (8192, 96), (8192, 192), (8192, 256))
     for tokens, head_dim in options.size(dense, ((256, 64),)):
         yield prefill_row(f"dense {tokens} D={head_dim}", prompts([tokens], HEADS, head_dim, DTYPE, DEVICE), rounds, clock)
+    for tokens, head_dim, v_head_dim in options.size(((8192, 192, 128),), ((256, 96, 64),)):
+        problem = prompts([tokens], HEADS, head_dim, DTYPE, DEVICE, v_head_dim)
+        yield prefill_row(f"dense {tokens} D={head_dim}, V's {v_head_dim}", problem, rounds, clock)
     for lengths in options.size((*PACKED, [128] * 64), ([40, 300],)):
         name = f"packed {len(lengths)} x {lengths[0]}" if len(set(lengths)) == 1 else f"packed {lengths}"
         yield prefill_row(name, prompts(lengths, HEADS, 128, DTYPE, DEVICE), rounds, clock)

@@ -54,8 +54,8 @@ class DescribedLaunch(CompiledLaunch):
         self._tiles = tiles
 
     def descriptors(self, tensors: Tensors) -> tuple[TensorDescriptor | None, ...]:
-        return tuple(tiles and tiles.of(tensors) for tiles in self._tiles)
+        return tuple(None if tiles is None else tiles.of(tensors) for tiles in self._tiles)
 
     @property
     def maps(self) -> tuple[MapShape | None, ...]:
-        return tuple(tiles and tiles.map for tiles in self._tiles)
+        return tuple(None if tiles is None else tiles.map for tiles in self._tiles)

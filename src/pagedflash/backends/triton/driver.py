@@ -70,7 +70,7 @@ class DriverLaunch:
         Args:
             compiled: Triton's compiled kernel, whose first parameter is a record of tensors.
             records: its other parameters, tuples of numbers and tuples.
-            descriptors: its tensor descriptors, behind those.
+            descriptors: its tensor descriptors, behind those; None where it has none.
 
         Raises:
             Unknown: it takes what is not known here.

@@ -153,7 +153,8 @@ def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile 
         return None
     widths = *hopper_widths(cache.D), *hopper_widths(cache.DV)
     most_keys = 64 if max_visible_keys(problem) <= SHORT_KEYS else 128
-    block_n, stages, q_slots = next(shape for shape in HOPPER_SHAPES if shape[0] <= most_keys and fits_hopper(shape, *widths))
+    shapes = (shape for shape in HOPPER_SHAPES if shape[0] <= most_keys)
+    block_n, stages, q_slots = next(shape for shape in shapes if fits_hopper(shape, *widths))
     box_n = block_n if cache.PAGE_SIZE is None else math.gcd(cache.PAGE_SIZE, block_n)
     takes = (
         q.element_size() == 2
@@ -184,7 +185,7 @@ def fits_hopper(shape: tuple[int, int, int], d: int, tail: int, dv: int, dv_tail
     """Whether shared memory holds queries, keys and values, and registers the output and the scores of a KV tile."""
     block_n, stages, q_slots = shape
     elements = q_slots * 128 * (d + tail) + stages * block_n * (d + tail + dv + dv_tail)
-    return 2 * elements <= HOPPER_SHARED_BYTES and 2 * (dv + dv_tail) + 3 * block_n <= 640
+    return 2 * elements <= HOPPER_SHARED_BYTES and block_n * (dv + dv_tail) <= 16384
 
 
 MLA_HEAD_DIMS = (576, 512)

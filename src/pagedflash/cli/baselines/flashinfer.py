@@ -45,8 +45,8 @@ def prefill(problem: PackedProblem, variant: str) -> Contender:
     q, k, v, _, lengths, table = problem
     offsets = problem.cu_seqlens_q
     heads = (q.shape[1], k.shape[-2], q.shape[2])
-    options: dict[str, Any] = dict(causal=True, q_data_type=q.dtype, kv_data_type=k.dtype)
-    out = torch.empty_like(q)
+    options: dict[str, Any] = dict(causal=True, q_data_type=q.dtype, kv_data_type=k.dtype, head_dim_vo=v.shape[-1])
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
     if table is None:
         wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(
             _workspace(),

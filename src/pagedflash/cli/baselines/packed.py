@@ -44,7 +44,7 @@ class PackedProblem(NamedTuple):
     def operations(self) -> float:
         """Floating-point operations of the pairs that are seen."""
         pairs = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(self.lengths_q, self.lengths_k))
-        return 4 * pairs * self.q.shape[1] * self.q.shape[2]
+        return 2 * pairs * self.q.shape[1] * (self.q.shape[2] + self.v.shape[-1])
 
     def gathered(self) -> PackedProblem:
         """The same on packed keys."""
@@ -59,10 +59,18 @@ class PackedProblem(NamedTuple):
         return torch.tensor(values, dtype=torch.int32, device=self.q.device)
 
 
-def prompts(lengths: list[int], heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: str) -> PackedProblem:
-    """Whole prompts, keys packed like queries."""
+def prompts(
+    lengths: list[int],
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    v_head_dim: int | None = None,
+) -> PackedProblem:
+    """Whole prompts, keys packed like queries, and values as wide as keys unless ``v_head_dim`` is given."""
     q_heads, kv_heads = heads
-    q, k, v = (torch.randn(sum(lengths), n, head_dim, device=device, dtype=dtype) for n in (q_heads, kv_heads, kv_heads))
+    widths = ((q_heads, head_dim), (kv_heads, head_dim), (kv_heads, v_head_dim or head_dim))
+    q, k, v = (torch.randn(sum(lengths), *width, device=device, dtype=dtype) for width in widths)
     return PackedProblem(q, k, v, lengths, lengths)
 
 

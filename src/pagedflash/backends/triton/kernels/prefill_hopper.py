@@ -23,8 +23,8 @@ product of the next block.
 
 KV tiles are visited from the last to the first. Only those at the edges of what the rows see are masked.
 
-The width of a tile is a power of two. A head dim of 96 or 192 is two of them, 64 and 32, or 128 and 64: queries, keys, values
-and outputs are tuples of such parts, and so is their shared memory.
+The width of a tile is a power of two. A head dim of 96 or 192 is two of them, 64 and 32, or 128 and 64: queries, keys,
+values and outputs are tuples of such parts, and so is their shared memory.
 Source: Shah et al., "FlashAttention-3" (2024).
 """
 
