@@ -127,6 +127,13 @@ def long(head_dim: int, page_size: int | None, dtype: torch.dtype = torch.bfloat
     )  # fmt: skip
 
 
+def narrow_values(head_dim: int) -> AttentionProblem:
+    """Values narrower than keys."""
+    problem = long(head_dim, None)
+    v = problem.cache.v
+    return problem.replace(v=v.new_zeros(*v.shape[:-1], 80))
+
+
 if __name__ == "__main__":
     assert not compiled.INTERPRETED
     launch.num_sms = gradients.num_sms = lambda device: 132
@@ -155,10 +162,11 @@ if __name__ == "__main__":
         long(64, None),
         long(128, 16),
         long(256, 64, torch.float16),
+        long(192, 16),
         *with_formats,
         wide(1, 128, torch.bfloat16, 576, 512, True),
         wide(70, 2, torch.float32, 512, 512),
-        *([*other_formats, *every_width] if "--all" in sys.argv else ()),
+        *([*other_formats, *every_width, *map(narrow_values, (64, 96, 160, 192, 256))] if "--all" in sys.argv else ()),
     )
     for number, problem in enumerate(inference):
         launch.attention(problem, with_lse=number % 2 == 0)

@@ -132,7 +132,7 @@ HOPPER_SHAPES = ((128, 3, 2), (128, 2, 2), (128, 2, 1), (64, 3, 2), (64, 3, 1), 
 """BLOCK_N, STAGES and Q_SLOTS of ``prefill_hopper``, of which the first is taken that shared memory and registers hold."""
 
 HOPPER_SHARED_BYTES = 226 << 10
-"""For queries, keys and values; barriers take the rest."""
+"""For queries, keys, values, and the output on its way to rows in order; barriers take the rest."""
 
 HOPPER_HEAD_DIMS = range(33, 257)
 """That ``prefill_hopper`` takes: smaller ones would mostly be padding."""
@@ -182,9 +182,9 @@ def hopper_widths(head_dim: int) -> tuple[int, int]:
 
 
 def fits_hopper(shape: tuple[int, int, int], d: int, tail: int, dv: int, dv_tail: int) -> bool:
-    """Whether shared memory holds queries, keys and values, and registers the output and the scores of a KV tile."""
+    """Whether shared memory has the room, and registers hold the output and the scores of a KV tile."""
     block_n, stages, q_slots = shape
-    elements = q_slots * 128 * (d + tail) + stages * block_n * (d + tail + dv + dv_tail)
+    elements = q_slots * 128 * (d + tail) + stages * block_n * (d + tail + dv + dv_tail) + 64 * max(dv, 128)
     return 2 * elements <= HOPPER_SHARED_BYTES and block_n * (dv + dv_tail) <= 16384
 
 
