@@ -328,11 +328,11 @@ def _plan_decode_hopper(
     options: dict[str, int],
 ) -> CompiledLaunch:
     from .descriptors import DescribedLaunch, K, TileDescriptor, V  # these two need Gluon
-    from .kernels.decode_hopper import decode_hopper
+    from .kernels.decode_hopper import HALF, decode_hopper
 
     k, v = problem.cache.k, problem.cache.v
     tails = TileDescriptor(K, k, tile.BOX_N, params.cache.BLOCK_TAIL)
-    latents = TileDescriptor(V, v, tile.BOX_N, params.cache.BLOCK_DV)
+    latents = TileDescriptor(V, v, tile.BOX_N, HALF.value)
     return DescribedLaunch([tails, latents], decode_hopper, grid, params, tile, problem.queries.q.device, aligned, **options)
 
 

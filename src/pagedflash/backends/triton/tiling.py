@@ -191,8 +191,8 @@ def fits_hopper(shape: tuple[int, int, int], d: int, tail: int, dv: int, dv_tail
 MLA_HEAD_DIMS = (576, 512)
 """Of keys and values, that ``decode_hopper`` takes: tiles of 512 and a tail of 64."""
 
-HOPPER_DECODE = Tiling(64, 64, 8, 1, ctas_per_sm=1)
-"""Of ``decode_hopper``: rows, keys, warps of its consumer; its grid has one CTA an SM."""
+HOPPER_DECODE = Tiling(64, 64, 4, 1, ctas_per_sm=1)
+"""Of ``decode_hopper``: rows, keys, warps of a consumer; its grid has one CTA an SM."""
 
 
 def decode_box(problem: AttentionProblem, params: ProblemParams) -> int:

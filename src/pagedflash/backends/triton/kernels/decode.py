@@ -22,16 +22,7 @@ from .output import clear_rows_behind, store_output
 from .paging import load_pages, view_kv
 from .params import DecodeTile, ProblemParams, Tensors
 from .queries import load_queries
-from .schedule import (
-    cta_of,
-    first_tile_of,
-    kv_tiles,
-    locate_sequence,
-    part_of,
-    sequence_of,
-    sequence_work,
-    share_tiles,
-)
+from .schedule import behind, cta_of, part_of, share_of
 from .score import RowScores, row_scores
 from .sequence import load_rows
 from .softmax import SoftmaxState, attend_tile
@@ -39,11 +30,9 @@ from .softmax import SoftmaxState, attend_tile
 
 @triton.jit
 def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
-    """A CTA takes the KV tiles ``[tile_index, tile_end)``, work tile by work tile."""
+    """A CTA takes its share of the KV tiles, work tile by work tile."""
     GROUP: tl.constexpr = problem.queries.GROUP
-    KV_HEADS: tl.constexpr = problem.cache.HEADS
     cta = tl.program_id(0)
-    batch_size = problem.queries.batch_size
 
     if tile.PDL:
         gdc_launch_dependents()  # combine may be set up while this runs
@@ -51,26 +40,11 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     if tensors.cu_seqlens_q is not None:
         clear_rows_behind(tensors, problem, cta, tl.num_programs(0))
 
-    # ---- This CTA's KV tiles, and the sequence of the first ----
-    if tile.SPLIT_KV:
-        lanes = tl.arange(0, tile.BLOCK_B)
-        _, total_tiles, longest, work_tiles = locate_sequence(tensors, problem, tile, 0, lanes)
-        shares = share_tiles(total_tiles, longest, work_tiles, tile.num_ctas)
-        tile_index = first_tile_of(cta, shares)
-        tile_end = first_tile_of(cta + 1, shares)
-        b, sequence_begin = sequence_of(tensors, problem, tile, tile_index, lanes, kv_tiles)
-    else:
-        b = cta // KV_HEADS
-        tiles = sequence_work(tensors, problem, tile, b, b < batch_size).tiles
-        sequence_begin = 0
-        tile_index = cta % KV_HEADS * tiles
-        tile_end = tile_index + tiles
-
-    # ---- Work tile by work tile ----
     row = tl.arange(0, tile.BLOCK_M)
     i = row // GROUP
-    while tile_index < tile_end:
-        part = part_of(tensors, problem, tile, tile_index, tile_end, b, sequence_begin)
+    share = share_of(tensors, problem, tile, cta, tl.arange(0, tile.BLOCK_B))
+    while share.tile_index < share.tile_end:
+        part = part_of(tensors, problem, tile, share)
         b, kv_head, count = part.b, part.kv_head, part.count
         tiles = part.work_end - part.work_begin
 
@@ -104,7 +78,7 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
 
         # The new tokens, with the last tile.
         if tile.BLOCK_NEW > 0:
-            if tile_index + count == part.work_end:
+            if share.tile_index + count == part.work_end:
                 seqlen_cached = part.seqlen_k - problem.append.seqlen_new
                 token = tl.arange(0, tile.BLOCK_NEW)
                 seqlen_cached = tl.where(part.seqlen_k < 0, -1, seqlen_cached)
@@ -116,11 +90,11 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
         total = SoftmaxState(join_acc(problem, total.acc), total.row_max, total.row_sum)
         if tile.SPLIT_KV:
             if count < tiles:
-                work_tile = b * KV_HEADS + kv_head
+                work_tile = b * problem.cache.HEADS + kv_head
                 store_split(tensors, problem, tile, work_tile + cta, total, owned_rows)
                 if tensors.semaphores is not None:
-                    first_cta = cta_of(part.work_begin, shares)
-                    last_cta = cta_of(part.work_end - 1, shares)
+                    first_cta = cta_of(part.work_begin, share.shares)
+                    last_cta = cta_of(part.work_end - 1, share.shares)
                     if is_last(tensors.semaphores + work_tile, last_cta - first_cta):
                         reduced = reduce_few(tensors, problem, tile, work_tile + first_cta, work_tile + last_cta, owned_rows)
                         reduced_row = tl.arange(0, tile.ROWS)
@@ -131,7 +105,4 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
         if count == tiles:
             store_output(tensors, problem, total, b, first_row, i, kv_head, head, i < owned_rows)
 
-        tile_index += count
-        if tile_index == sequence_begin + tiles * KV_HEADS:
-            b += 1
-            sequence_begin = tile_index
+        share = behind(problem, share, part)

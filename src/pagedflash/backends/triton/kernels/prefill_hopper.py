@@ -205,14 +205,7 @@ def hand_out(buffers, work, number):
 @gluon.jit
 def load_tiles(tensors, k_tiles, v_tiles, problem, tile, buffers, work, loaded, cleared):
     """The KV tiles of a block, from the last to the first. Returns how many were loaded, and cleared, so far."""
-    row = work.b
-    offset = 0
-    if tensors.block_table is None:
-        if tensors.cu_seqlens_k is not None:
-            row = 0
-            offset = load_first_key(tensors, problem, work.b, True)
-        elif tensors.cache_batch_idx is not None:
-            row = clamp(gl.load(tensors.cache_batch_idx + work.b), 0, problem.cache.num_pages - 1)
+    row, offset = row_of(tensors, problem, work.b)
     # Slots [valid_begin, valid_end) hold keys that some query of the sequence sees; others may hold anything.
     valid_begin = 0
     valid_end = gl.maximum(work.seqlen_k, 0)
@@ -262,6 +255,20 @@ def clear_values(tile, values, first_slot, begin, end):
             for column in gl.static_range(COLUMNS):
                 lines.index(column * tile.BLOCK_N + row).store(zeros)
     fence_async_shared()
+
+
+@gluon.jit
+def row_of(tensors, problem, b):
+    """(the row of a contiguous cache that has the keys of sequence ``b``, the slot of the first one there)"""
+    row = b
+    offset = 0
+    if tensors.block_table is None:
+        if tensors.cu_seqlens_k is not None:
+            row = 0
+            offset = load_first_key(tensors, problem, b, True)
+        elif tensors.cache_batch_idx is not None:
+            row = clamp(gl.load(tensors.cache_batch_idx + b), 0, problem.cache.num_pages - 1)
+    return row, offset
 
 
 @gluon.jit

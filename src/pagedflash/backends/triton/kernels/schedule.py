@@ -46,6 +46,16 @@ class Shares(NamedTuple):
     total_tiles: Any
 
 
+class Share(NamedTuple):
+    """What a CTA has left of its share: the KV tiles ``[tile_index, tile_end)``."""
+
+    tile_index: Any
+    tile_end: Any
+    b: Any  # the sequence of the first one, or one before it that has no KV tiles
+    sequence_begin: Any  # that sequence's first KV tile
+    shares: Any  # of all CTAs
+
+
 class SequenceWork(NamedTuple):
     """Of one sequence, or a vector of them."""
 
@@ -125,8 +135,28 @@ def sequence_of(tensors, problem, tile, tile_index, lanes, COUNT: tl.constexpr):
 
 
 @triton.jit
-def part_of(tensors, problem, tile, tile_index, tile_end, b, sequence_begin):
-    """The next part of the KV tiles ``[tile_index, tile_end)``, the first of which is of sequence ``b`` or one behind it."""
+def share_of(tensors, problem, tile, cta, lanes):
+    """The share of a CTA. Where work is not split, each has one work tile. ``lanes``: 0 to BLOCK_B - 1."""
+    if tile.SPLIT_KV:
+        _, total_tiles, longest, work_tiles = locate_sequence(tensors, problem, tile, 0, lanes)
+        shares = share_tiles(total_tiles, longest, work_tiles, tile.num_ctas)
+        tile_index = first_tile_of(cta, shares)
+        tile_end = first_tile_of(cta + 1, shares)
+        b, sequence_begin = sequence_of(tensors, problem, tile, tile_index, lanes, kv_tiles)
+    else:
+        b = cta // problem.cache.HEADS
+        tiles = sequence_work(tensors, problem, tile, b, b < problem.queries.batch_size).tiles
+        sequence_begin = 0
+        tile_index = cta % problem.cache.HEADS * tiles
+        tile_end = tile_index + tiles
+        shares = Shares(1, tiles, tile_end)
+    return Share(tile_index, tile_end, b, sequence_begin, shares)
+
+
+@triton.jit
+def part_of(tensors, problem, tile, share):
+    """The next part of a share."""
+    b, tile_index, sequence_begin = share.b, share.tile_index, share.sequence_begin
     work = sequence_work(tensors, problem, tile, b, b < problem.queries.batch_size)
     if problem.queries.DECODE_LIMIT is not None:
         while work.tiles == 0:
@@ -136,10 +166,21 @@ def part_of(tensors, problem, tile, tile_index, tile_end, b, sequence_begin):
     work_begin = sequence_begin + kv_head * work.tiles
     work_end = work_begin + work.tiles
     first_tile = work.begin // tile.BLOCK_N + (tile_index - work_begin)
-    count = tl.minimum(work_end, tile_end) - tile_index
+    count = tl.minimum(work_end, share.tile_end) - tile_index
     return Part(
         b, kv_head, first_tile, count, work_begin, work_end, work.seqlen_q, work.seqlen_k, work.begin, work.end
     )  # fmt: skip
+
+
+@triton.jit
+def behind(problem, share, part):
+    """The share behind its next part."""
+    tile_index = share.tile_index + part.count
+    sequence_end = share.sequence_begin + (part.work_end - part.work_begin) * problem.cache.HEADS
+    is_next = tile_index == sequence_end
+    b = part.b + is_next.to(tl.int32)
+    sequence_begin = tl.where(is_next, sequence_end, share.sequence_begin)
+    return Share(tile_index, share.tile_end, b, sequence_begin, share.shares)
 
 
 @triton.jit
