@@ -65,6 +65,7 @@ def cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "DTYPE", torch.float32)
     monkeypatch.setattr(cuda, "GraphClock", lambda written=False: CountingClock())
     monkeypatch.setattr(cuda, "HostClock", CountingClock)
+    monkeypatch.setattr(cuda, "compile_ahead", lambda cases: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
 

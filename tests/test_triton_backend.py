@@ -149,6 +149,116 @@ def test_mla_decode_of_wrong_lengths_and_tables(device: str) -> None:
     torch.cuda.synchronize()
 
 
+def _rows_problem(device: str, lengths: list[int], heads: tuple[int, int], queries: int, head_dim: int, layout: str | int):
+    """Several queries a sequence; keys in pages of a size, in rows of a dense cache, or packed. NaN wherever no key is."""
+    page_size = layout if isinstance(layout, int) else 16
+    options: dict[str, Any] = dict(heads=heads[0], kv_heads=heads[1], head_dim=head_dim, dtype=torch.bfloat16)
+    problem = _decode_problem(device, lengths, page_size=page_size, **options)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(len(lengths), queries, heads[0], head_dim, generator=generator).to(device, torch.bfloat16)
+    problem = problem.replace(q=q, max_seqlen_q=queries)
+    if layout == "dense":
+        rows = problem.cache.block_table.long()
+        problem = problem.replace(
+            block_table=None,
+            k=problem.cache.k[rows].flatten(1, 2),
+            v=problem.cache.v[rows].flatten(1, 2).flip(0).contiguous(),
+        )
+        problem = problem.replace(k=problem.cache.k.flip(0).contiguous())
+        order = torch.arange(len(lengths), device=device, dtype=torch.int32).flip(0)
+        problem = problem.replace(cache_batch_idx=order)
+    if layout == "packed":
+        rows = problem.cache.block_table.long()
+        k, v = (
+            torch.cat([cache[row].flatten(0, 1)[:n] for row, n in zip(rows, lengths)]) for cache in problem.cache[:2]
+        )  # fmt: skip
+        offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+        problem = problem.replace(
+            block_table=None, seqused_k=None, k=k, v=v, cu_seqlens_k=offsets, max_seqlen_k=max(lengths)
+        )
+    return problem
+
+
+ROWS_LENGTHS = [2500, 1, 63, 64, 65, 300, 1025] * 2
+"""Work tiles for a fifth of the SMs: fewer are decode's."""
+
+ROWS_OPTIONS: dict[str, Callable[[int, int, int, str], dict[str, Any]]] = {
+    "none": lambda batch, heads, queries, device: {},
+    "window": lambda batch, heads, queries, device: dict(window_left=100),
+    "window to both sides": lambda batch, heads, queries, device: dict(window_left=70, window_right=5),
+    "not causal": lambda batch, heads, queries, device: dict(window_right=-1),
+    "softcap": lambda batch, heads, queries, device: dict(softcap=3.0),
+    "slopes": lambda batch, heads, queries, device: dict(alibi_slopes=torch.rand(batch, heads, device=device)),
+    "sinks": lambda batch, heads, queries, device: dict(sinks=torch.randn(heads, device=device)),
+    "three splits": lambda batch, heads, queries, device: dict(num_splits=3),
+    "no splits": lambda batch, heads, queries, device: dict(num_splits=1),
+    "left padding": lambda batch, heads, queries, device: dict(
+        cache_leftpad=torch.tensor([1000, 0, 0, 30, 0, 200, 1024] * 2, device=device, dtype=torch.int32)
+    ),
+    "skipped": lambda batch, heads, queries, device: dict(
+        seqused_k=torch.tensor([2500, -1, 0, 64, 65, 300, 1025] * 2, device=device, dtype=torch.int32)
+    ),
+    "unused queries": lambda batch, heads, queries, device: dict(
+        cu_seqlens_q=torch.arange(batch + 1, device=device, dtype=torch.int32) * queries,
+        seqused_q=torch.tensor([queries, 0, 1, queries, 2, 3, queries] * 2, device=device, dtype=torch.int32),
+    ),
+}
+
+
+@pytest.mark.parametrize("option", ROWS_OPTIONS)
+@pytest.mark.parametrize(
+    "heads, queries, head_dim, layout",
+    (
+        ((8, 2), 16, 128, 16),
+        ((9, 3), 6, 64, 48),
+        ((32, 2), 4, 128, 256),
+        ((10, 2), 20, 80, "dense"),
+        ((8, 2), 16, 64, "packed"),
+    ),
+)
+def test_decode_of_many_rows(
+    device: str, launches: Launches, heads: tuple[int, int], queries: int, head_dim: int, layout: str | int, option: str
+) -> None:
+    _on_gpu(device)
+    problem = _rows_problem(device, ROWS_LENGTHS, heads, queries, head_dim, layout)
+    changes = ROWS_OPTIONS[option](problem.batch_size, heads[0], queries, device)
+    if layout == "packed" and option in ("left padding", "skipped"):
+        pytest.skip("not for packed keys")
+    if "cu_seqlens_q" in changes:
+        changes["q"] = problem.queries.q.flatten(0, 1)
+    problem = problem.replace(**changes)
+    assert_matches_reference(problem, backend.attention)
+    if option == "none":
+        in_half = problem.map_tensors(lambda x: x.half() if x.dtype == torch.bfloat16 else x)
+        assert_matches_reference(in_half, backend.attention)
+    if compiled.has_hopper_kernels(torch.device(device)):
+        assert "decode_rows_hopper" in launches.kernels
+
+
+def test_decode_of_many_rows_appends(device: str, launches: Launches) -> None:
+    _on_gpu(device)
+    problem = _rows_problem(device, ROWS_LENGTHS, (8, 2), 8, 128, 16)
+    new = torch.randn(2, len(ROWS_LENGTHS), 8, 2, 128, device=device).bfloat16()
+    lengths = problem.cache.seqused_k - 8
+    assert_matches_reference(problem.replace(k_new=new[0], v_new=new[1], seqused_k=lengths.clamp(min=0)), backend.attention)
+    if compiled.has_hopper_kernels(torch.device(device)):
+        assert launches.kernels[:2] == ["kv_write", "decode_rows_hopper"]
+
+
+def test_decode_of_many_rows_of_wrong_lengths_and_tables(device: str) -> None:
+    """What comes out lies within what the cache holds: the sanitizer runs this too."""
+    _on_gpu(device)
+    for layout in (16, "dense", "packed"):
+        problem = _rows_problem(device, ROWS_LENGTHS, (8, 2), 16, 128, layout)
+        offsets = torch.arange(len(ROWS_LENGTHS) + 1, device=device, dtype=torch.int32) * 16
+        problem = problem.replace(q=problem.queries.q.flatten(0, 1), cu_seqlens_q=offsets)
+        for name, tensor in problem.named_fields().items():
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32:
+                for value in WRONG_LENGTHS:
+                    backend.attention(problem.replace(**{name: torch.full_like(tensor, value)}))
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize(
     "head_dim, v_head_dim, in_k, widths",
     (
@@ -761,7 +871,7 @@ def test_kernels_compile_without_a_gpu(tmp_path: Path, request: pytest.FixtureRe
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     kernels = {"decode", "combine", "kv_write", "prefill", "row_gradients", "keys_backward", "queries_backward"}
-    kernels |= {"prefill_hopper", "decode_hopper"} if compiled.knows_gluon() else set()
+    kernels |= {"prefill_hopper", "decode_hopper", "decode_rows_hopper"} if compiled.knows_gluon() else set()
     assert set(run.stdout.split()) == kernels
 
 
@@ -837,6 +947,38 @@ def test_mla_decode_on_hopper_takes_what_tma_loads(
     box = tiling.decode_box(problem, launch.problem_params(problem, True, "ieee", None, True))
     assert (box > 0) == taken
     assert tiling.decode_box(problem, launch.problem_params(problem, True, "ieee", None, False)) == 0, "V of its own"
+
+
+@pytest.mark.parametrize(
+    "change, rows, block_m, most_rows",
+    (
+        ({}, 64, 64, 128),
+        ({}, 128, 128, 128),
+        ({}, 16, None, 128),
+        (dict(batch=2), 64, None, 64),
+        (dict(batch=2, num_splits=3), 64, 64, 128),
+        (dict(page_size=8), 64, None, 64),
+        (dict(head_dim=256), 64, None, 64),
+        (dict(dtype=torch.float32), 64, None, 64),
+    ),
+    ids=str,
+)
+def test_decode_on_hopper_takes_many_rows_of_many_work_tiles(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], rows: int, block_m: int | None, most_rows: int
+) -> None:
+    monkeypatch.setattr(tiling, "has_hopper_kernels", lambda device: True)
+    options: dict[str, Any] = dict(batch=8, head_dim=128, page_size=16, dtype=torch.bfloat16, num_splits=0) | change
+    batch, head_dim, dtype = options["batch"], options["head_dim"], options["dtype"]
+    pages = torch.zeros(16, options["page_size"], 4, head_dim, dtype=dtype)
+    problem = AttentionProblem.of_fields(
+        q=torch.zeros(batch, rows // 4, 16, head_dim, dtype=dtype), k=pages, v=pages.clone(), max_seqlen_q=rows // 4,
+        block_table=torch.zeros(batch, 128, dtype=torch.int32), seqused_k=torch.zeros(batch, dtype=torch.int32),
+        max_seqlen_k=128 * options["page_size"], num_splits=options["num_splits"],
+    )  # fmt: skip
+    params = launch.problem_params(problem, True, "ieee", None, False)
+    tile = tiling.rows_tile(problem, params, rows, 132)
+    assert (tile and tile.block_m) == block_m
+    assert tiling.decode_rows(problem, params, 132) == most_rows
 
 
 class _Kernel:

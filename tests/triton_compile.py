@@ -134,6 +134,19 @@ def narrow_values(head_dim: int) -> AttentionProblem:
     return problem.replace(v=v.new_zeros(*v.shape[:-1], 80))
 
 
+def drafts(heads: int, head_dim: int, page_size: int | None, with_options: bool) -> AttentionProblem:
+    """What Hopper's decode of many rows takes: sixteen queries a sequence, over pages or rows of a dense cache."""
+    batch, queries, kv_heads, keys = 32, 16, 8, 2048
+    cache = torch.zeros(batch * keys // (page_size or keys), page_size or keys, kv_heads, head_dim, dtype=torch.bfloat16)
+    table = None if page_size is None else torch.zeros(batch, keys // page_size, dtype=torch.int32)
+    options: dict[str, Any] = dict(softcap=1.0, alibi_slopes=torch.zeros(heads), cache_leftpad=torch.zeros(batch).int())
+    return AttentionProblem.of_fields(
+        q=torch.zeros(batch, queries, heads, head_dim, dtype=torch.bfloat16), k=cache, v=cache.clone(), block_table=table,
+        seqused_k=torch.zeros(batch, dtype=torch.int32), max_seqlen_q=queries, max_seqlen_k=keys, window_right=0,
+        **(options if with_options else {}),
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
     assert not compiled.INTERPRETED
     launch.num_sms = gradients.num_sms = lambda device: 132
@@ -163,6 +176,8 @@ if __name__ == "__main__":
         long(128, 16),
         long(256, 64, torch.float16),
         long(192, 16),
+        drafts(32, 128, 16, False),
+        drafts(64, 64, None, True),
         *with_formats,
         wide(1, 128, torch.bfloat16, 576, 512, True),
         wide(70, 2, torch.float32, 512, 512),

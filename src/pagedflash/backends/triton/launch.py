@@ -40,13 +40,15 @@ from .kernels.score import ScoreParams
 from .semaphores import semaphores
 from .tiling import (
     HOPPER_DECODE,
+    Tiling,
     decode_box,
+    decode_rows,
     decode_tiling,
     hopper_tile,
-    max_decode_rows,
     power_of_two,
     prefill_tiling,
     row_align,
+    rows_tile,
     stride_factor,
     tile_widths,
     widest,
@@ -88,6 +90,9 @@ DECODE_SPLITS, DECODE_VALUES = 8, 4096
 
 MANY_SPLITS = 64
 """From so many on, on average, an SM has one CTA: that halves what is stored and reduced, which takes the most time then."""
+
+ROWS_VALUES = 16384
+"""The same of a warp group of ``decode_rows_hopper``."""
 
 COMBINE_SPLITS, COMBINE_VALUES = 64, 8192
 """The same of ``combine``."""
@@ -172,7 +177,9 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, sa
     """``same``: whether k and v have the same address."""
     device = problem.queries.q.device
     max_seqlen_q, group = problem.queries.max_seqlen_q, problem.group
-    heads_together = _heads_together(problem, max_seqlen_q, same)
+    params = problem_params(problem, aligned, precision, None, same)
+    most_rows = decode_rows(problem, params, num_sms(device))
+    heads_together = _heads_together(group, max_seqlen_q, most_rows)
     few_queries = MORE_QUERIES if _is_prefill_slow(problem) else FEW_QUERIES
     is_decode = heads_together == group or (heads_together > 0 and max_seqlen_q <= few_queries)
     is_mixed = not is_decode and may_be_mixed(problem)
@@ -191,7 +198,7 @@ def _plan_attention(problem: AttentionProblem, aligned: bool, precision: str, sa
         return plan
     decode_limit = max(1, MIXED_DECODE_ROWS // group) if is_mixed else None
     if is_mixed:
-        heads_together = _heads_together(problem, cast(int, decode_limit), same)
+        heads_together = _heads_together(group, cast(int, decode_limit), most_rows)
     if is_decode or is_mixed:
         params = problem_params(problem, aligned, precision, decode_limit, same, group // heads_together, True)
         plan = _with_decode(plan, problem, params, aligned, fused_tokens)
@@ -208,12 +215,9 @@ def _is_prefill_slow(problem: AttentionProblem) -> bool:
     return is_quantized or 2 * problem.batch_size * problem.cache.k.shape[-2] < num_sms(problem.queries.q.device)
 
 
-def _heads_together(problem: AttentionProblem, queries: int, same: bool) -> int:
-    """Query heads of a KV head that share a tile of ``decode``, of so many queries each: all, or a part; 0 if none fits."""
-    widths = tile_widths(problem.cache, same)
-    width = widest(widths.block_d, widths.block_dv, widths.block_tail)
-    most = max_decode_rows(width, problem.queries.q.element_size())
-    return max((n for n in range(1, problem.group + 1) if problem.group % n == 0 and n * queries <= most), default=0)
+def _heads_together(group: int, queries: int, most_rows: int) -> int:
+    """Query heads of a KV head that share a tile of decode, of so many queries each: all, or a part; 0 if none fits."""
+    return max((n for n in range(1, group + 1) if group % n == 0 and n * queries <= most_rows), default=0)
 
 
 def _plan_prefill(problem: AttentionProblem, params: ProblemParams, aligned: bool) -> CompiledLaunch:
@@ -258,14 +262,19 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     rows = power_of_two(max(longest, 1) * params.queries.GROUP)
     cache_element_size = min(problem.cache.k.element_size(), problem.cache.v.element_size())
     both_words = cache.K_WORDS is not None and cache.V_WORDS is not None
-    box = decode_box(problem, params)
-    if box:
+    box, stages, reducers = decode_box(problem, params), 0, 1
+    rows_hopper = rows_tile(problem, params, rows, num_sms(device))
+    if rows_hopper is not None:
+        block_m, block_n, box, stages = rows_hopper
+        tiling = Tiling(block_m, block_n, 4, 1, ctas_per_sm=1)
+        reducers = block_m // 64
+    elif box:
         tiling = HOPPER_DECODE
-        if fused_tokens:
-            fused_tokens = 0
-            plan = plan._replace(write=_plan_write(problem.write, aligned, cache.V_IN_K))
     else:
         tiling = decode_tiling(rows, _widest(cache), q.element_size(), cache_element_size, cache.V_IN_K, both_words)
+    if box and fused_tokens:
+        fused_tokens = 0
+        plan = plan._replace(write=_plan_write(problem.write, aligned, cache.V_IN_K))
 
     few_keys = MAX_UNSPLIT_TILES * tiling.block_n
     if 2 * work_tiles >= num_sms(device):
@@ -277,9 +286,9 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
         num_ctas = num_sms(device)
     if num_splits or not split_kv:
         num_ctas = work_tiles * max(num_splits, 1)
-    splits, split_values = -(-num_ctas // work_tiles), rows * block_dv  # of a work tile, on average; of a split
+    splits, split_values = -(-num_ctas // work_tiles), rows * block_dv // reducers  # of a work tile, on average; of a split
     reduces_itself = (
-        not box
+        (not box or rows_hopper is not None)
         and splits <= MAX_FUSED_SPLITS
         and splits * split_values <= MAX_FUSED_VALUES
         and split_values <= MAX_SPLIT_VALUES
@@ -287,9 +296,10 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
     pdl = split_kv and not reduces_itself and has_pdl(device)
 
     # ``combine`` takes rows together where there are enough work tiles to fill the device, else one by one.
-    together = rows if reduces_itself else min(rows, COMBINE_VALUES // block_dv)
-    reduce_rows = together if reduces_itself or work_tiles >= num_sms(device) else 1
-    most, values = (DECODE_SPLITS, DECODE_VALUES) if reduces_itself else (COMBINE_SPLITS, COMBINE_VALUES)
+    together = min(rows, COMBINE_VALUES // block_dv) if work_tiles >= num_sms(device) else 1
+    most, values = COMBINE_SPLITS, COMBINE_VALUES // (together * block_dv)
+    if reduces_itself:
+        most, values = DECODE_SPLITS, (ROWS_VALUES if rows_hopper else DECODE_VALUES) // split_values
     tile = DecodeTile(
         ROWS=rows,
         BLOCK_M=tiling.block_m,
@@ -297,11 +307,12 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
         BLOCK_NEW=max(16, power_of_two(fused_tokens)) if fused_tokens else 0,
         BLOCK_B=lengths_together(batch_size),
         SPLIT_KV=split_kv,
-        REDUCE_ROWS=reduce_rows,
-        REDUCE_SPLITS=max(1, min(most, power_of_two(splits + 1), values // (reduce_rows * block_dv))),
+        REDUCE_ROWS=together,
+        REDUCE_SPLITS=max(1, min(most, power_of_two(splits + 1), values)),
         PDL=pdl,
         num_ctas=num_ctas if split_kv else 0,
         BOX_N=box,
+        STAGES=stages,
     )
     grid = (num_ctas, 1, 1)
     if box:
@@ -313,8 +324,8 @@ def _with_decode(plan: _Plan, problem: AttentionProblem, params: ProblemParams, 
         return plan
     plan = plan._replace(partials=contiguous(((work_tiles + num_ctas) * rows * (block_dv + 2),), torch.float32, device))
     if reduces_itself:
-        return plan._replace(semaphores=work_tiles)
-    grid = (kv_heads * rows // reduce_rows, batch_size, 1)
+        return plan._replace(semaphores=work_tiles * reducers)
+    grid = (kv_heads * rows // together, batch_size, 1)
     options: dict[str, object] = dict(num_warps=4, num_stages=1, **(dict(launch_pdl=True) if pdl else {}))
     return plan._replace(attend=(launch, CompiledLaunch(combine, grid, params, tile, device, aligned, **options)))
 
@@ -327,13 +338,17 @@ def _plan_decode_hopper(
     aligned: bool,
     options: dict[str, int],
 ) -> CompiledLaunch:
-    from .descriptors import DescribedLaunch, K, TileDescriptor, V  # these two need Gluon
+    from .descriptors import DescribedLaunch, K, TileDescriptor, V  # these three need Gluon
     from .kernels.decode_hopper import HALF, decode_hopper
+    from .kernels.decode_rows_hopper import decode_rows_hopper
 
-    k, v = problem.cache.k, problem.cache.v
-    tails = TileDescriptor(K, k, tile.BOX_N, params.cache.BLOCK_TAIL)
-    latents = TileDescriptor(V, v, tile.BOX_N, HALF.value)
-    return DescribedLaunch([tails, latents], decode_hopper, grid, params, tile, problem.queries.q.device, aligned, **options)
+    k, v, cache = problem.cache.k, problem.cache.v, params.cache
+    if cache.V_IN_K:
+        kernel, k_width, v_width = decode_hopper, cache.BLOCK_TAIL, HALF.value
+    else:
+        kernel, k_width, v_width = decode_rows_hopper, cache.BLOCK_D, cache.BLOCK_DV
+    tiles = [TileDescriptor(K, k, tile.BOX_N, k_width), TileDescriptor(V, v, tile.BOX_N, v_width)]
+    return DescribedLaunch(tiles, kernel, grid, params, tile, problem.queries.q.device, aligned, **options)
 
 
 def _widest(cache: CacheParams) -> int:

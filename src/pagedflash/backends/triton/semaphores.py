@@ -8,7 +8,6 @@ a call that is captured in a CUDA graph keeps its own for good, since a graph ma
 from __future__ import annotations
 
 import threading
-from functools import cache
 
 import torch
 import triton
@@ -37,20 +36,16 @@ def semaphores(device: torch.device, count: int) -> Tensor:
     if INTERPRETED:
         return torch.zeros(count, dtype=torch.int32, device=device)
     stream = triton.runtime.driver.active.get_current_stream(device.index)
-    if _has_graphs(device) and torch.cuda.is_current_stream_capturing():
+    has_graphs = device.type == "cuda"
+    if has_graphs and torch.cuda.is_current_stream_capturing():
         return _for_capture(device, count)
     mine = _of_stream.get((device.index, stream))
     if mine is None or mine.numel() < count:
         mine = torch.zeros(max(count, SEMAPHORES_OF_A_STREAM), dtype=torch.int32, device=device)
         _of_stream[device.index, stream] = mine
-        if _has_graphs(device):
+        if has_graphs:
             _fill_reserve(device)
     return mine
-
-
-@cache
-def _has_graphs(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 def _fill_reserve(device: torch.device) -> None:

@@ -148,8 +148,7 @@ def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile 
     Left padding, rotary embedding of queries, softcap, ALiBi and dropout are ``prefill``'s.
     """
     cache, score = params.cache, params.score
-    q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
-    if not (cache.D in HOPPER_HEAD_DIMS and cache.DV in HOPPER_HEAD_DIMS and has_hopper_kernels(q.device)):
+    if not (cache.D in HOPPER_HEAD_DIMS and cache.DV in HOPPER_HEAD_DIMS and _loads_by_tma(problem, params)):
         return None
     widths = *hopper_widths(cache.D), *hopper_widths(cache.DV)
     most_keys = 64 if max_visible_keys(problem) <= SHORT_KEYS else 128
@@ -157,21 +156,27 @@ def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile 
     block_n, stages, q_slots = next(shape for shape in shapes if fits_hopper(shape, *widths))
     box_n = block_n if cache.PAGE_SIZE is None else math.gcd(cache.PAGE_SIZE, block_n)
     takes = (
-        q.element_size() == 2
+        cache.SHARE == 1 and problem.cache.cache_leftpad is None and score.softcap is None and score.SLOPES_STRIDE is None
+    )
+    return HopperTile(block_n, box_n, stages, q_slots, *widths) if takes else None
+
+
+def _loads_by_tma(problem: AttentionProblem, params: ProblemParams) -> bool:
+    """Whether the kernels for Hopper that have a ring of keys and one of values can be used at all."""
+    cache = params.cache
+    q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
+    return (
+        has_hopper_kernels(q.device)
+        and q.element_size() == 2
         and k.dtype == v.dtype == q.dtype
-        and cache.SHARE == 1
         and cache.TAIL == 0
         and not cache.V_IN_K
         and params.queries.strides.ALIGN % 8 == 0  # TMA takes strides of a multiple of 16 bytes
-        and box_n >= 16
-        and problem.cache.cache_leftpad is None
+        and (cache.PAGE_SIZE or 16) % 16 == 0
         and params.append.ROTARY_DIM is None
-        and score.softcap is None
-        and score.SLOPES_STRIDE is None
-        and score.dropout_threshold is None
+        and params.score.dropout_threshold is None
         and all(0 not in tensor.shape and 0 not in tensor.stride() for tensor in (k, v))
     )
-    return HopperTile(block_n, box_n, stages, q_slots, *widths) if takes else None
 
 
 def hopper_widths(head_dim: int) -> tuple[int, int]:
@@ -218,6 +223,61 @@ def decode_box(problem: AttentionProblem, params: ProblemParams) -> int:
         and 0 not in k.stride()
     )
     return box if takes else 0
+
+
+MAX_HOPPER_ROWS = 128
+"""Packed-GQA rows of one tile of ``decode_rows_hopper``: 64 of each warp group."""
+
+FEW_ROWS = 16
+"""Rows up to which ``decode`` is as fast."""
+
+FEW_SPLITS = 5
+"""Splits of a work tile up to which its last warp groups reduce them: ``combine`` would cost more than is won."""
+
+ROWS_TILES = {(64, 64): (128, 3), (64, 128): (64, 3), (128, 64): (128, 5), (128, 128): (64, 5)}
+"""Of rows and widths that ``decode_rows_hopper`` takes: BLOCK_N, STAGES."""
+
+
+class RowsTile(NamedTuple):
+    """How ``decode_rows_hopper`` divides the work."""
+
+    block_m: int
+    block_n: int
+    box_n: int
+    stages: int
+
+
+def rows_tile(problem: AttentionProblem, params: ProblemParams, rows: int, num_sms: int) -> RowsTile | None:
+    """The tile of ``decode_rows_hopper`` where it takes a decode of so many packed-GQA rows; None leaves it to ``decode``.
+
+    It takes the caches that ``prefill_hopper`` takes, of head dims from 33 to 128, where there are work tiles for a fifth of
+    the SMs; left padding, softcap and ALiBi too.
+    """
+    cache = params.cache
+    shape = 64 if rows <= 64 else 128, cache.BLOCK_D
+    splits = problem.num_splits or -(-num_sms // max(problem.batch_size * cache.HEADS, 1))
+    takes = (
+        FEW_ROWS < rows <= MAX_HOPPER_ROWS
+        and splits <= FEW_SPLITS
+        and shape in ROWS_TILES
+        and cache.BLOCK_D == cache.BLOCK_DV
+        and _loads_by_tma(problem, params)
+    )
+    if not takes:
+        return None
+    block_n, stages = ROWS_TILES[shape]
+    box_n = block_n if cache.PAGE_SIZE is None else math.gcd(cache.PAGE_SIZE, block_n)
+    return RowsTile(shape[0], block_n, box_n, stages)
+
+
+def decode_rows(problem: AttentionProblem, params: ProblemParams, num_sms: int) -> int:
+    """Packed-GQA rows that one tile of the kernels for decode has at most. Short prompts of more are left to prefill."""
+    cache = params.cache
+    has_many_keys = max_visible_keys(problem) > SHORT_KEYS
+    if has_many_keys and rows_tile(problem, params, MAX_HOPPER_ROWS, num_sms) is not None:
+        return MAX_HOPPER_ROWS
+    width = widest(cache.BLOCK_D, cache.BLOCK_DV, cache.BLOCK_TAIL)
+    return max_decode_rows(width, problem.queries.q.element_size())
 
 
 def power_of_two(number: int) -> int:

@@ -89,6 +89,16 @@ def cuda_prefill(problem: PackedProblem) -> Peers:
     return peers
 
 
+def cuda_speculative(problem: PagedProblem) -> Peers:
+    """Several queries a sequence: what prompts take, and what a cache takes with more than one query."""
+    from . import flash_attention
+
+    peers = cuda_prefill(PackedProblem.of(problem))
+    peers["FA3 on contiguous keys, of a cache"] = partial(flash_attention.fa3_decode, problem)
+    peers["FA4, of a cache"] = partial(flash_attention.fa4_decode, problem)
+    return peers
+
+
 def vllm_kernels(problem: PackedProblem) -> Peers:
     from . import vllm
 

@@ -62,7 +62,7 @@ def combine(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
     i = row // problem.queries.GROUP
     head = kv_head * problem.queries.GROUP + row % problem.queries.GROUP
     state = SoftmaxState(acc, row_max, row_sum)
-    store_output(tensors, problem, state, b, first_row, i, kv_head, head, owned)
+    store_output(tensors, problem, state, b, first_row, i, kv_head, head, owned, d)
 
 
 @triton.jit
@@ -76,23 +76,21 @@ def is_last(semaphore, others):
 
 
 @triton.jit
-def reduce_few(tensors, problem, tile, first, last, owned_rows):
-    """The state of all rows from splits ``first`` to ``last``, of which REDUCE_SPLITS are loaded together."""
-    row = tl.arange(0, tile.ROWS)
-    d = tl.arange(0, problem.cache.BLOCK_DV)
-    acc = tl.zeros([tile.ROWS, problem.cache.BLOCK_DV], tl.float32)
-    row_max = tl.full([tile.ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([tile.ROWS], tl.float32)
+def reduce_few(tensors, problem, tile, first, last, row, columns, owned):
+    """The state of rows (a vector) ``owned``, from splits ``first`` to ``last``; REDUCE_SPLITS are loaded together."""
+    row_sum = (row * 0).to(tl.float32)
+    row_max = row_sum + float("-inf")
+    acc = row_sum[:, None] + (columns * 0).to(tl.float32)[None, :]
     maxima, sums = split_states(tensors, problem, tile)
     for start in range(first, last + 1, tile.REDUCE_SPLITS):
         for step in tl.static_range(tile.REDUCE_SPLITS):
             split = start + step
-            there = (split <= last) & (row < owned_rows * problem.queries.GROUP)
+            there = (split <= last) & owned
             rows = split.to(tl.int64) * tile.ROWS + row
             # Past the L1 cache: other SMs have just written them.
             split_max = tl.load(maxima + rows, there, other=float("-inf"), cache_modifier=".cg")
             split_sum = tl.load(sums + rows, there, other=0.0, cache_modifier=".cg")
-            pointers = tensors.partials + rows[:, None] * problem.cache.BLOCK_DV + d[None, :]
+            pointers = tensors.partials + rows[:, None] * problem.cache.BLOCK_DV + columns[None, :]
             split_acc = tl.load(pointers, there[:, None], other=0.0, cache_modifier=".cg")
 
             row_max, subtrahend, alpha = raise_max(row_max, split_max, True)
@@ -111,13 +109,10 @@ def split_states(tensors, problem, tile):
 
 
 @triton.jit
-def store_split(tensors, problem, tile, split, state, owned_rows):
-    """Leave a softmax state to be reduced."""
-    row = tl.arange(0, tile.BLOCK_M)
-    d = tl.arange(0, problem.cache.BLOCK_DV)
-    real = (row < tile.ROWS) & (row < owned_rows * problem.queries.GROUP)
+def store_split(tensors, problem, tile, split, state, row, columns, owned):
+    """Leave the softmax state of rows (a vector) ``owned`` to be reduced."""
     rows = split.to(tl.int64) * tile.ROWS + row
     maxima, sums = split_states(tensors, problem, tile)
-    tl.store(tensors.partials + rows[:, None] * problem.cache.BLOCK_DV + d[None, :], state.acc, real[:, None])
-    tl.store(maxima + rows, state.row_max, real)
-    tl.store(sums + rows, state.row_sum, real)
+    tl.store(tensors.partials + rows[:, None] * problem.cache.BLOCK_DV + columns[None, :], state.acc, owned[:, None])
+    tl.store(maxima + rows, state.row_max, owned)
+    tl.store(sums + rows, state.row_sum, owned)

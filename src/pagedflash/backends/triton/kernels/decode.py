@@ -41,6 +41,7 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
         clear_rows_behind(tensors, problem, cta, tl.num_programs(0))
 
     row = tl.arange(0, tile.BLOCK_M)
+    columns = tl.arange(0, problem.cache.BLOCK_DV)
     i = row // GROUP
     share = share_of(tensors, problem, tile, cta, tl.arange(0, tile.BLOCK_B))
     while share.tile_index < share.tile_end:
@@ -88,21 +89,23 @@ def decode(tensors: Tensors, problem: ProblemParams, tile: DecodeTile):
 
         # The output, or a split.
         total = SoftmaxState(join_acc(problem, total.acc), total.row_max, total.row_sum)
+        owned = i < owned_rows
         if tile.SPLIT_KV:
             if count < tiles:
                 work_tile = b * problem.cache.HEADS + kv_head
-                store_split(tensors, problem, tile, work_tile + cta, total, owned_rows)
+                store_split(tensors, problem, tile, work_tile + cta, total, row, columns, owned & (row < tile.ROWS))
                 if tensors.semaphores is not None:
                     first_cta = cta_of(part.work_begin, share.shares)
                     last_cta = cta_of(part.work_end - 1, share.shares)
                     if is_last(tensors.semaphores + work_tile, last_cta - first_cta):
-                        reduced = reduce_few(tensors, problem, tile, work_tile + first_cta, work_tile + last_cta, owned_rows)
-                        reduced_row = tl.arange(0, tile.ROWS)
-                        reduced_i = reduced_row // GROUP
-                        reduced_head = kv_head * GROUP + reduced_row % GROUP
-                        owned = reduced_i < owned_rows
-                        store_output(tensors, problem, reduced, b, first_row, reduced_i, kv_head, reduced_head, owned)
+                        few_row = tl.arange(0, tile.ROWS)
+                        few_i = few_row // GROUP
+                        few_head = kv_head * GROUP + few_row % GROUP
+                        few_owned = few_i < owned_rows
+                        first, last = work_tile + first_cta, work_tile + last_cta
+                        reduced = reduce_few(tensors, problem, tile, first, last, few_row, columns, few_owned)
+                        store_output(tensors, problem, reduced, b, first_row, few_i, kv_head, few_head, few_owned, columns)
         if count == tiles:
-            store_output(tensors, problem, total, b, first_row, i, kv_head, head, i < owned_rows)
+            store_output(tensors, problem, total, b, first_row, i, kv_head, head, owned, columns)
 
         share = behind(problem, share, part)

@@ -8,13 +8,16 @@ from .softmax import normalize
 
 
 @triton.jit
-def store_output(tensors, problem, state, b, first_row, i, kv_head, head, owned):
-    """Normalise rows of query ``i`` for query head ``head`` of ``kv_head``; store those ``owned``, and any wanted LSE."""
+def store_output(tensors, problem, state, b, first_row, i, kv_head, head, owned, columns):
+    """Normalise rows of query ``i`` for query head ``head`` of ``kv_head``; store those ``owned``, and any wanted LSE.
+
+    ``columns``: those of ``state.acc``, from 0.
+    """
     HEADS: tl.constexpr = problem.cache.HEADS * problem.queries.GROUP
     values, lse = normalize(tensors, state, head, owned)
     row = (first_row + i).to(tl.int64)
     _, lead = leads_of(problem, kv_head // problem.cache.SHARE)
-    d = tl.arange(0, problem.cache.BLOCK_DV) - lead
+    d = columns - lead
     pointers = tensors.out + ((row * HEADS + head) * problem.cache.DV)[:, None] + d[None, :]
     is_value = (d >= 0) & (d < problem.cache.DV)
     tl.store(pointers, values.to(tensors.out.dtype.element_ty), owned[:, None] & is_value[None, :])

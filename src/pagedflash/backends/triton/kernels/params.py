@@ -198,7 +198,8 @@ class DecodeTile(NamedTuple):
     REDUCE_SPLITS: int
     PDL: bool  # ``combine`` is launched while ``decode`` still runs
     num_ctas: int  # of ``decode``, where it splits work tiles
-    BOX_N: int  # ``decode_hopper``: keys that one TMA load brings, which lie within one page; 0: ``decode``
+    BOX_N: int  # of the kernels for Hopper: keys that one TMA load brings, which lie within one page; 0: ``decode``
+    STAGES: int  # ``decode_rows_hopper``: KV tiles in each ring
 
 
 class PrefillTile(NamedTuple):

@@ -99,7 +99,8 @@ def attend_block(tensors, problem, tile, head, b, block, first_row, owned_rows):
 
     # Rows past the used ones saw the middle as if they were there.
     state = SoftmaxState(state.acc, state.row_max, tl.where(used, state.row_sum, 0.0))
-    store_output(tensors, problem, state, b, first_row, i, kv_head, head + i * 0, i < owned_rows)
+    columns = tl.arange(0, problem.cache.BLOCK_DV)
+    store_output(tensors, problem, state, b, first_row, i, kv_head, head + i * 0, i < owned_rows, columns)
 
 
 @triton.jit

@@ -215,27 +215,32 @@ def load_tiles(tensors, k_tiles, v_tiles, problem, tile, buffers, work, loaded, 
     first_tile, end_tile = tile_range(tile, begin, end)
     kv_tile = end_tile - 1
     while kv_tile >= first_tile:
-        stage, phase = slot_of(loaded, tile.STAGES)
-        first_slot = kv_tile * tile.BLOCK_N
-        pages = load_pages(tensors, problem, tile, work, first_slot, row, valid_begin, valid_end)
-        k_signal = buffers.k_ready.index(stage)
-        load_tile(
-            problem, tile, work, k_tiles, buffers.k, k_signal, buffers.k_free, stage, phase, pages, first_slot + offset
+        pages = load_pages(tensors, problem, tile, work, kv_tile * tile.BLOCK_N, row, valid_begin, valid_end)
+        cleared = load_kv(
+            problem, tile, work, k_tiles, v_tiles, buffers, kv_tile, pages, offset, valid_begin, valid_end, loaded, cleared
         )
-        is_edge = (first_slot < valid_begin) | (first_slot + tile.BLOCK_N > valid_end)
-        v_signal = buffers.v_ready.index(gl.where(is_edge, tile.STAGES, stage))
-        load_tile(
-            problem, tile, work, v_tiles, buffers.v, v_signal, buffers.v_free, stage, phase, pages, first_slot + offset
-        )
-        if is_edge:
-            mbarrier.wait(buffers.v_ready.index(tile.STAGES), cleared & 1)
-            for part in gl.static_range(len(buffers.v)):
-                clear_values(tile, buffers.v[part].index(stage), first_slot, valid_begin, valid_end)
-            mbarrier.arrive(buffers.v_ready.index(stage))
-            cleared += 1
         loaded += 1
         kv_tile -= 1
     return loaded, cleared
+
+
+@gluon.jit
+def load_kv(problem, tile, work, k_tiles, v_tiles, buffers, kv_tile, pages, offset, begin, end, loaded, cleared):
+    """Ask for the ``loaded``-th KV tile; clear its values outside ``[begin, end)``. Returns how many were cleared so far."""
+    stage, phase = slot_of(loaded, tile.STAGES)
+    first_slot = kv_tile * tile.BLOCK_N
+    k_signal = buffers.k_ready.index(stage)
+    load_tile(problem, tile, work, k_tiles, buffers.k, k_signal, buffers.k_free, stage, phase, pages, first_slot + offset)
+    is_edge = (first_slot < begin) | (first_slot + tile.BLOCK_N > end)
+    v_signal = buffers.v_ready.index(gl.where(is_edge, tile.STAGES, stage))
+    load_tile(problem, tile, work, v_tiles, buffers.v, v_signal, buffers.v_free, stage, phase, pages, first_slot + offset)
+    if is_edge:
+        mbarrier.wait(buffers.v_ready.index(tile.STAGES), cleared & 1)
+        for part in gl.static_range(len(buffers.v)):
+            clear_values(tile, buffers.v[part].index(stage), first_slot, begin, end)
+        mbarrier.arrive(buffers.v_ready.index(stage))
+        cleared += 1
+    return cleared
 
 
 @gluon.jit
@@ -297,10 +302,11 @@ def load_tile(problem, tile, work, tiles, ring, signal, free, stage, phase, page
         if problem.cache.PAGE_SIZE is not None:
             page = clamp(page, 0, problem.cache.num_pages - 1)
             slot = slot % problem.cache.PAGE_SIZE
+        head = work.kv_head // problem.cache.SHARE
         for part in gl.static_range(len(tiles)):
             target = ring[part].index(stage).slice(box * tile.BOX_N, tile.BOX_N, 2)
             column = 0 if part == 0 else tiles[0].block_type.shape[3]
-            load_box(tiles[part], [page, work.kv_head, slot, column], signal, target)
+            load_box(tiles[part], [page, head, slot, column], signal, target)
 
 
 @gluon.constexpr_function
