@@ -184,8 +184,8 @@ ROWS_LENGTHS = [2500, 1, 63, 64, 65, 300, 1025] * 2
 
 ROWS_OPTIONS: dict[str, Callable[[int, int, int, str], dict[str, Any]]] = {
     "none": lambda batch, heads, queries, device: {},
-    "window": lambda batch, heads, queries, device: dict(window_left=100),
-    "window to both sides": lambda batch, heads, queries, device: dict(window_left=70, window_right=5),
+    "window": lambda batch, heads, queries, device: dict(window_left=600),
+    "window to both sides": lambda batch, heads, queries, device: dict(window_left=570, window_right=5),
     "not causal": lambda batch, heads, queries, device: dict(window_right=-1),
     "softcap": lambda batch, heads, queries, device: dict(softcap=3.0),
     "slopes": lambda batch, heads, queries, device: dict(alibi_slopes=torch.rand(batch, heads, device=device)),
