@@ -108,6 +108,21 @@ def test_blocks_that_are_not_full(isa: str, head_dims: tuple[int, int], keys: in
         assert_matches_reference(problem, backend.attention)
 
 
+@pytest.mark.parametrize(("tokens", "keys"), ((640, 300), (1600, 40)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_tasks_of_many_rows(isa: str, dtype: torch.dtype, tokens: int, keys: int) -> None:
+    """So many rows in all that a prefill task has more of them than pass over a tile of keys at once."""
+    torch.manual_seed(0)
+    cache = torch.randn(2, 1, keys, 1, 16).to(dtype)
+    problem = AttentionProblem.of(
+        Queries(torch.randn(1, tokens, 64, 16).to(dtype), max_seqlen_q=tokens),
+        KVCache(*cache, seqused_k=torch.tensor([keys], dtype=torch.int32), max_seqlen_k=keys),
+        None,
+        Scores(scale=0.25),
+    )
+    assert_matches_reference(problem, backend.attention)
+
+
 @pytest.mark.parametrize("num_splits", (0, 1, 2, 7, 1000))
 @pytest.mark.parametrize("queries", (1, 24))
 def test_splits_do_not_change_the_output(isa: str, num_splits: int, queries: int) -> None:

@@ -41,7 +41,7 @@ struct RegisterGemm {
   static constexpr int64_t ROWS = GEMM_ROWS, STEP = Dot::STEP;
   static constexpr int64_t TILE_KEYS = 128;
   static constexpr int64_t PADDING = 0;  // rows are read one after another
-  static constexpr int64_t PASS_ROWS = PREFILL_ROWS;  // a panel is in the first-level cache while all of them pass
+  static constexpr int64_t PASS_ROWS = 96;  // a panel is in the first-level cache while all of them pass
   struct Session {};
 
   static PAGEDFLASH_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,

@@ -9,6 +9,11 @@ constexpr int64_t TARGET_DECODE_TASKS = 128;
 constexpr int64_t MIN_DECODE_KEYS = 256;
 constexpr int64_t TARGET_PREFILL_TASKS = 64;
 constexpr int64_t MIN_PREFILL_KEYS = 512;
+// Prefill tasks have more rows where there remain this many of them, and where the second-level cache holds so many floats of
+// their queries and accumulators.
+constexpr int64_t MANY_PREFILL_TASKS = 128;
+constexpr int64_t MAX_PREFILL_FLOATS = MAX_PREFILL_ROWS * 256;
+constexpr int64_t ROWS_MULTIPLE = 96;  // whole blocks of every matrix product
 constexpr int64_t SPLIT_MULTIPLE = 64;
 constexpr int64_t TARGET_BACKWARD_TASKS = 32;
 // Short sequences are divided by KV heads instead, where there are fewer of them than this for each thread: into groups with
@@ -25,6 +30,12 @@ bool is_decode(const AttentionProblem& problem, const Sequence& sequence) {
   return sequence.seqlen_q * problem.group() <= MAX_DECODE_ROWS;
 }
 
+// Rows of each prefill task, of so many rows in all.
+int64_t rows_per_task(const AttentionProblem& problem, int64_t total) {
+  const int64_t most = min(MAX_PREFILL_ROWS, MAX_PREFILL_FLOATS / (problem.write.head_dim + problem.write.v_head_dim));
+  return max(PREFILL_ROWS, min(most, total / MANY_PREFILL_TASKS) / ROWS_MULTIPLE * ROWS_MULTIPLE);
+}
+
 // Keys of each split, so that `total` keys in all make about `target` splits of at least `least` keys.
 int64_t keys_per_split(const AttentionProblem& problem, int64_t keys, int64_t total, int64_t target, int64_t least) {
   const int64_t split_keys = problem.num_splits > 0 ? max<int64_t>(1, divide_up(keys, problem.num_splits))
@@ -36,7 +47,7 @@ int64_t keys_per_split(const AttentionProblem& problem, int64_t keys, int64_t to
 
 bool Plan::build(int64_t threads) {
   const CacheWrite& write = problem.write;
-  int64_t decode_keys = 0, decode_sequences = 0, prefill_tasks = 0;
+  int64_t decode_keys = 0, decode_sequences = 0, prefill_rows = 0, prefill_tasks = 0;
   for (int64_t b = 0; b < write.batch_size; b++) {
     const Sequence sequence = sequence_of(problem, b);
     const int64_t q_end = problem.cu_seqlens_q ? problem.cu_seqlens_q[b + 1] : sequence.q_begin + sequence.seqlen_q;
@@ -49,7 +60,9 @@ bool Plan::build(int64_t threads) {
       decode_keys += keys;
       decode_sequences++;
     } else {
-      prefill_tasks += divide_up(sequence.seqlen_q * problem.group(), PREFILL_ROWS) * write.kv_heads;
+      const int64_t rows = sequence.seqlen_q * problem.group();
+      prefill_rows += rows * write.kv_heads;
+      prefill_tasks += divide_up(rows, PREFILL_ROWS) * write.kv_heads;
     }
   }
   if (problem.cu_seqlens_q) write_empty_rows(problem, 0, {problem.cu_seqlens_q[write.batch_size], problem.q_tokens});
@@ -71,7 +84,7 @@ bool Plan::build(int64_t threads) {
       const int64_t split_keys = splits == 1 && problem.num_splits == 0
                                      ? keys.size()
                                      : keys_per_split(problem, keys.size(), keys.size(), splits, MIN_PREFILL_KEYS);
-      if (!add_prefill(s, keys, split_keys)) return false;
+      if (!add_prefill(s, keys, split_keys, rows_per_task(problem, prefill_rows))) return false;
     }
   }
   return true;
@@ -94,14 +107,14 @@ bool Plan::add_decode(int64_t s, Range keys, int64_t split_keys, int64_t head_gr
   return true;
 }
 
-bool Plan::add_prefill(int64_t s, Range keys, int64_t split_keys) {
+bool Plan::add_prefill(int64_t s, Range keys, int64_t split_keys, int64_t task_rows) {
   const Sequence& sequence = sequences[s];
   const int64_t group = problem.group(), rows = sequence.seqlen_q * group, splits = divide_up(keys.size(), split_keys);
   int64_t partial_row;
   if (!add_reduction(s, splits, &partial_row)) return false;
   // Under a causal mask the last rows see most keys: they go first.
-  for (int64_t block = divide_up(rows, PREFILL_ROWS) - 1; block >= 0; block--) {
-    const Range block_rows = {block * PREFILL_ROWS, min(rows, (block + 1) * PREFILL_ROWS)};
+  for (int64_t block = divide_up(rows, task_rows) - 1; block >= 0; block--) {
+    const Range block_rows = {block * task_rows, min(rows, (block + 1) * task_rows)};
     const Range seen = sequence.kv_range(problem, Range{block_rows.begin / group, (block_rows.end - 1) / group + 1});
     for (int64_t split = 0; split < splits; split++) {
       const int64_t begin = keys.begin + split * split_keys;

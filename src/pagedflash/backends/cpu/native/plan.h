@@ -10,8 +10,9 @@
 
 namespace pagedflash {
 
-constexpr int64_t PREFILL_ROWS = 192;    // most rows of a prefill task
-constexpr int64_t MAX_DECODE_ROWS = 16;  // more rows than this for a KV head: prefill
+constexpr int64_t PREFILL_ROWS = 192;      // of a prefill task, if there are few; of a block of rows in backward
+constexpr int64_t MAX_PREFILL_ROWS = 768;  // of a prefill task, if there are many: keys are packed once for all of them
+constexpr int64_t MAX_DECODE_ROWS = 16;    // more rows than this for a KV head: prefill
 
 enum Kernel { DECODE, PREFILL };
 
@@ -77,7 +78,7 @@ struct Plan {
 
  private:
   bool add_decode(int64_t sequence, Range keys, int64_t split_keys, int64_t head_groups);
-  bool add_prefill(int64_t sequence, Range keys, int64_t split_keys);
+  bool add_prefill(int64_t sequence, Range keys, int64_t split_keys, int64_t task_rows);
   bool add_reduction(int64_t sequence, int64_t splits, int64_t* partial_row);
 };
 

@@ -32,10 +32,8 @@ namespace PAGEDFLASH_ISA {
 
 template <class T>
 struct PrefillScratch {
-  static constexpr bool ONE_PASS = Gemm<T>::PASS_ROWS == PREFILL_ROWS;
-
   PrefillScratch(ScratchArena arena, const AttentionProblem& problem) {
-    constexpr int64_t rows = PREFILL_ROWS + Gemm<T>::ROWS, keys = Gemm<T>::TILE_KEYS;
+    constexpr int64_t rows = MAX_PREFILL_ROWS + Gemm<T>::ROWS, keys = Gemm<T>::TILE_KEYS;
     const int64_t query_size = round_up(problem.write.head_dim, Gemm<T>::STEP);
     const int64_t out_size = round_up(problem.write.v_head_dim, PANEL);
     queries = arena.allocate<float>(rows * (query_size / Gemm<T>::GROUP + Gemm<T>::PADDING));
@@ -45,7 +43,7 @@ struct PrefillScratch {
     states = arena.allocate<SoftmaxState>(rows);
     score_rows = arena.allocate<ScoreRow>(rows);
     seen = arena.allocate<Range>(rows / Gemm<T>::ROWS);
-    k_panels = arena.allocate<float>(query_size / Gemm<T>::GROUP * (ONE_PASS ? PANEL : keys));
+    k_panels = arena.allocate<float>(query_size / Gemm<T>::GROUP * keys);
     v_panels = arena.allocate<float>(out_size * keys / Gemm<T>::GROUP);
     for (int i = 0; i < 2; i++) {
       tokens[i].k = arena.allocate<const char*>(keys);
@@ -65,7 +63,7 @@ struct PrefillScratch {
   SoftmaxState* states;    // (rows)
   ScoreRow* score_rows;    // (rows)
   Range* seen;             // (rows / ROWS), of the tile
-  float* k_panels;         // (TILE_KEYS / PANEL, or 1 if ONE_PASS; head_dim padded to STEP; PANEL)
+  float* k_panels;         // (TILE_KEYS / PANEL, head_dim padded to STEP, PANEL)
   float* v_panels;         // (v_head_dim / PANEL, TILE_KEYS, PANEL)
   TokenAddresses tokens[2];  // of this tile and of the next
   T* query;                // (head_dim padded to STEP), one row as it is loaded
@@ -108,7 +106,6 @@ class Prefill {
   using Product = Gemm<T>;
   static constexpr int64_t ROWS = Product::ROWS, STEP = Product::STEP, GROUP = Product::GROUP;
   static constexpr int64_t TILE_KEYS = Product::TILE_KEYS, PASS_ROWS = Product::PASS_ROWS;
-  static constexpr bool ONE_PASS = PrefillScratch<T>::ONE_PASS;
   static constexpr int64_t SCORE_STRIDE = TILE_KEYS + Product::PADDING;
   static_assert(TILE_KEYS <= MAX_TILE);
 
@@ -167,7 +164,7 @@ class Prefill {
     const int64_t value_tokens = packs && !write.v_is_in_k() ? tokens : 0;
     Prefetcher values(tile.v, value_tokens, v_head, v_head_dim_ * v_bytes, blocks * divide_up(tokens, PANEL));
     for (int64_t t = 0; t < tokens; t += PANEL) {
-      float* panel = scratch_.k_panels + (ONE_PASS ? 0 : t * query_size_ / GROUP);
+      float* panel = scratch_.k_panels + t * query_size_ / GROUP;
       if (packs)
         with_format(write.k_dtype,
                     [&](auto element) { pack_keys<decltype(element)>(panel, tile.k + t, min(PANEL, tokens - t)); });

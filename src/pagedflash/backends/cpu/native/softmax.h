@@ -12,6 +12,9 @@ constexpr int64_t MAX_TILE = 256;  // keys
 // tiles rescale nothing, and their exponentials need not wait for their maximum.
 constexpr float SLACK = 8;
 
+// A row is taken in so many chains: a maximum or an addition takes longer than the next can start.
+constexpr int SOFTMAX_CHAINS = 4;
+
 struct SoftmaxState {
   float base = -INFINITY;  // that score
   float sum = 0;           // of 2^(score - base)
@@ -29,9 +32,16 @@ PAGEDFLASH_INLINE float softmax_tile(float* scores, const Score& score, const Sc
   const float scale = is_scale ? score.scale() : 1.0f;
   if (!is_scale) score.apply(scores, row, first, count);
 
-  Vec top = splat(-INFINITY);
-  for (int64_t i = 0; i < count; i += LANES) top = max(load(scores + i), top);
-  const float largest = scale * reduce_max(top);
+  // Calls step(i, chain) for every register of scores.
+  const auto in_chains = [&](const auto& step) {
+    for (int64_t first_of = 0; first_of < count; first_of += SOFTMAX_CHAINS * LANES)
+      for (int chain = 0; chain < SOFTMAX_CHAINS; chain++)
+        if (first_of + chain * LANES < count) step(first_of + chain * LANES, chain);
+  };
+  Vec top[SOFTMAX_CHAINS];
+  for (Vec& chain : top) chain = splat(-INFINITY);
+  in_chains([&](int64_t i, int chain) { top[chain] = max(load(scores + i), top[chain]); });
+  const float largest = scale * reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
   float alpha = 1.0f;
   if (largest > state.base + SLACK) {
     alpha = exp2f(state.base - largest);
@@ -42,13 +52,14 @@ PAGEDFLASH_INLINE float softmax_tile(float* scores, const Score& score, const Sc
   float buffer[Dropout::factors_size(MAX_TILE)];
   const bool drops = score.dropout.drops();
   const float* factors = drops ? score.dropout.factors(buffer, row.dropout, first, count) : nullptr;
-  Vec sum = zero();
-  for (int64_t i = 0; i < count; i += LANES) {
+  Vec sum[SOFTMAX_CHAINS];
+  for (Vec& chain : sum) chain = zero();
+  in_chains([&](int64_t i, int chain) {
     const Vec p = exp2(fma(load(scores + i), splat(scale), splat(-base)));
     store_elements(scores, i, drops ? mul(p, load(factors + i)) : p);
-    sum = add(sum, p);
-  }
-  state.sum = state.sum * alpha + reduce_sum(sum);
+    sum[chain] = add(sum[chain], p);
+  });
+  state.sum = state.sum * alpha + reduce_sum(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
   return alpha;
 }
 

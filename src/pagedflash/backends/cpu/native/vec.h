@@ -11,7 +11,8 @@
 //   reduce_sums(v[LANES])              lane i = reduce_sum(v[i])
 //   iota()                             0, 1, 2, ...
 //   select_in_range(v, i, lo, hi, w)   lane by lane: v where lo <= i < hi, else w
-//   float_of_exponent(v)               the low bits of each lane become the exponent of a float: n + 127 gives 2^n, 0 gives 0
+//   float_of_exponent(v)               the low bits of each lane become the exponent of a float: n + 127 gives 2^n, 0 gives 0;
+//                                      or, where PAGEDFLASH_EXP2 is defined, exp2(v) itself
 //   transpose(v[LANES])                in place, LANES x LANES
 //   load(T*) store(T*)                 also for f16 and bf16, rounding to nearest even; load for i8, e4m3 and e5m2 too
 //   load_part store_part(T*, n)        the first n > 0 elements; zeros beyond them
@@ -102,7 +103,8 @@ PAGEDFLASH_INLINE constexpr int chunk_position<bf16>(int i) { return i % 2 * LAN
 
 constexpr float LOG2_E = 1.44269504088896f, LN_2 = 0.693147180559945f;
 
-// 2^x for x <= 127, relative error below 1e-7; exact for whole x; exactly 0 for x <= -127, and for -inf. The polynomial is
+#if !defined(PAGEDFLASH_EXP2)
+// 2^x for x <= 127, relative error below 2e-7; exact for whole x; exactly 0 for x <= -127, and for -inf. The polynomial is
 // the minimax one on [-1/2, 1/2] of those that are 1 at 0.
 PAGEDFLASH_INLINE Vec exp2(Vec x) {
   // A float so large has no bits for a fraction: adding it rounds x to n, and n + 127 are the low bits of the sum.
@@ -117,6 +119,7 @@ PAGEDFLASH_INLINE Vec exp2(Vec x) {
   y = fma(y, f, splat(1.0f));
   return mul(y, float_of_exponent(sum));
 }
+#endif
 
 template <class T>
 PAGEDFLASH_INLINE void convert(T* to, const T* from, int64_t n) {
