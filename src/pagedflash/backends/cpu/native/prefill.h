@@ -43,6 +43,7 @@ struct PrefillScratch {
     states = arena.allocate<SoftmaxState>(rows);
     score_rows = arena.allocate<ScoreRow>(rows);
     seen = arena.allocate<Range>(rows / Gemm<T>::ROWS);
+    has_sums = arena.allocate<bool>(rows / Gemm<T>::ROWS);
     k_panels = arena.allocate<float>(query_size / Gemm<T>::GROUP * keys);
     v_panels = arena.allocate<float>(out_size * keys / Gemm<T>::GROUP);
     for (int i = 0; i < 2; i++) {
@@ -63,6 +64,7 @@ struct PrefillScratch {
   SoftmaxState* states;    // (rows)
   ScoreRow* score_rows;    // (rows)
   Range* seen;             // (rows / ROWS), of the tile
+  bool* has_sums;          // (rows / ROWS): whether a block has accumulators yet
   float* k_panels;         // (TILE_KEYS / PANEL, head_dim padded to STEP, PANEL)
   float* v_panels;         // (v_head_dim / PANEL, TILE_KEYS, PANEL)
   TokenAddresses tokens[2];  // of this tile and of the next
@@ -149,7 +151,7 @@ class Prefill {
     const int64_t padding = padded_rows_ - rows_;  // rows that nobody reads, but that are multiplied
     memset(row_queries(rows_), 0, padding * query_stride_ * sizeof(float));
     for (int64_t row = rows_; row < padded_rows_; row++) scratch_.alpha[row] = 1;
-    memset(scratch_.accumulators, 0, padded_rows_ * out_stride_ * sizeof(float));
+    memset(scratch_.has_sums, false, padded_rows_ / ROWS);
   }
 
   float* row_queries(int64_t row) const { return scratch_.queries + row * query_stride_; }
@@ -228,9 +230,12 @@ class Prefill {
         if (seen.size() > 0)
           Product::multiply_block(scratch_.scores + (row - rows.begin) * SCORE_STRIDE + seen.begin, SCORE_STRIDE,
                                   panel + seen.begin / GROUP * PANEL, round_up(seen.size(), STEP) / GROUP,
-                                  scratch_.accumulators + row * out_stride_ + column, out_stride_, scratch_.alpha + row);
+                                  scratch_.accumulators + row * out_stride_ + column, out_stride_,
+                                  scratch_.has_sums[row / ROWS] ? scratch_.alpha + row : nullptr);
       }
     }
+    for (int64_t block = rows.begin / ROWS; block < rows.end / ROWS; block++)
+      scratch_.has_sums[block] |= scratch_.seen[block].size() > 0;
   }
 
   template <class E>
