@@ -248,9 +248,12 @@ class Backward {
 
   PAGEDFLASH_INLINE void differentiate_row(float* scores, float* d_scores, int64_t r, int64_t first, int64_t count) {
     const ScoreRow& row = scratch_.score_rows[r];
-    const bool is_scale = count % LANES == 0 && score_.is_scale(row, first, count);
+    const bool is_scale = score_.is_scale(row);
     const Vec scale = splat(is_scale ? score_.scale() : 1.0f), lse = splat(-scratch_.lse[r]), delta = splat(scratch_.delta[r]);
-    if (!is_scale) score_.apply(scores, row, first, count, scratch_.flatness);
+    if (is_scale)
+      score_.mask(scores, row, first, count);
+    else
+      score_.apply(scores, row, first, count, scratch_.flatness);
     const bool drops = score_.dropout.drops(), capped = score_.capped();
     const float* factors = drops ? score_.dropout.factors(scratch_.dropout, row.dropout, first, count) : nullptr;
     for (int64_t i = 0; i < count; i += LANES) {

@@ -9,9 +9,7 @@ constexpr int64_t TARGET_DECODE_TASKS = 128;
 constexpr int64_t MIN_DECODE_KEYS = 256;
 constexpr int64_t TARGET_PREFILL_TASKS = 64;
 constexpr int64_t MIN_PREFILL_KEYS = 512;
-// Prefill tasks have more rows where there remain this many of them, and where the second-level cache holds so many floats of
-// their queries and accumulators.
-constexpr int64_t MANY_PREFILL_TASKS = 128;
+// Where there would be more tasks, they have more rows, as long as a second-level cache may hold their queries and accumulators.
 constexpr int64_t MAX_PREFILL_FLOATS = MAX_PREFILL_ROWS * 256;
 constexpr int64_t ROWS_MULTIPLE = 96;  // whole blocks of every matrix product
 constexpr int64_t SPLIT_MULTIPLE = 64;
@@ -33,7 +31,8 @@ bool is_decode(const AttentionProblem& problem, const Sequence& sequence) {
 // Rows of each prefill task, of so many rows in all.
 int64_t rows_per_task(const AttentionProblem& problem, int64_t total) {
   const int64_t most = min(MAX_PREFILL_ROWS, MAX_PREFILL_FLOATS / (problem.write.head_dim + problem.write.v_head_dim));
-  return max(PREFILL_ROWS, min(most, total / MANY_PREFILL_TASKS) / ROWS_MULTIPLE * ROWS_MULTIPLE);
+  const int64_t wanted = round_up(total / TARGET_PREFILL_TASKS - ROWS_MULTIPLE / 2, ROWS_MULTIPLE);
+  return max(PREFILL_ROWS, min(most / ROWS_MULTIPLE * ROWS_MULTIPLE, wanted));
 }
 
 // Keys of each split, so that `total` keys in all make about `target` splits of at least `least` keys.

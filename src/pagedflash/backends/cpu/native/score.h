@@ -30,15 +30,28 @@ class Score {
         tanh_exponent_(2 * params.scale * LOG2_E),
         slope_(params.scale * LN_2 * (params.softcap > 0 ? params.softcap : 1)) {}
 
-  // Whether the scores of a row and these keys are q.k times scale(), which is not negative.
-  PAGEDFLASH_INLINE bool is_scale(const ScoreRow& row, int64_t first, int64_t count) const {
-    return !capped_ && scale_ >= 0 && row.slope == 0 && row.kv_range.begin <= first && first + count <= row.kv_range.end;
+  // Whether the scores of a row are q.k times scale(), which is positive, where it sees the key. Not of one that sees few keys:
+  // apply() makes the LSE of a single key its very score.
+  PAGEDFLASH_INLINE bool is_scale(const ScoreRow& row) const {
+    return !capped_ && scale_ > 0 && row.slope == 0 && row.kv_range.size() >= LANES;
   }
   PAGEDFLASH_INLINE float scale() const { return scale_; }
 
   // The derivative of a score (in base e) by q.k is slope(), with a softcap times what apply() gives as `flatness`.
   PAGEDFLASH_INLINE float slope() const { return slope_; }
   PAGEDFLASH_INLINE bool capped() const { return capped_; }
+
+  // Products q.k of a row with keys `first` to `first + count` become -inf where the row does not see the key, up to the next
+  // multiple of LANES behind `count`; the others stay.
+  PAGEDFLASH_INLINE void mask(float* scores, const ScoreRow& row, int64_t first, int64_t count) const {
+    const int64_t lo = row.kv_range.begin - first, hi = min(row.kv_range.end - first, count);
+    const auto mask_register = [&](int64_t i) {
+      const Vec index = add(iota(), splat((float)i));
+      store(scores + i, select_in_range(load(scores + i), index, splat((float)lo), splat((float)hi), splat(-INFINITY)));
+    };
+    for (int64_t i = 0; i < min(lo, count); i += LANES) mask_register(i);
+    for (int64_t i = max<int64_t>(0, hi) / LANES * LANES; i < count; i += LANES) mask_register(i);
+  }
 
   // Products q.k of a row with keys `first` to `first + count` become scores, in place; -inf where the row does not see the
   // key, up to the next multiple of LANES behind `count`. `flatness`, if wanted, gets 1 - tanh^2 where there is a softcap.

@@ -27,10 +27,13 @@ struct SoftmaxState {
 template <class Store>
 PAGEDFLASH_INLINE float softmax_tile(float* scores, const Score& score, const ScoreRow& row, int64_t first, int64_t count,
                                      SoftmaxState& state, const Store& store_elements) {
-  // Where scores are only scaled, the scaling waits for the exponent.
-  const bool is_scale = count % LANES == 0 && score.is_scale(row, first, count);
+  // Where scores are only scaled, that waits for the exponent.
+  const bool is_scale = score.is_scale(row);
   const float scale = is_scale ? score.scale() : 1.0f;
-  if (!is_scale) score.apply(scores, row, first, count);
+  if (is_scale)
+    score.mask(scores, row, first, count);
+  else
+    score.apply(scores, row, first, count);
 
   // Calls step(i, chain) for every register of scores.
   const auto in_chains = [&](const auto& step) {
