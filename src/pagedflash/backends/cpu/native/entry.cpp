@@ -85,7 +85,7 @@ Status attention(const Kernels& kernels, const AttentionProblem& problem) {
   if (!plan.build(threads)) return OUT_OF_MEMORY;
 
   const int64_t workers = min<int64_t>(threads, plan.tasks.size());
-  const int64_t scratch_bytes = workers ? round_up(kernels.scratch_bytes(problem), ALIGNMENT) : 0;
+  const int64_t scratch_bytes = workers ? round_up(kernels.scratch_bytes(plan), ALIGNMENT) : 0;
   const int64_t partial_floats = plan.partial_rows * (write.v_head_dim + 1);
   char* memory = static_cast<char*>(malloc(workers * scratch_bytes + partial_floats * sizeof(float) + ALIGNMENT));
   if (!memory) return OUT_OF_MEMORY;

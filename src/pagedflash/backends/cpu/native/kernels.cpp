@@ -33,7 +33,8 @@ void combine(const Plan& plan, Range rows) {
   with_dtype(plan.problem.write.dtype, [&](auto element) { combine_rows<decltype(element)>(plan, rows); });
 }
 
-int64_t scratch_bytes(const AttentionProblem& problem) {
+int64_t scratch_bytes(const Plan& plan) {
+  const AttentionProblem& problem = plan.problem;
   int64_t bytes = 0;
   with_dtype(problem.write.dtype, [&](auto element) {
     using T = decltype(element);
@@ -44,7 +45,7 @@ int64_t scratch_bytes(const AttentionProblem& problem) {
     using ForDecode = DecodeScratch;
 #endif
     bytes = max(ForDecode(nothing, problem, problem.write.kv_heads, MAX_DECODE_ROWS).bytes,
-                PrefillScratch<T>(nothing, problem).bytes);
+                PrefillScratch<T>(nothing, problem, plan.prefill_rows).bytes);
   });
   return bytes;
 }

@@ -8,10 +8,10 @@ namespace pagedflash {
 struct Kernels {
   // Writes new tokens `tokens` of total_new_tokens() into the cache.
   void (*kv_write)(const CacheWrite& write, Range tokens);
-  // Attends one task. `scratch` holds what scratch_bytes(problem) says, aligned to 64 bytes.
+  // Attends one task. `scratch` holds what scratch_bytes(plan) says, aligned to 64 bytes.
   void (*decode)(const Plan& plan, const Task& task, void* scratch);
   void (*prefill)(const Plan& plan, const Task& task, void* scratch);
-  int64_t (*scratch_bytes)(const AttentionProblem& problem);
+  int64_t (*scratch_bytes)(const Plan& plan);
   // Reduces the splits of rows `rows` of plan.reduced_rows. Overwrites their partials.
   void (*combine)(const Plan& plan, Range rows);
 

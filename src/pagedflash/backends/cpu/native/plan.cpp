@@ -46,7 +46,7 @@ int64_t keys_per_split(const AttentionProblem& problem, int64_t keys, int64_t to
 
 bool Plan::build(int64_t threads) {
   const CacheWrite& write = problem.write;
-  int64_t decode_keys = 0, decode_sequences = 0, prefill_rows = 0, prefill_tasks = 0;
+  int64_t decode_keys = 0, decode_sequences = 0, all_prefill_rows = 0, prefill_tasks = 0;
   for (int64_t b = 0; b < write.batch_size; b++) {
     const Sequence sequence = sequence_of(problem, b);
     const int64_t q_end = problem.cu_seqlens_q ? problem.cu_seqlens_q[b + 1] : sequence.q_begin + sequence.seqlen_q;
@@ -60,7 +60,7 @@ bool Plan::build(int64_t threads) {
       decode_sequences++;
     } else {
       const int64_t rows = sequence.seqlen_q * problem.group();
-      prefill_rows += rows * write.kv_heads;
+      all_prefill_rows += rows * write.kv_heads;
       prefill_tasks += divide_up(rows, PREFILL_ROWS) * write.kv_heads;
     }
   }
@@ -83,7 +83,7 @@ bool Plan::build(int64_t threads) {
       const int64_t split_keys = splits == 1 && problem.num_splits == 0
                                      ? keys.size()
                                      : keys_per_split(problem, keys.size(), keys.size(), splits, MIN_PREFILL_KEYS);
-      if (!add_prefill(s, keys, split_keys, rows_per_task(problem, prefill_rows))) return false;
+      if (!add_prefill(s, keys, split_keys, rows_per_task(problem, all_prefill_rows))) return false;
     }
   }
   return true;
@@ -114,6 +114,7 @@ bool Plan::add_prefill(int64_t s, Range keys, int64_t split_keys, int64_t task_r
   // Under a causal mask the last rows see most keys: they go first.
   for (int64_t block = divide_up(rows, task_rows) - 1; block >= 0; block--) {
     const Range block_rows = {block * task_rows, min(rows, (block + 1) * task_rows)};
+    prefill_rows = max(prefill_rows, block_rows.size());
     const Range seen = sequence.kv_range(problem, Range{block_rows.begin / group, (block_rows.end - 1) / group + 1});
     for (int64_t split = 0; split < splits; split++) {
       const int64_t begin = keys.begin + split * split_keys;

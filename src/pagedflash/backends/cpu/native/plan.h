@@ -70,6 +70,7 @@ struct Plan {
   Array<Reduction> reductions;
   int64_t partial_rows = 0;
   int64_t reduced_rows = 0;
+  int64_t prefill_rows = 0;  // most of a prefill task
   float* partial_out = nullptr;  // (partial_rows, v_head_dim)
   float* partial_lse = nullptr;  // (partial_rows), base 2, sinks not counted, -inf if no key was seen
 

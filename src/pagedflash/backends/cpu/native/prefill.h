@@ -32,8 +32,9 @@ namespace PAGEDFLASH_ISA {
 
 template <class T>
 struct PrefillScratch {
-  PrefillScratch(ScratchArena arena, const AttentionProblem& problem) {
-    constexpr int64_t rows = MAX_PREFILL_ROWS + Gemm<T>::ROWS, keys = Gemm<T>::TILE_KEYS;
+  PrefillScratch(ScratchArena arena, const AttentionProblem& problem, int64_t task_rows) {
+    constexpr int64_t keys = Gemm<T>::TILE_KEYS;
+    const int64_t rows = round_up(task_rows, Gemm<T>::ROWS);
     const int64_t query_size = round_up(problem.write.head_dim, Gemm<T>::STEP);
     const int64_t out_size = round_up(problem.write.v_head_dim, PANEL);
     queries = arena.allocate<float>(rows * (query_size / Gemm<T>::GROUP + Gemm<T>::PADDING));
@@ -80,7 +81,7 @@ class Prefill {
         kv_head_(task.kv_heads.begin), rows_(task.rows.size()), padded_rows_(round_up(rows_, ROWS)),
         head_dim_(problem_.write.head_dim), query_size_(round_up(head_dim_, STEP)), v_head_dim_(problem_.write.v_head_dim),
         out_size_(round_up(v_head_dim_, PANEL)), query_stride_(query_size_ / GROUP + Product::PADDING),
-        out_stride_(out_size_ + Product::PADDING), scratch_(ScratchArena(scratch), problem_) {}
+        out_stride_(out_size_ + Product::PADDING), scratch_(ScratchArena(scratch), problem_, rows_) {}
 
   void run() {
     load_queries();
