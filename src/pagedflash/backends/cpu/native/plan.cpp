@@ -9,7 +9,8 @@ constexpr int64_t TARGET_DECODE_TASKS = 128;
 constexpr int64_t MIN_DECODE_KEYS = 256;
 constexpr int64_t TARGET_PREFILL_TASKS = 64;
 constexpr int64_t MIN_PREFILL_KEYS = 512;
-// Where there would be more tasks, they have more rows, as long as a second-level cache may hold their queries and accumulators.
+// Where there would be more tasks, they have more rows, as long as a second-level cache may hold their queries and
+// accumulators.
 constexpr int64_t MAX_PREFILL_FLOATS = MAX_PREFILL_ROWS * 256;
 constexpr int64_t ROWS_MULTIPLE = 96;  // whole blocks of every matrix product
 constexpr int64_t SPLIT_MULTIPLE = 64;

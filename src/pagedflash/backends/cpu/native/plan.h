@@ -10,8 +10,8 @@
 
 namespace pagedflash {
 
-constexpr int64_t PREFILL_ROWS = 192;      // of a prefill task, if there are few; of a block of rows in backward
-constexpr int64_t MAX_PREFILL_ROWS = 768;  // of a prefill task, if there are many: keys are packed once for all of them
+constexpr int64_t PREFILL_ROWS = 192;      // of a prefill task, if few tasks would remain; of a block in backward
+constexpr int64_t MAX_PREFILL_ROWS = 768;  // most of a prefill task: keys are packed once for all of them
 constexpr int64_t MAX_DECODE_ROWS = 16;    // more rows than this for a KV head: prefill
 
 enum Kernel { DECODE, PREFILL };

@@ -30,8 +30,8 @@ class Score {
         tanh_exponent_(2 * params.scale * LOG2_E),
         slope_(params.scale * LN_2 * (params.softcap > 0 ? params.softcap : 1)) {}
 
-  // Whether the scores of a row are q.k times scale(), which is positive, where it sees the key. Not of one that sees few keys:
-  // apply() makes the LSE of a single key its very score.
+  // Whether the scores of a row are q.k times scale(), which is positive, where it sees the key. Not of one that sees few
+  // keys: apply() makes the LSE of a single key its very score.
   PAGEDFLASH_INLINE bool is_scale(const ScoreRow& row) const {
     return !capped_ && scale_ > 0 && row.slope == 0 && row.kv_range.size() >= LANES;
   }
