@@ -539,3 +539,79 @@ def test_table_entries_left_of_a_window_may_be_anything(appends: bool) -> None:
             one_more[:, : (50 + 2 * appends - 2 - 10) // 4 + 1] = -1
             with pytest.raises(ValueError, match="block_table is -1"):
                 run(one_more)
+
+
+@pytest.mark.parametrize("dtype", (torch.int8, torch.float8_e5m2, torch.float16), ids=str)
+def test_a_dense_cache_of_another_format_is_whole_without_lengths(dtype: torch.dtype) -> None:
+    q = torch.randn(2, 1, 4, 8)
+    k, v = (torch.randint(-3, 4, (2, 9, 2, 8)).to(dtype) for _ in range(2))
+    scale = torch.tensor(0.5)
+    scales = {} if dtype == torch.float16 else dict(k_descale=scale, v_descale=scale.clone())
+    factor = 0.5 if scales else 1.0
+    out = pagedflash.flash_attn_with_kvcache(q, k, v, **scales)
+    torch.testing.assert_close(out, pagedflash.flash_attn_func(q, k.float() * factor, v.float() * factor))
+
+
+def mla(first: int, per_token: bool, same: bool) -> Arguments:
+    """Quantized keys of 24, and values that are 16 elements of them from ``first`` on."""
+    k_cache, k = torch.zeros(1, 8, 1, 24, dtype=torch.int8), torch.randn(1, 2, 1, 24)
+    k_descale = torch.zeros(1, 8, 1) if per_token else torch.tensor(0.05)
+    return dict(
+        q=torch.randn(1, 1, 4, 24), k_cache=k_cache, v_cache=k_cache[..., first : first + 16], cache_seqlens=0,
+        k=k, v=k[..., first : first + 16], k_descale=k_descale, v_descale=k_descale if same else k_descale.clone(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("per_token", (False, True))
+def test_scales_of_values_that_are_a_part_of_keys(per_token: bool) -> None:
+    pagedflash.flash_attn_with_kvcache(**mla(0, per_token, True))
+    for first, same, message in (
+        (0, False, "v_descale is another tensor than k_descale, while v_cache is the first part of k_cache"),
+        (8, True, "v_cache is a part of k_cache that is not its first"),
+        (8, False, "v_cache is a part of k_cache that is not its first"),
+    ):
+        call = mla(first, per_token, same)
+        with pytest.raises(ValueError, match=message):
+            pagedflash.flash_attn_with_kvcache(**call)
+        assert not call["k_cache"].any() and (not per_token or not call["k_descale"].any())
+
+
+@pytest.mark.parametrize("writes_only", (False, True))
+def test_separate_caches_do_not_share_the_scales_of_tokens(writes_only: bool) -> None:
+    scales, new = torch.zeros(2, 4, 1), torch.randn(2, 1, 2, 1, 8)
+    k_cache, v_cache = torch.zeros(2, 2, 4, 1, 8, dtype=torch.int8)
+    table = torch.tensor([[1, 0]], dtype=torch.int32)
+    options = dict(k_descale=scales, v_descale=scales, block_table=table)
+    with pytest.raises(ValueError, match="v_descale is the same tensor as k_descale, expected a tensor of its own"):
+        if writes_only:
+            pagedflash.kv_paged_write(*new, k_cache, v_cache, seq_lens=0, **options)
+        else:
+            q = torch.randn(1, 2, 1, 8)
+            pagedflash.flash_attn_with_kvcache(q, k_cache, v_cache, *new, cache_seqlens=0, **options)
+    assert not scales.any() and not k_cache.any() and not v_cache.any()
+
+
+@pytest.mark.parametrize("causal", (True, False))
+def test_every_query_has_a_row_of_the_rotary_tables(causal: bool) -> None:
+    """There may be more queries than new tokens. Without a window all are rotated alike, and no row lacks."""
+    q, new, caches = torch.randn(1, 5, 1, 8), torch.randn(2, 1, 1, 1, 8), torch.zeros(2, 1, 8, 1, 8)
+
+    def call(rows: int) -> Tensor:
+        tables = dict(rotary_cos=torch.ones(rows, 2), rotary_sin=torch.zeros(rows, 2))
+        return pagedflash.flash_attn_with_kvcache(q, *caches, *new, cache_seqlens=7, causal=causal, **tables)
+
+    call(12)
+    caches.zero_()
+    if causal:
+        with pytest.raises(ValueError, match="rotary_cos is of 11 positions, with a query at position 11, expected"):
+            call(11)
+        assert not caches.any()
+    else:
+        call(8)
+
+
+@pytest.mark.parametrize("causal", ("False", "no", 2))
+def test_a_flag_is_true_or_false(causal: Any) -> None:
+    q = torch.randn(1, 2, 1, 8)
+    with pytest.raises(TypeError, match=f"causal is {causal!r}, expected True or False"):
+        pagedflash.flash_attn_func(q, q, q, causal=causal)

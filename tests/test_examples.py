@@ -13,7 +13,7 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 LINES = 60
 ELSEWHERE = {"serve_client": "tests/test_serve.py, beside a server"}
 PRINTS = {
-    "chunked_prefill": r"4 chunks of up to 256 tokens; largest difference from one call: \d\.\de-\d+",
+    "chunked_prefill": r"4 chunks of up to 256 tokens; largest difference from one call: \d\.\de[-+]\d+",
     "decode_loop": r"40 steps, 9 of 32 pages used",
     "new_backend": r"new_backend on cpu, seed 0: all passed",
     "quantized_cache": r"int8: 272 bytes a token, outputs differ by 0\.\d+%",

@@ -167,11 +167,13 @@ def cached(
         return known
 
     names = _names(KVCACHE_NAMES, learnable_sink, page_table)
-    num_splits, rotary_interleaved = _integer("num_splits", num_splits), bool(rotary_interleaved)
+    num_splits, rotary_interleaved = _integer("num_splits", num_splits), _flag("rotary_interleaved", rotary_interleaved)
     numbers = _score_numbers(*options)
     table = _one_of("block_table", block_table, "page_table", page_table)
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _require_axes(name, tensor, 4)
+    if cache_seqlens is None and table is None and k is None and v is None and not q.dtype == k_cache.dtype == v_cache.dtype:
+        cache_seqlens = k_cache.shape[1]  # all of it, as for keys of q's dtype; other formats are a cache's
     append = None
     if any(tensor is not None for tensor in (k, v, rotary_cos, rotary_sin)):
         append = Append(
@@ -324,7 +326,14 @@ def _window(window_size: Given, causal: Given) -> tuple[int, int]:
     left, right = window_size
     if left.__class__ is not int or right.__class__ is not int:
         left, right = _integer("window_size", left), _integer("window_size", right)
-    return left, 0 if causal and right >= -1 else right
+    return left, 0 if _flag("causal", causal) and right >= -1 else right
+
+
+def _flag(name: str, flag: Given) -> bool:
+    """True, False, or what equals one of them; None is False."""
+    if flag.__class__ is not bool and (isinstance(flag, str) or flag not in (True, False, None)):
+        reject_type(name, "{flag!r}", "True or False", flag=flag)
+    return bool(flag)
 
 
 def _sinks(s_aux: Given, learnable_sink: Given) -> Given:

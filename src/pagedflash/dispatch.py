@@ -22,7 +22,7 @@ from .backends import backward, reference
 from .backends.protocol import Backend, Support
 from .problem import K_DESCALE, K_NEW, V_DESCALE, WRITE, AttentionProblem, CacheWrite, K, Tensors, V, is_per_token
 from .scoped import Scoped
-from .validate import validate, validate_out, validate_write
+from .validate import validate, validate_out, validate_scales, validate_write
 from .validate_values import check_new_tokens, check_values, check_write_values
 
 CHECK_VARIABLE = "PAGEDFLASH_CHECK"
@@ -77,7 +77,10 @@ def attention(problem: AttentionProblem, out: Tensor | None = None, with_lse: bo
         check_values(problem)
     tensors = problem.tensors
     appends = tensors[K_NEW] is not None
-    appends_scales = appends and (tensors[K_DESCALE] is not None or tensors[V_DESCALE] is not None)
+    k_descale, v_descale = tensors[K_DESCALE], tensors[V_DESCALE]
+    appends_scales = appends and (k_descale is not None or v_descale is not None)
+    if k_descale is not None and v_descale is not None:
+        validate_scales(tensors[K], tensors[V], k_descale, v_descale, appends)  # type: ignore[arg-type]
     if appends_scales and values_wanted(q):
         check_new_tokens(tensors[WRITE])
     if _counters:
@@ -124,6 +127,8 @@ def kv_write(write: CacheWrite) -> None:
     if not backend.CAPABILITIES.checks_values and values_wanted(k_cache):
         check_write_values(write)
     has_scales = k_descale is not None or v_descale is not None
+    if k_descale is not None and v_descale is not None:
+        validate_scales(k_cache, v_cache, k_descale, v_descale, appends=True)  # type: ignore[arg-type]
     if has_scales and values_wanted(k_cache):
         check_new_tokens(write.tensors)
     if _counters:

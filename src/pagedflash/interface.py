@@ -156,7 +156,8 @@ def flash_attn_varlen_func(
         block_table: ``(B, max_pages)`` int32 or int64: key ``t`` of sequence ``b`` is in page
             ``block_table[b, t // page_size]`` at ``t % page_size``. Entries behind the length may be anything.
         page_table: another name of ``block_table`` (FlashAttention-3).
-        seqused_q: ``(B,)``: only the first ``seqused_q[b]`` queries of sequence ``b`` are used; the others give 0.
+        seqused_q: ``(B,)``: only the first ``seqused_q[b]`` queries of sequence ``b`` are used; the others give 0. With
+            ``k_new``, all new tokens are appended nevertheless, and the last used query is aligned to the last of them.
         seqused_k: ``(B,)``: only the first ``seqused_k[b]`` keys of sequence ``b`` are used.
         k_new: ``(total_q, Hkv, D)`` to append to the pages before attention, as many new tokens as queries: those of
             sequence ``b`` behind its keys, which ``seqused_k`` or ``cu_seqlens_k`` then count before the append.
@@ -244,7 +245,8 @@ def flash_attn_with_kvcache(
         v: ``(B, S_new, Hkv, Dv)`` to append, or None.
         rotary_cos: ``(seqlen_ro, rotary_dim / 2)`` in q's dtype, ``seqlen_ro`` at least the cache's capacity. Rotates the
             first ``rotary_dim`` elements of k at position ``cache_seqlens[b] + i``, and of q at
-            ``cache_seqlens[b] + i`` if the call is causal or has a window, else at ``cache_seqlens[b]``. Needs k and v.
+            ``cache_seqlens[b] + i`` if the call is causal or has a window, else at ``cache_seqlens[b]``: where there are
+            more queries than new tokens, that takes as many more rows. Needs k and v.
         rotary_sin: as rotary_cos.
         cache_seqlens: int or ``(B,)`` int32 or int64: tokens in the cache *before* the append. -1 skips the sequence:
             nothing is read or written, its output is 0. None (only without k and v) means the whole cache.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .backends.protocol import Capabilities
 from .errors import reject, reject_type
+from .geometry import v_is_in_k
 from .problem import QUANTIZED, Append, AttentionProblem, CacheWrite, KVCache, is_per_token
 
 INDEX_DTYPES = (torch.int32,)
@@ -65,13 +66,27 @@ def validate_write(write: CacheWrite, capabilities: Capabilities) -> None:
     _validate_new_tokens(append, cache, (k_new.shape[0],) if packed else (batch, None), k_new.dtype)
     if slots is not None:
         validate_tensor("slot_mapping", slots, "total", cache.k, SLOT_DTYPES)
-        validate_shape("slot_mapping", slots, (k_new.shape[0],), "total, as {k_new}")
+        validate_shape("slot_mapping", slots, (k_new.shape[0],), "total")
         _validate_pages(cache.k)
         return
     for field, dims, shape in (("seqused_k", "B", (batch,)), ("block_table", "B, max_pages", (batch, None))):
         tensor = getattr(cache, field)
         validate_tensor(field, tensor, dims, cache.k, INDEX_DTYPES)
         validate_shape(field, tensor, shape, dims)
+
+
+def validate_scales(k: Tensor, v: Tensor, k_descale: Tensor, v_descale: Tensor, appends: bool) -> None:
+    """Whose memory scales are in. Addresses are in no signature, so this runs for each call with scales."""
+    is_same = k_descale.data_ptr() == v_descale.data_ptr()
+    offset = (v.data_ptr() - k.data_ptr()) // k.element_size()
+    if v_is_in_k(k, v):
+        if not is_same:
+            came = "another tensor than {k_descale}, while {v} is the first part of {k}"
+            reject("v_descale", came, "the same tensor: keys and values are stored once")
+    elif appends and -v.shape[-1] < offset < k.shape[-1]:
+        reject("v", "a part of {k} that is not its first", "the first part of {k}, or memory of its own")
+    elif appends and is_same and is_per_token(k_descale):
+        reject("v_descale", "the same tensor as {k_descale}", "a tensor of its own: an append writes the scales of both")
 
 
 def validate_out(problem: AttentionProblem, out: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import reject
+from .geometry import queries_rotate_by_position
 from .problem import AttentionProblem, CacheWrite, Tensors
 
 
@@ -43,6 +44,9 @@ def check_values(problem: AttentionProblem) -> None:
         if length >= 0 and not 0 <= first <= end:
             came = "{first} for a sequence of {keys} tokens"
             reject("cache_leftpad", came, "0 to its length", first=first, keys=end)
+    append = problem.append
+    if append is not None and append.rotary_cos is not None and queries_rotate_by_position(problem):
+        _check_positions(append.rotary_cos.shape[0], lengths, query_lengths(problem))
     if cache.block_table is not None:
         reads = _first_reads(problem, firsts, ends)
         begins = [min(read, length) if length < end else read for read, length, end in zip(reads, lengths, ends)]
@@ -132,6 +136,14 @@ def _checked_new_lengths(problem: AttentionProblem | CacheWrite) -> list[int]:
     if append is not None and append.cu_seqlens_new is not None:
         _check_offsets("cu_seqlens_new", append.cu_seqlens_new, append.k_new.shape[0])
     return new_lengths(problem)
+
+
+def _check_positions(rows: int, lengths: list[int], queries: list[int]) -> None:
+    """The tables of the rotary embedding have a row for each query, which may be more than the new tokens."""
+    for length, count in zip(lengths, queries):
+        if length >= 0 and length + count > rows:
+            came = "of {rows} positions, with a query at position {position}"
+            reject("rotary_cos", came, "a row for the position of each query", rows=rows, position=length + count - 1)
 
 
 def _check_used(field: str, used: Tensor | None, offsets: Tensor, least: int) -> None:

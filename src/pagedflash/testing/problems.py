@@ -440,6 +440,7 @@ class _Draw:
         capacity = keys.shape[1] * (table.shape[1] if isinstance(table, Tensor) else 1)
         dims = (head_dim // 2 * 2, head_dim // 2 // 2 * 2, 16)
         rotary_dim = self.rng.choice([d for d in dims if 2 <= d <= head_dim])
-        angles = torch.rand(capacity + 40, rotary_dim // 2, generator=self.generator) * 2 * math.pi
+        num_queries = cast(Tensor, fields["q"]).shape[1]  # each has a position, and they may be more than the new tokens
+        angles = torch.rand(capacity + num_queries, rotary_dim // 2, generator=self.generator) * 2 * math.pi
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         return dict(rotary_cos=cos.to(self.device), rotary_sin=sin.to(self.device))

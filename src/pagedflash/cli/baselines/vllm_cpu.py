@@ -55,9 +55,10 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor, lengths: list[int], page
     schedule = ops.get_scheduler_metadata(
         batch, q_heads, kv_heads, head_dim, seq_lens, q.dtype, starts, True, left, isa, True, None
     )
-    rows, out = q.flatten(0, 1), torch.empty_like(q).flatten(0, 1)
+    rows = q.flatten(0, 1)
 
     def run() -> Tensor:
+        out = torch.empty_like(rows)  # as vLLM does in each layer
         ops.cpu_attention_with_kv_cache(
             rows, k_cache, v_cache, out, starts, seq_lens, head_dim**-0.5, True, None, left, table, 0.0, schedule, None, None
         )

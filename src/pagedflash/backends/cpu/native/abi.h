@@ -55,6 +55,10 @@ struct AttentionProblem : QueryAddresses, ScoreAddresses, OutputAddresses, Query
         num_splits(shape.num_splits) {}
 
   PAGEDFLASH_INLINE int64_t group() const { return q_heads / write.kv_heads; }  // query heads of a KV head
+  // Causal or windowed, query i rotates by its own position; else all rotate by the first.
+  PAGEDFLASH_INLINE bool queries_rotate_by_position() const {
+    return write.rotary_cos && (window_left >= 0 || window_right >= 0);
+  }
 };
 
 struct BackwardProblem : AttentionProblem, GradientAddresses {

@@ -26,9 +26,7 @@ void load_query(const AttentionProblem& problem, const Sequence& sequence, int64
                                : sequence.batch * problem.q_stride.batch + query * problem.q_stride.token;
   int64_t rotated = 0;
   if (write.rotary_cos) {
-    // Causal or windowed, query i rotates by its own position; else all rotate by the first.
-    const bool by_position = problem.window_left >= 0 || problem.window_right >= 0;
-    const int64_t position = by_position ? min(sequence.seqused_k + query, write.rotary_rows - 1) : sequence.seqused_k;
+    const int64_t position = sequence.seqused_k + (problem.queries_rotate_by_position() ? query : 0);
     rotated = rotate_row(from, write, position, [&](int64_t i, const float* x, int64_t n) { convert(to + i, x, n); });
   }
   memcpy(to + rotated, from + rotated, (write.head_dim - rotated) * sizeof(T));
