@@ -85,11 +85,11 @@ MAX_FUSED_SPLITS, MAX_FUSED_VALUES, MAX_SPLIT_VALUES = 10, 40960, 8192
 """Splits of a work tile, on average, and values of all and of each, up to which its last CTA reduces them; more are left to
 ``combine``."""
 
-DECODE_SPLITS, DECODE_VALUES = 8, 4096
-"""Splits, and values of them, that this CTA loads together at most."""
-
 MANY_SPLITS = 64
 """From so many on, on average, an SM has one CTA: that halves what is stored and reduced, which takes the most time then."""
+
+DECODE_SPLITS, DECODE_VALUES = 8, 4096
+"""Splits, and values of them, that this CTA loads together at most."""
 
 ROWS_VALUES = 16384
 """The same of a warp group of ``decode_rows_hopper``."""

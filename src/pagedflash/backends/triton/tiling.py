@@ -11,7 +11,7 @@ from torch import Tensor
 from ...geometry import max_visible_keys, strides, v_fits_in_k
 from ...problem import AttentionProblem, KVCache
 from .compiled import has_hopper_kernels, has_words
-from .kernels.params import HopperTile, ProblemParams
+from .kernels.params import CacheParams, HopperTile, ProblemParams
 
 
 class Tiling(NamedTuple):
@@ -154,29 +154,36 @@ def hopper_tile(problem: AttentionProblem, params: ProblemParams) -> HopperTile 
     most_keys = 64 if max_visible_keys(problem) <= SHORT_KEYS else 128
     shapes = (shape for shape in HOPPER_SHAPES if shape[0] <= most_keys)
     block_n, stages, q_slots = next(shape for shape in shapes if fits_hopper(shape, *widths))
-    box_n = block_n if cache.PAGE_SIZE is None else math.gcd(cache.PAGE_SIZE, block_n)
+    box_n = _box(cache, block_n)
     takes = (
-        cache.SHARE == 1 and problem.cache.cache_leftpad is None and score.softcap is None and score.SLOPES_STRIDE is None
+        not cache.V_IN_K
+        and cache.SHARE == 1
+        and problem.cache.cache_leftpad is None
+        and score.softcap is None
+        and score.SLOPES_STRIDE is None
     )
     return HopperTile(block_n, box_n, stages, q_slots, *widths) if takes else None
 
 
 def _loads_by_tma(problem: AttentionProblem, params: ProblemParams) -> bool:
-    """Whether the kernels for Hopper that have a ring of keys and one of values can be used at all."""
+    """Whether the kernels for Hopper can be used at all."""
     cache = params.cache
     q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
     return (
         has_hopper_kernels(q.device)
         and q.element_size() == 2
         and k.dtype == v.dtype == q.dtype
-        and cache.TAIL == 0
-        and not cache.V_IN_K
         and params.queries.strides.ALIGN % 8 == 0  # TMA takes strides of a multiple of 16 bytes
         and (cache.PAGE_SIZE or 16) % 16 == 0
         and params.append.ROTARY_DIM is None
         and params.score.dropout_threshold is None
         and all(0 not in tensor.shape and 0 not in tensor.stride() for tensor in (k, v))
     )
+
+
+def _box(cache: CacheParams, block_n: int) -> int:
+    """BOX_N: keys of a KV tile that lie within one page."""
+    return block_n if cache.PAGE_SIZE is None else math.gcd(cache.PAGE_SIZE, block_n)
 
 
 def hopper_widths(head_dim: int) -> tuple[int, int]:
@@ -207,22 +214,8 @@ def decode_box(problem: AttentionProblem, params: ProblemParams) -> int:
     multiple of 16 tokens, aligned to 16 bytes. Rotary embedding of queries and dropout are ``decode``'s.
     """
     cache = params.cache
-    q, k, v = problem.queries.q, problem.cache.k, problem.cache.v
-    box = HOPPER_DECODE.block_n if cache.PAGE_SIZE is None else math.gcd(cache.PAGE_SIZE, HOPPER_DECODE.block_n)
-    takes = (
-        has_hopper_kernels(q.device)
-        and cache.V_IN_K
-        and (cache.D, cache.DV) == MLA_HEAD_DIMS
-        and q.element_size() == 2
-        and k.dtype == v.dtype == q.dtype
-        and params.queries.strides.ALIGN % 8 == 0  # TMA takes strides of a multiple of 16 bytes
-        and box >= 16
-        and params.append.ROTARY_DIM is None
-        and params.score.dropout_threshold is None
-        and 0 not in k.shape
-        and 0 not in k.stride()
-    )
-    return box if takes else 0
+    takes = cache.V_IN_K and (cache.D, cache.DV) == MLA_HEAD_DIMS and _loads_by_tma(problem, params)
+    return _box(cache, HOPPER_DECODE.block_n) if takes else 0
 
 
 MAX_HOPPER_ROWS = 128
@@ -261,13 +254,13 @@ def rows_tile(problem: AttentionProblem, params: ProblemParams, rows: int, num_s
         and splits <= FEW_SPLITS
         and shape in ROWS_TILES
         and cache.BLOCK_D == cache.BLOCK_DV
+        and not cache.V_IN_K
         and _loads_by_tma(problem, params)
     )
     if not takes:
         return None
     block_n, stages = ROWS_TILES[shape]
-    box_n = block_n if cache.PAGE_SIZE is None else math.gcd(cache.PAGE_SIZE, block_n)
-    return RowsTile(shape[0], block_n, box_n, stages)
+    return RowsTile(shape[0], block_n, _box(cache, block_n), stages)
 
 
 def decode_rows(problem: AttentionProblem, params: ProblemParams, num_sms: int) -> int:
