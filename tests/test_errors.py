@@ -610,6 +610,20 @@ def test_every_query_has_a_row_of_the_rotary_tables(causal: bool) -> None:
         call(8)
 
 
+@pytest.mark.parametrize("causal", (True, False))
+def test_queries_of_a_full_cache_have_a_row_of_the_rotary_tables(causal: bool) -> None:
+    """Without new tokens they come behind its last slot."""
+    q, new, caches, table = torch.randn(1, 1, 1, 8), torch.randn(1, 0, 1, 8), torch.zeros(2, 1, 8, 1, 8), torch.ones(9, 2)
+
+    def call(rows: int) -> Tensor:
+        tables = dict(rotary_cos=table[:rows], rotary_sin=table[:rows])
+        return pagedflash.flash_attn_with_kvcache(q, *caches, new, new, cache_seqlens=8, causal=causal, **tables)
+
+    call(9)
+    with pytest.raises(ValueError, match="rotary_cos is of 8 positions, with a query at position 8, expected"):
+        call(8)
+
+
 @pytest.mark.parametrize("causal", ("False", "no", 2))
 def test_a_flag_is_true_or_false(causal: Any) -> None:
     q = torch.randn(1, 2, 1, 8)

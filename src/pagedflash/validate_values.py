@@ -45,8 +45,9 @@ def check_values(problem: AttentionProblem) -> None:
             came = "{first} for a sequence of {keys} tokens"
             reject("cache_leftpad", came, "0 to its length", first=first, keys=end)
     append = problem.append
-    if append is not None and append.rotary_cos is not None and queries_rotate_by_position(problem):
-        _check_positions(append.rotary_cos.shape[0], lengths, query_lengths(problem))
+    if append is not None and append.rotary_cos is not None:
+        by_position = queries_rotate_by_position(problem)
+        _check_positions(append.rotary_cos.shape[0], lengths, query_lengths(problem), by_position)
     if cache.block_table is not None:
         reads = _first_reads(problem, firsts, ends)
         begins = [min(read, length) if length < end else read for read, length, end in zip(reads, lengths, ends)]
@@ -138,12 +139,13 @@ def _checked_new_lengths(problem: AttentionProblem | CacheWrite) -> list[int]:
     return new_lengths(problem)
 
 
-def _check_positions(rows: int, lengths: list[int], queries: list[int]) -> None:
-    """The tables of the rotary embedding have a row for each query, which may be more than the new tokens."""
+def _check_positions(rows: int, lengths: list[int], queries: list[int], by_position: bool) -> None:
+    """The tables of the rotary embedding have a row for each query; there may be more of them than new tokens, or none."""
     for length, count in zip(lengths, queries):
-        if length >= 0 and length + count > rows:
+        last = length + count - 1 if by_position else length
+        if length >= 0 and count > 0 and last >= rows:
             came = "of {rows} positions, with a query at position {position}"
-            reject("rotary_cos", came, "a row for the position of each query", rows=rows, position=length + count - 1)
+            reject("rotary_cos", came, "a row for the position of each query", rows=rows, position=last)
 
 
 def _check_used(field: str, used: Tensor | None, offsets: Tensor, least: int) -> None:

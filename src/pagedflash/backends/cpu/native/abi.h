@@ -55,9 +55,9 @@ struct AttentionProblem : QueryAddresses, ScoreAddresses, OutputAddresses, Query
         num_splits(shape.num_splits) {}
 
   PAGEDFLASH_INLINE int64_t group() const { return q_heads / write.kv_heads; }  // query heads of a KV head
-  // Causal or windowed, query i rotates by its own position; else all rotate by the first.
-  PAGEDFLASH_INLINE bool queries_rotate_by_position() const {
-    return write.rotary_cos && (window_left >= 0 || window_right >= 0);
+  // Of a query behind `seqused_k` keys. Causal or windowed, each rotates by its own position; else all rotate by the first.
+  PAGEDFLASH_INLINE int64_t rotary_position(int64_t seqused_k, int64_t query) const {
+    return window_left >= 0 || window_right >= 0 ? seqused_k + query : seqused_k;
   }
 };
 

@@ -26,7 +26,7 @@ void load_query(const AttentionProblem& problem, const Sequence& sequence, int64
                                : sequence.batch * problem.q_stride.batch + query * problem.q_stride.token;
   int64_t rotated = 0;
   if (write.rotary_cos) {
-    const int64_t position = sequence.seqused_k + (problem.queries_rotate_by_position() ? query : 0);
+    const int64_t position = problem.rotary_position(sequence.seqused_k, query);
     rotated = rotate_row(from, write, position, [&](int64_t i, const float* x, int64_t n) { convert(to + i, x, n); });
   }
   memcpy(to + rotated, from + rotated, (write.head_dim - rotated) * sizeof(T));

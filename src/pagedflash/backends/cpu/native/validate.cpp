@@ -56,7 +56,8 @@ bool sequence_is_valid(const AttentionProblem& problem, int64_t b) {
   if (sequence.seqused_k < 0) return sequence.seqused_k == -1;
   if (!write.packed() && sequence.seqlen_k > write.capacity()) return false;
   if (sequence.leftpad < 0 || sequence.leftpad > sequence.seqlen_k) return false;
-  if (problem.queries_rotate_by_position() && sequence.seqused_k + sequence.seqlen_q > write.rotary_rows) return false;
+  const bool rotates = write.rotary_cos && sequence.seqlen_q;
+  if (rotates && problem.rotary_position(sequence.seqused_k, sequence.seqlen_q - 1) >= write.rotary_rows) return false;
   if (!write.paged()) return true;
   // All keys from the first that is read or written on are; those in front of a window may have lost their pages.
   int64_t first = sequence.seqused_k;
